@@ -1,0 +1,195 @@
+"""The local step: every worker takes a gradient on its own batch and an optimizer step of its
+own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxlocal.types import Info, Messages, Mixer, Stage, Tree
+from jaxlocal.workers import GRADIENT, RATE, over_workers, spread, stream, vary, worker_map_for
+
+GradFn = Callable[[Tree, Tree, Tree, jax.Array], tuple[Tree, Tree, dict[str, jax.Array]]]
+
+
+def gradients(loss: Callable, stateful: bool = False) -> GradFn:
+    """The gradient function of one worker, from its loss.
+
+    Args:
+      loss: `loss(params, batch, key)` → scalar. The key is the worker's own at this tick, for
+        dropout and the like. If `stateful`, `loss(params, model_state, batch, key)` → (scalar,
+        (model_state, metrics)), metrics being a dict of scalars.
+
+    Returns:
+      `grad_fn(params, model_state, batch, key)` → (gradients, model_state, metrics with "loss"
+      among them).
+
+    >>> grad_fn = gradients(lambda params, batch, key: params * batch)
+    >>> [float(x) for x in (grad_fn(2.0, {}, 3.0, None)[0], grad_fn(2.0, {}, 3.0, None)[2]["loss"])]
+    [3.0, 6.0]
+    """
+
+    def grad_fn(params, model_state, batch, key):
+        if stateful:
+            (value, (model_state, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
+                params, model_state, batch, key
+            )
+        else:
+            (value, grads), metrics = jax.value_and_grad(loss)(params, batch, key), {}
+        return grads, model_state, {"loss": value, **metrics}
+
+    return grad_fn
+
+
+def scale_by_tick(schedule: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """An optax step of −η_t where t is the run's tick, not the number of steps that this worker has
+    taken.
+
+    The two differ where workers skip ticks by their rates. Ends a chain, as
+    `optax.scale_by_learning_rate` does.
+
+    >>> step = scale_by_tick(lambda tick: 0.1 / (1 + tick))
+    >>> round(float(step.update(jnp.ones(()), step.init(None), tick=1)[0]), 3)
+    -0.05
+    """
+
+    def update(updates, state, params=None, *, tick, **others):
+        rate = schedule(tick) if callable(schedule) else schedule
+        return jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def tick(
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    gradient_mixer: Mixer | None = None,
+    worker_map: str | None = None,
+) -> Stage:
+    """One tick: each worker i takes x_i ← optimizer(x_i, g_i) with probability p_i, else it stays.
+
+    With a gradient mixer the gradients are averaged before the optimizer, every worker takes the
+    step, and a worker that skips its tick contributes a gradient of zero.
+
+    Args:
+      grad_fn: as `gradients` makes it; batches of indices are looked up in `world.data` before it
+        is called.
+      optimizer: any optax transformation; mapped over workers, so that norms are a worker's own. It
+        is told the tick.
+      worker_map: "vmap" or "map"; by default what is fast for this function on this backend.
+
+    Reports per worker "active" (1 where it took its step) and the metrics of grad_fn (0 where it
+    did not).
+    """
+    update_fn = optax.with_extra_args_support(optimizer).update
+
+    def apply(state, memory, batches, world):
+        batch = jax.tree.map(lambda b: b[0], batches)
+
+        def gradient(params, model_state, batch, worker):
+            return grad_fn(
+                params,
+                model_state,
+                fetch(world.data, batch),
+                stream(state.key, GRADIENT, state.tick, worker),
+            )
+
+        def active(worker, rate):
+            key = stream(state.key, RATE, state.tick, worker)
+            return jax.random.uniform(key, dtype=rate.dtype) < rate
+
+        def update(grads, opt_state, params):
+            updates, opt_state = update_fn(grads, opt_state, params, tick=state.tick)
+            return optax.apply_updates(params, updates), opt_state
+
+        run = _averaged_step if gradient_mixer else _local_step
+        arguments = (state.params, state.model_state, batch, world.worker)
+        mode = worker_map or worker_map_for(gradient, *jax.tree.map(lambda x: x[0, 0], arguments))
+        return run(state, memory, batch, world, gradient, update, active, mode, gradient_mixer)
+
+    def traffic(state, layout):
+        return gradient_mixer.messages(bits(state.params), layout) if gradient_mixer else Messages()
+
+    return Stage(lambda state: (), apply, 1, traffic)
+
+
+def _local_step(state, memory, batch, world, gradient, update, active, mode, _):
+    """Gradient and update in one pass over the workers, so that a loop keeps one gradient alive
+    at a time."""
+
+    def step(params, opt_state, model_state, batch, worker, rate):
+        def take():
+            grads, new_state, metrics = gradient(params, model_state, batch, worker)
+            new_params, new_opt_state = update(grads, opt_state, params)
+            return vary(
+                (new_params, new_opt_state, new_state, {**metrics, "active": jnp.ones_like(rate)})
+            )
+
+        def stay():
+            shapes = jax.eval_shape(take)[3]
+            return vary(
+                (
+                    params,
+                    opt_state,
+                    model_state,
+                    jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+                )
+            )
+
+        if mode == "vmap":  # under vmap a cond runs both branches anyway
+            return jax.tree.map(lambda a, b: jnp.where(active(worker, rate), a, b), take(), stay())
+        return lax.cond(active(worker, rate), take, stay)
+
+    params, opt_state, model_state, metrics = over_workers(step, mode)(
+        state.params, state.opt_state, state.model_state, batch, world.worker, world.rate
+    )
+    return _advance(state, memory, params, opt_state, model_state, metrics)
+
+
+def _averaged_step(state, memory, batch, world, gradient, update, active, mode, mixer):
+    """Gradients of all workers, their average, then the updates: the collective stays outside of
+    any cond."""
+
+    def masked(params, model_state, batch, worker, rate):
+        grads, new_state, metrics = gradient(params, model_state, batch, worker)
+        on = active(worker, rate)
+        mask = lambda x: jnp.where(on, x, jnp.zeros_like(x))
+        model_state = jax.tree.map(lambda new, old: jnp.where(on, new, old), new_state, model_state)
+        return (
+            jax.tree.map(mask, grads),
+            model_state,
+            {**jax.tree.map(mask, metrics), "active": on.astype(rate.dtype)},
+        )
+
+    grads, model_state, metrics = over_workers(masked, mode)(
+        state.params, state.model_state, batch, world.worker, world.rate
+    )
+    grads = spread(mixer.average(grads, world), grads)
+    params, opt_state = over_workers(update, mode)(grads, state.opt_state, state.params)
+    return _advance(state, memory, params, opt_state, model_state, metrics)
+
+
+def _advance(state, memory, params, opt_state, model_state, metrics):
+    state = state._replace(
+        params=params, opt_state=opt_state, model_state=model_state, tick=state.tick + 1
+    )
+    return state, memory, Info(worker={name: value[None] for name, value in metrics.items()})
+
+
+def fetch(data: Tree, batch: Tree) -> Tree:
+    """The examples of a batch: the batch itself, or, where there is a pool, those that its
+    indices point to."""
+    if not jax.tree.leaves(data):
+        return batch
+    return jax.tree.map(lambda pool: pool[batch], data)
+
+
+def bits(stacked: Any) -> int:
+    """The size of one worker's tree in bits; leaves (or their shapes) are [D, N, ...]."""
+    return sum(
+        8 * x.dtype.itemsize * (x.size // (x.shape[0] * x.shape[1]))
+        for x in jax.tree.leaves(stacked)
+    )

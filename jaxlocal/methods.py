@@ -1,0 +1,157 @@
+"""Every named method, as the composition that it is.
+
+A method says what a worker does at a tick, who averages with whom when, and how long a round is.
+Symbols: K workers in D hubs of N; x_i the model of worker i, a_i its weight, p_i the probability
+  that it takes its step at a tick; η the learning
+rate; H the ticks of a round; τ the ticks between hub averages and q the hub averages between two
+mixings of hubs.
+
+Each takes `grad_fn` (see `local.gradients`) and any optax optimizer, of which every worker runs its
+own. `options` are those of the tick: `worker_map`.
+"""
+
+import numpy as np
+import optax
+
+from jaxlocal import mixing, periods, topology
+from jaxlocal.compose import repeat, sequence
+from jaxlocal.local import GradFn, tick
+from jaxlocal.syncing import nothing, sync
+from jaxlocal.types import Period, Rounds
+from jaxlocal.workers import Layout
+
+
+def data_parallel(grad_fn: GradFn, optimizer: optax.GradientTransformation, **options) -> Rounds:
+    """Data parallelism: gradients are averaged at every tick, before the optimizer.
+
+    every tick:  g ← Σ a_i g_i;  x ← optimizer(x, g), the same on every worker
+    """
+    step = tick(grad_fn, optimizer, gradient_mixer=mixing.mean(), **options)
+    return Rounds(step, nothing(), optimizer, periods.constant(1))
+
+
+def local_sgd(
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    period: Period | int = 1,
+    optimizer_state: str = "keep",
+    **options,
+) -> Rounds:
+    """Local SGD, or Local OPT with any optimizer: steps of one's own, then the average.
+
+        every tick:     x_i ← optimizer_i(x_i, g_i)
+        every H ticks:  x_i ← Σ_j a_j x_j
+
+    Args:
+      period: H, or a rule for it: `periods.quadratic` makes this the Quadratic Synchronization
+        Rule.
+      optimizer_state: "keep", "average" or "reset" at the averages.
+
+    Source: Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019, https://arxiv.org/abs/1805.09767.
+    """
+    step = tick(grad_fn, optimizer, **options)
+    return Rounds(step, sync(mixing.mean(), optimizer_state, optimizer), optimizer, _period(period))
+
+
+def post_local_sgd(
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    switch_tick: int,
+    local_steps: int,
+    **options,
+) -> Rounds:
+    """Post-local SGD: Local SGD with H = 1 until a tick, then H = `local_steps`.
+
+    Source: Lin, Stich, Patel, Jaggi, "Don't Use Large Mini-Batches, Use Local SGD", ICLR 2020, https://arxiv.org/abs/1808.07217.
+    """
+    return local_sgd(grad_fn, optimizer, periods.post_local(switch_tick, local_steps), **options)
+
+
+def swap(
+    grad_fn: GradFn, optimizer: optax.GradientTransformation, switch_tick: int, **options
+) -> Rounds:
+    """SWAP: Local SGD with H = 1 until a tick, then workers on their own, averaged once at the end.
+
+    Source: Gupta, Serrano, DeCoste, "Stochastic Weight Averaging in Parallel", ICLR 2020, https://arxiv.org/abs/2001.02312.
+    """
+    return local_sgd(grad_fn, optimizer, periods.swap(switch_tick), **options)
+
+
+def mll_sgd(
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    matrix: np.ndarray,
+    local_steps: int,
+    hub_period: int | Period,
+    optimizer_state: str = "keep",
+    **options,
+) -> Rounds:
+    """Multi-Level Local SGD: workers average in their hub, hubs mix with their neighbours.
+
+        every tick:        x_i ← optimizer_i(x_i, g_i) with probability p_i, else x_i stays
+        every τ ticks:     z_d = Σ_{i in d} v_i x_i;  its workers restart from it
+        every q·τ ticks:   y_d = Σ_j H_jd z_j;        the workers of hub d restart from it
+
+    Args:
+      matrix: H [D, D], see `topology.mixing_matrix`.
+      local_steps: τ, ticks.
+      hub_period: q, hub averages; or a rule for the ticks of a round, in multiples of τ.
+
+    Source: Castiglia, Das, Patterson, ICLR 2021, https://arxiv.org/abs/2007.13819. Differs from the
+      released code, whose
+    hubs mix in place, one after another; here they mix at once, as in the paper's Algorithm 1.
+    """
+    state = (optimizer_state, optimizer)
+    inner = sequence(
+        repeat(tick(grad_fn, optimizer, **options), local_steps), sync(mixing.hub_mean(), *state)
+    )
+    period = (
+        periods.constant(hub_period * local_steps) if isinstance(hub_period, int) else hub_period
+    )
+    return Rounds(inner, sync(mixing.hub_diffusion(matrix), *state), optimizer, period)
+
+
+def hl_sgd(
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    local_steps: int,
+    hub_period: int | Period,
+    **options,
+) -> Rounds:
+    """Hierarchical Local SGD: Multi-Level Local SGD whose hubs all average with each other."""
+    matrix = topology.mixing_matrix(~np.eye(layout.hubs, dtype=bool), layout.hub_weight)
+    return mll_sgd(grad_fn, optimizer, matrix, local_steps, hub_period, **options)
+
+
+def cooperative_sgd(
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    matrix: np.ndarray,
+    period: int | Period,
+    optimizer_state: str = "keep",
+    **options,
+) -> Rounds:
+    """Cooperative SGD, decentralised: every worker is a hub, and mixes with its neighbours after
+    its local steps.
+
+        every tick:     x_i ← optimizer_i(x_i, g_i)
+        every H ticks:  x_i ← Σ_j W_ji x_j
+
+    Args:
+      matrix: W [K, K] over a layout of K hubs with one worker each; see `topology.mixing_matrix`.
+      period: H, or a rule for it.
+
+    Source: Wang, Joshi, "Cooperative SGD", JMLR 2021, https://arxiv.org/abs/1808.07576.
+    """
+    step = tick(grad_fn, optimizer, **options)
+    return Rounds(
+        step,
+        sync(mixing.hub_diffusion(matrix), optimizer_state, optimizer),
+        optimizer,
+        _period(period),
+    )
+
+
+def _period(period: int | Period) -> Period:
+    return periods.constant(period) if isinstance(period, int) else period

@@ -1,0 +1,219 @@
+"""The compiled round: a method, a layout of workers and a mesh made into `state, info =
+round_fn(state, batches)`."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlocal import workers
+from jaxlocal.compose import repeat
+from jaxlocal.errors import ConfigurationError
+from jaxlocal.types import Info, Memory, Messages, Rounds, Stage, TrainState, Tree, World
+from jaxlocal.workers import AXES, SINGLE, STACKED, Layout
+
+BATCHES = P(None, *AXES)
+INFO = Info(worker=BATCHES, common=P())
+WORLD = World(STACKED, STACKED, STACKED, STACKED, SINGLE)
+
+
+class RoundFn:
+    """A method's round, compiled: `state, info = round_fn(state, batches)`.
+
+    The batches' leaves are [H, hubs, workers_per_hub, ...]; their H, a multiple of `inner.ticks`,
+    is the length of the round. H may change from round to round: the round runs in chunks of powers
+    of two, so that all H up to some H_max take ⌈log₂ H_max⌉ + 2 compilations at most. The state is
+    donated: use the one that comes back.
+
+    Args:
+      rounds: the method.
+      layout: the workers.
+      mesh: of axes ('hubs', 'workers'); by default as many of the devices as the layout divides
+        over.
+      data: a pool of examples, a tree of arrays [examples, ...], kept whole on every device.
+        Batches are then indices into it, which travel instead of the examples.
+      max_chunk: the most ticks that are dispatched at once; bounds the memory for batches.
+
+    >>> import jaxlocal, optax
+    >>> method = jaxlocal.local_sgd(jaxlocal.gradients(lambda w, batch, key: (w - batch) ** 2),
+    optax.sgd(0.25))
+    >>> round_fn = jaxlocal.RoundFn(method, Layout(workers_per_hub=2))
+    >>> state = round_fn.init(jnp.zeros(()), jax.random.key(0))
+    >>> state, info = round_fn(state, jnp.ones((2, 1, 2)))  # two ticks, one hub, two workers
+    >>> state.params, info.worker["loss"][:, 0, 0]
+    (Array([[0.75, 0.75]], dtype=float32), Array([1.  , 0.25], dtype=float32))
+    """
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        layout: Layout,
+        mesh: Mesh | None = None,
+        data: Tree = (),
+        max_chunk: int = 1024,
+    ):
+        self.rounds = rounds
+        self.layout = layout
+        self.mesh = mesh if mesh is not None else workers.make_mesh(layout)
+        self.world = self._place(layout.world(data), WORLD)
+        self._most = max(1, max_chunk // rounds.inner.ticks)
+        self._programs: dict[Any, Any] = {}
+
+    def init(self, params: Tree, key: jax.Array, model_state: Tree = None) -> TrainState:
+        """The state before the first tick: every worker starts from the same parameters.
+
+        Args:
+          params: one model's parameters; they stay the caller's own.
+          key: a typed root key, `jax.random.key(seed)`.
+          model_state: what a model keeps besides its parameters; {} if none.
+        """
+        if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+            raise ConfigurationError(
+                f"the root key must be a typed key as of jax.random.key, got {type(key).__name__}"
+            )
+        model_state = {} if model_state is None else model_state
+        state = self._init.eval_shape(params, model_state, key)
+        self.traffic(
+            state
+        )  # before anything is allocated: also checks that the mixers fit the layout
+        return self._init(params, model_state, key)
+
+    @functools.cached_property
+    def _init(self):
+        def make(params, model_state, key):
+            stack = lambda tree: jax.tree.map(
+                lambda x: jnp.broadcast_to(x, self.layout.shape + jnp.shape(x)), tree
+            )
+            stacked = stack(params)
+            opt_state = jax.vmap(jax.vmap(self.rounds.optimizer.init))(stacked)
+            anchored = self.rounds.inner.anchored or self.rounds.outer.anchored
+            anchor = jax.tree.map(jnp.asarray, params) if anchored else ()
+            state = TrainState(
+                stacked, opt_state, stack(model_state), anchor, (), key, jnp.int32(0)
+            )
+            return state._replace(
+                memory=(self.rounds.inner.init(state), self.rounds.outer.init(state))
+            )
+
+        def placed(*arguments):
+            out = jax.eval_shape(make, *arguments)
+            shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), _specs(out))
+            return jax.lax.with_sharding_constraint(make(*arguments), shardings)
+
+        return jax.jit(placed)
+
+    def __call__(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
+        """One whole round: H ticks, then what ends the round."""
+        state, info = self.local_steps(state, batches)
+        state, last = self.end_round(state)
+        return state, Info({**info.worker, **last.worker}, {**info.common, **last.common})
+
+    def local_steps(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
+        """Some ticks of a round without what ends it; a round may be cut anywhere between two
+        inner stages."""
+        ticks, infos, start = self._ticks_of(batches), [], 0
+        for size in self.chunks(ticks):
+            part = jax.tree.map(lambda b, a=start, n=size: b[a : a + n], batches)
+            state, info = self._program(size // self.rounds.inner.ticks, state)(
+                state, self._place(part, BATCHES), self.world
+            )
+            infos.append(info)
+            start += size
+        return state, _concatenate(infos)
+
+    def end_round(self, state: TrainState) -> tuple[TrainState, Info]:
+        """What ends a round."""
+        return self._program("outer", state)(state, (), self.world)
+
+    def chunks(self, ticks: int) -> Iterator[int]:
+        """The sizes, in ticks, in which so many ticks are dispatched: descending powers of two
+        of inner stages."""
+        times = ticks // self.rounds.inner.ticks
+        largest = 1 << (self._most.bit_length() - 1)
+        while times:
+            size = min(largest, 1 << (times.bit_length() - 1))
+            yield size * self.rounds.inner.ticks
+            times -= size
+
+    def mean(self, state: TrainState) -> tuple[Tree, Tree]:
+        """The average model u = Σ a_i x_i, and the average model state; leaves [...]."""
+        return self._measure("mean", workers.mean, P())(
+            (state.params, state.model_state), self.world
+        )
+
+    def consensus_distance(self, state: TrainState) -> jax.Array:
+        """√(Σ a_i ‖x_i − u‖²) of the workers' models now."""
+        return self._measure("distance", workers.consensus_distance, P())(state.params, self.world)
+
+    def traffic(self, state: TrainState) -> tuple[Messages, Messages]:
+        """The messages of one inner stage and of one round's end; a state or its shapes."""
+        return self.rounds.inner.traffic(state, self.layout), self.rounds.outer.traffic(
+            state, self.layout
+        )
+
+    def _measure(self, name: str, fn: Any, spec: P):
+        if name not in self._programs:
+            mapped = jax.shard_map(fn, mesh=self.mesh, in_specs=(STACKED, WORLD), out_specs=spec)
+            self._programs[name] = jax.jit(mapped)
+        return self._programs[name]
+
+    def _program(self, which: int | str, state: TrainState):
+        if which not in self._programs:
+            outer = which == "outer"
+            stage = self.rounds.outer if outer else repeat(self.rounds.inner, int(which))
+            self._programs[which] = _compile(stage, self.mesh, _specs(state), 1 if outer else 0)
+        return self._programs[which]
+
+    def _ticks_of(self, batches: Tree) -> int:
+        leading = {x.shape[:3] for x in jax.tree.leaves(batches)}
+        if len(leading) != 1 or next(iter(leading))[1:] != self.layout.shape:
+            raise ConfigurationError(
+                f"batches must lead with [ticks, {self.layout.hubs} hubs, "
+                f"{self.layout.workers_per_hub} workers], "
+                f"got leading shapes {sorted(leading)}"
+            )
+        ticks = next(iter(leading))[0]
+        if ticks % self.rounds.inner.ticks or not ticks:
+            raise ConfigurationError(
+                f"a round of {ticks} ticks is not a positive multiple of the "
+                f"{self.rounds.inner.ticks} of its inner stage"
+            )
+        return ticks
+
+    def _place(self, tree: Tree, specs: Any) -> Tree:
+        shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+        return jax.device_put(tree, shardings)
+
+
+def _specs(state: TrainState) -> TrainState:
+    """Where the parts of a state live, as a prefix of its tree."""
+    is_memory = lambda node: isinstance(node, Memory)
+    memory = jax.tree.map(lambda _: Memory(STACKED, SINGLE), state.memory, is_leaf=is_memory)
+    return TrainState(STACKED, STACKED, STACKED, SINGLE, memory, SINGLE, SINGLE)
+
+
+def _compile(stage: Stage, mesh: Mesh, specs: TrainState, part: int):
+    """The stage as one program on the state; `part` says which of the two memories is its own."""
+
+    def run(state, batches, world):
+        memories = list(state.memory)
+        state, memories[part], info = stage.apply(
+            state._replace(memory=()), memories[part], batches, world
+        )
+        return state._replace(memory=tuple(memories)), info
+
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=(specs, BATCHES, WORLD), out_specs=(specs, INFO)
+    )
+    return jax.jit(mapped, donate_argnums=0)
+
+
+def _concatenate(infos: Sequence[Info]) -> Info:
+    if len(infos) == 1:
+        return infos[0]
+    return jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts]), *infos)

@@ -1,0 +1,117 @@
+"""The words of the library: what a worker's state is, and the contracts of stages, mixers and
+rounds.
+
+Shapes: D hubs, N workers a hub, K = D·N workers. A *stacked* leaf leads with the worker grid, [D,
+  N, ...]; a *single*
+leaf is [...], one for all. Inside a round a device holds its block of the grid, [d, n, ...]. A
+*tick* is one local step of every worker.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+Tree = Any  # a pytree of arrays
+
+
+class Memory(NamedTuple):
+    """What a stage keeps from one application to the next; the field says how it is placed."""
+
+    stacked: Tree = ()  # one per worker, leaves [D, N, ...]
+    single: Tree = ()  # one for all, leaves [...]
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from tick to tick."""
+
+    params: Tree  # stacked
+    opt_state: Tree  # stacked: every worker has an optimizer of its own
+    model_state: Tree  # stacked: e.g. batch statistics; {} if none
+    anchor: Tree  # single: the model that every worker can rebuild; () where unused
+    memory: Tree  # of Memory: a stage is handed its own part and sees () here
+    key: jax.Array  # single: the root key, never advanced; see `workers.stream`
+    tick: jax.Array  # single: int32 [], local steps taken
+
+
+class Info(NamedTuple):
+    """What a stage reports and never reads again."""
+
+    worker: dict[str, jax.Array] = {}  # leaves [times, D, N]
+    common: dict[str, jax.Array] = {}  # leaves [times]
+
+
+class World(NamedTuple):
+    """What a round is told besides its state; arguments of the program, never constants in it."""
+
+    worker: jax.Array  # int32 [D, N]: the worker's number, 0 … K − 1
+    weight: jax.Array  # float32 [D, N]: a_i, its share of the whole; sums to 1
+    hub_share: jax.Array  # float32 [D, N]: v_i, its share of its hub; sums to 1 in each hub
+    rate: jax.Array  # float32 [D, N]: p_i, the probability that it takes its step at a tick
+    data: Tree  # single: examples that index batches point into; () for batches of examples
+
+
+class Messages(NamedTuple):
+    """Bits said: what papers count, whatever the mesh.
+
+    Python ints, since a run says more than an int32 holds.
+    """
+
+    workers: int = 0  # sent by one worker
+    hubs: int = (
+        0  # sent to other hubs by one hub; by the one with most neighbours where they differ
+    )
+
+    def plus(self, other: "Messages", times: int = 1) -> "Messages":
+        """self + times · other."""
+        return Messages(self.workers + times * other.workers, self.hubs + times * other.hubs)
+
+
+class Mixer(NamedTuple):
+    """A linear average over workers: every leaf x_i becomes Σ_j x_j W_ji, with W's columns summing
+    to 1.
+
+    `average(tree, world)` takes leaves [d, n, ...] to leaves [d or 1, n or 1, ...] that broadcast
+    against them: a size of 1 where the result does not depend on the axis. `axes` are the mesh axes
+    over which the result is common. `messages(bits, layout)` says what one average of a message of
+    so many bits costs, and raises ConfigurationError where the mixer does not fit the layout.
+    """
+
+    average: Callable[[Tree, World], Tree]
+    axes: tuple[str, ...]
+    messages: Callable[[int, Any], Messages]
+
+
+class Stage(NamedTuple):
+    """A piece of training: a pure function of (state, memory, batches, world), and what has to be
+    known of it.
+
+    `init(state)` gives its memory, a tree of Memory. `apply(state, memory, batches, world)` gives
+    (state, memory, Info); the batches lead with [ticks, d, n]. `traffic(state, layout)` counts the
+    messages of one apply from the state's shapes.
+    """
+
+    init: Callable[[TrainState], Tree]
+    apply: Callable[[TrainState, Tree, Tree, World], tuple[TrainState, Tree, Info]]
+    ticks: int  # how many ticks of batches one apply consumes
+    traffic: Callable[[TrainState, Any], Messages]
+    anchored: bool = False  # whether it needs the anchor
+
+
+class Period(NamedTuple):
+    """When to synchronise: `length(tick, remaining)` is H, the ticks of the round that starts at
+    a tick."""
+
+    length: Callable[[int, int], int]
+    description: str
+
+
+class Rounds(NamedTuple):
+    """What a method is: `inner` repeated until the period is over, then `outer`, on workers that
+    run `optimizer`."""
+
+    inner: Stage  # the smallest part that repeats: a tick, or τ ticks and a hub average
+    outer: Stage  # what ends a round; takes no ticks
+    optimizer: optax.GradientTransformation
+    period: Period

@@ -1,0 +1,252 @@
+"""The worker grid: who the workers are, where they live, and how one function is run for each of
+them."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxlocal.errors import ConfigurationError, lookup
+from jaxlocal.types import Tree, World
+
+AXES = ("hubs", "workers")
+STACKED, SINGLE = P(*AXES), P()
+
+# What a random stream is for. Numbers are part of the format of a run: a new purpose takes a new
+# number.
+GRADIENT, RATE = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """D hubs of N workers each, with their weights and rates.
+
+    Args:
+      hubs: D; a method without hubs has one.
+      workers_per_hub: N.
+      weights: w_i > 0, any shape that broadcasts to [D, N] or K numbers; the share of worker i in
+        the average is a_i = w_i / Σ w.
+      rates: p_i in (0, 1], likewise: the probability that worker i takes its step at a tick.
+
+    >>> Layout(hubs=2, workers_per_hub=2, weights=[1, 1, 2, 4]).weight
+    array([[0.125, 0.125],
+           [0.25 , 0.5  ]])
+    """
+
+    hubs: int = 1
+    workers_per_hub: int = 1
+    weights: Any = 1.0
+    rates: Any = 1.0
+
+    def __post_init__(self):
+        if self.hubs < 1 or self.workers_per_hub < 1:
+            raise ConfigurationError(
+                f"a grid of {self.hubs} hubs × {self.workers_per_hub} workers has no worker; "
+                f"both must be at least 1"
+            )
+        if not (np.isfinite(self._grid("weights")).all() and (self._grid("weights") > 0).all()):
+            raise ConfigurationError(
+                f"worker weights must be > 0, got {self._grid('weights').min():g} as the least"
+            )
+        rates = self._grid("rates")
+        if not ((rates > 0) & (rates <= 1)).all():
+            wrong = rates[~((rates > 0) & (rates <= 1))][0]
+            raise ConfigurationError(f"worker rates must be in (0, 1], got {wrong:g}")
+
+    def _grid(self, field: str) -> np.ndarray:
+        """The field as float64 [D, N]."""
+        values = np.asarray(getattr(self, field), np.float64)
+        if values.ndim == 1 and values.size == self.workers:
+            values = values.reshape(self.shape)
+        try:
+            return np.broadcast_to(values, self.shape)
+        except ValueError:
+            raise ConfigurationError(
+                f"{values.size} {field} do not fit {self.hubs} hubs × {self.workers_per_hub} "
+                f"workers: give one, "
+                f"{self.workers_per_hub} (a hub's) or {self.workers}"
+            ) from None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.hubs, self.workers_per_hub
+
+    @property
+    def workers(self) -> int:
+        """K."""
+        return self.hubs * self.workers_per_hub
+
+    @property
+    def weight(self) -> np.ndarray:
+        """a_i, float64 [D, N], sums to 1."""
+        weights = self._grid("weights")
+        return weights / weights.sum()
+
+    @property
+    def hub_weight(self) -> np.ndarray:
+        """b_d = Σ a_i over the workers of hub d, float64 [D]."""
+        return self.weight.sum(axis=1)
+
+    @property
+    def rate(self) -> np.ndarray:
+        """p_i, float64 [D, N]."""
+        return self._grid("rates")
+
+    def world(self, data: Tree = ()) -> World:
+        """What the rounds are told of this layout, as host arrays."""
+        return World(
+            worker=np.arange(self.workers, dtype=np.int32).reshape(self.shape),
+            weight=self.weight,
+            hub_share=self.weight / self.hub_weight[:, None],
+            rate=self.rate,
+            data=data,
+        )
+
+
+def make_mesh(
+    layout: Layout,
+    devices: Sequence[jax.Device] | None = None,
+    shape: tuple[int, int] | None = None,
+) -> Mesh:
+    """A mesh of ('hubs', 'workers') that the worker grid divides into.
+
+    Without a shape, the one that uses the most of the devices, hubs before workers; devices that
+    the grid does not divide into stay idle. With a shape, that one, or an error.
+
+    >>> make_mesh(Layout(hubs=4, workers_per_hub=3)).devices.shape
+    (1, 1)
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if shape is None:
+        divisors = [[n for n in range(1, size + 1) if size % n == 0] for size in layout.shape]
+        fits = [(h, w) for h in divisors[0] for w in divisors[1] if h * w <= len(devices)]
+        shape = max(fits, key=lambda s: (s[0] * s[1], s[0]))
+    for name, size, count in zip(AXES, shape, layout.shape, strict=True):
+        if size < 1 or count % size:
+            raise ConfigurationError(
+                f"{count} {name} do not divide over {size} devices of the mesh axis {name!r}"
+            )
+    if math.prod(shape) > len(devices):
+        raise ConfigurationError(
+            f"a {shape[0]} × {shape[1]} mesh needs {math.prod(shape)} devices, there are "
+            f"{len(devices)}"
+        )
+    return Mesh(
+        np.array(devices[: math.prod(shape)]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2
+    )
+
+
+def stream(key: jax.Array, purpose: int, tick: Any, worker: Any = None) -> jax.Array:
+    """The key of one purpose at one tick, for one worker or (without a worker) for all alike.
+
+    A pure function of its arguments: a run that is resumed, chunked or sharded anew sees the same
+    numbers.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(key, purpose), tick)
+    return key if worker is None else jax.random.fold_in(key, worker)
+
+
+def vary(tree: Tree, axes: Sequence[str] = AXES) -> Tree:
+    """The tree, typed as differing over the mesh axes, as `shard_map` asks of what meets
+    per-worker values."""
+
+    def one(x):
+        missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
+
+
+def spread(tree: Tree, like: Tree) -> Tree:
+    """An average, leaves [d or 1, n or 1, ...], given back to every worker with the type of
+    `like`."""
+    return jax.tree.map(lambda x, y: vary(jnp.broadcast_to(x, y.shape).astype(y.dtype)), tree, like)
+
+
+def over_workers(fn: Callable, mode: str) -> Callable:
+    """fn of one worker's trees → fn of trees with leaves [d, n, ...]; how a device runs its
+    workers.
+
+    `vmap`: all at once, as one batched program. `map`: one after another in a loop, each with the
+    speed and the memory of a model of its own. The results are the same.
+    """
+    run = lookup("worker map", mode, {"vmap": lambda f, trees: jax.vmap(f)(trees), "map": lax.map})
+
+    def mapped(*trees):
+        d, n = jax.tree.leaves(trees)[0].shape[:2]
+        flat = jax.tree.map(lambda x: x.reshape((d * n,) + x.shape[2:]), trees)
+        out = run(lambda one: vary(fn(*one)), flat)
+        return jax.tree.map(lambda x: x.reshape((d, n) + x.shape[1:]), out)
+
+    return mapped
+
+
+def has_convolution(jaxpr: Any) -> bool:
+    """Whether a jaxpr convolves or pools, at any depth."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    hot = ("conv_general_dilated", "reduce_window", "select_and_scatter")
+    return any(
+        eqn.primitive.name.startswith(hot)
+        or any(has_convolution(sub) for sub in _subjaxprs(eqn.params))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _subjaxprs(params: dict) -> list:
+    values = [v for p in params.values() for v in (p if isinstance(p, (tuple, list)) else (p,))]
+    return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+
+
+def worker_map_for(fn: Callable, *arguments: Tree) -> str:
+    """The mode in which this backend runs `fn` fastest, for one worker's arguments (shapes are
+    enough).
+
+    On a CPU a loop over workers keeps each in cache and its convolutions plain, where vmap would
+    group them. An accelerator needs all workers at once to be busy, unless a convolution would be
+    grouped.
+    """
+    if jax.default_backend() == "cpu":
+        return "map"
+    return "map" if has_convolution(jax.make_jaxpr(fn)(*arguments)) else "vmap"
+
+
+def weighted_sum(weight: jax.Array, x: jax.Array, over: str) -> jax.Array:
+    """Σ weight · x over this device's workers, [d, n, ...] → [1 or d, 1, ...]; `over` is "workers"
+    or "all".
+
+    A dot product, which every backend does well (XLA's CPU reduction over a leading axis is several
+    times slower). Half-precision values are summed in float32.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    flat = x.reshape(x.shape[:2] + (-1,)).astype(wide)
+    form = "dn,dnp->dp" if over == "workers" else "dn,dnp->p"
+    total = jnp.einsum(form, weight.astype(wide), flat, precision=lax.Precision.HIGHEST)
+    return total.reshape((x.shape[0] if over == "workers" else 1, 1) + x.shape[2:])
+
+
+def mean(params: Tree, world: World) -> Tree:
+    """u = Σ a_i x_i, leaves [...], common to all workers."""
+
+    def one(x):
+        return lax.psum(weighted_sum(world.weight, x, "all"), AXES)[0, 0].astype(x.dtype)
+
+    return jax.tree.map(one, params)
+
+
+def consensus_distance(params: Tree, world: World) -> jax.Array:
+    """√(Σ a_i ‖x_i − u‖²), float [], over all leaves."""
+    squares = jax.tree.map(
+        lambda x, u: weighted_sum(
+            world.weight, jnp.square(x - u).reshape(x.shape[:2] + (-1,)), "all"
+        ).sum(),
+        params,
+        mean(params, world),
+    )
+    return jnp.sqrt(lax.psum(sum(jax.tree.leaves(squares)), AXES))
