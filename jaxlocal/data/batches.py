@@ -1,0 +1,199 @@
+"""Batches: which examples each worker takes at each tick.
+
+Indices are a pure function of (seed, partition, first tick, number of ticks), so a run can resume,
+and be cut into calls, anywhere. Workers are numbered hub by hub; grouping them into other hubs
+changes no number.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlocal.data.partitions import Partition, assign, parse_partition, shard_sizes
+from jaxlocal.errors import ConfigurationError
+
+# The purposes of random numbers are distinct over this package: sources 0, partitions 1.
+_EPOCH, _DRAW, _PASS = 2, 3, 4
+
+# Fills an array [ticks, workers, batch] with the examples of the ticks from a first one on.
+_Fill = Callable[[int, NDArray[np.int32]], None]
+
+
+class BatchPlan(NamedTuple):
+    """What is known of the batches from counts alone."""
+
+    shard_sizes: NDArray[np.int64]  # [hubs, workers_per_hub], examples each worker holds
+    epoch_ticks: int  # ticks in which all workers together take each example about once
+
+
+class Batches(NamedTuple):
+    """The batches of a run."""
+
+    indices: Callable[[int, int], NDArray[np.int32]]
+    """indices(start_tick, ticks): example numbers, [ticks, hubs, workers_per_hub, batch_size]."""
+    shard_sizes: NDArray[np.int64]  # [hubs, workers_per_hub], examples each worker holds
+    epoch_ticks: int  # ticks in which all workers together take each example about once
+
+
+def plan_batches(
+    spec: str, examples: int, hubs: int, workers_per_hub: int, batch_size: int
+) -> BatchPlan:
+    """Shard sizes and the length of an epoch, before any data are read.
+
+    An epoch is floor(examples / (workers * batch_size)) ticks, and at least one.
+
+    Raises:
+      ConfigurationError: a spec that is wrong, a size that is not positive, or a batch larger
+        than the shard of a worker.
+
+    >>> plan_batches("iid", examples=60_000, hubs=2, workers_per_hub=4, batch_size=16).epoch_ticks
+    468
+    """
+    sizes = {"hubs": hubs, "workers_per_hub": workers_per_hub, "batch_size": batch_size}
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {value}")
+    partition, workers = parse_partition(spec), hubs * workers_per_hub
+    held = shard_sizes(partition, examples, workers)
+    if partition.kind != "fresh" and batch_size > held.min():
+        worker = int(held.argmin())
+        raise ConfigurationError(
+            f"a batch of {batch_size} is larger than the shard of worker {worker}, which holds "
+            f"{held[worker]} of the {examples} examples under partition {spec!r}"
+        )
+    epoch_ticks = max(1, examples // (workers * batch_size))
+    return BatchPlan(held.reshape(hubs, workers_per_hub), epoch_ticks)
+
+
+def make_batches(
+    spec: str,
+    targets: NDArray,
+    hubs: int,
+    workers_per_hub: int,
+    batch_size: int,
+    seed: int,
+) -> Batches:
+    """The batches of a run under a partition.
+
+    - `iid`: one permutation of all examples an epoch, without repeats; what does not fill a tick is
+      left out, a different remainder each epoch.
+    - `fresh`: uniform draws from the whole set, with replacement.
+    - `sorted`, `unequal`: each worker reshuffles its own shard at each pass of its own; what does
+      not fill a batch is left out of that pass.
+
+    Args:
+      spec: see `jaxlocal.data.partitions`.
+      targets: [examples] labels; `sorted` sorts by them, the others need their number only.
+      hubs, workers_per_hub, batch_size: sizes, all at least 1.
+      seed: of every random choice here, not negative.
+
+    Returns:
+      Batches; its `indices` may be called from any thread.
+
+    Raises:
+      ConfigurationError: see `plan_batches`; or a negative seed.
+
+    >>> batches = make_batches("iid", np.zeros(100), 2, 3, 4, seed=0)
+    >>> batches.indices(0, 10).shape
+    (10, 2, 3, 4)
+    >>> bool((batches.indices(0, 10)[7:] == batches.indices(7, 3)).all())
+    True
+    """
+    plan = plan_batches(spec, len(targets), hubs, workers_per_hub, batch_size)
+    if seed < 0:
+        raise ConfigurationError(f"seed must not be negative, got {seed}")
+    workers = hubs * workers_per_hub
+    fill = _fill(parse_partition(spec), targets, workers, batch_size, seed)
+
+    def indices(start_tick: int, ticks: int) -> NDArray[np.int32]:
+        if start_tick < 0 or ticks < 0:
+            raise ValueError(f"start_tick and ticks must not be negative: {start_tick}, {ticks}")
+        out = np.empty((ticks, workers, batch_size), np.int32)
+        fill(start_tick, out)
+        return out.reshape(ticks, hubs, workers_per_hub, batch_size)
+
+    return Batches(indices, *plan)
+
+
+def _fill(
+    partition: Partition, targets: NDArray, workers: int, batch_size: int, seed: int
+) -> _Fill:
+    if partition.kind == "iid":
+        return _fill_iid(len(targets), workers, batch_size, seed)
+    if partition.kind == "fresh":
+        return _fill_fresh(len(targets), seed)
+    return _fill_shards(assign(partition, targets, workers, seed), batch_size, seed)
+
+
+def _fill_iid(examples: int, workers: int, batch_size: int, seed: int) -> _Fill:
+    ticks = examples // (workers * batch_size)
+    used = ticks * workers * batch_size
+
+    @functools.lru_cache(maxsize=1)
+    def epoch(number: int) -> NDArray:
+        order = np.random.default_rng((seed, _EPOCH, number)).permutation(examples)
+        return order[:used].reshape(ticks, workers, batch_size)
+
+    def fill(start_tick: int, out: NDArray[np.int32]) -> None:
+        for number, source, target in _passes(start_tick, len(out), ticks):
+            out[target] = epoch(number)[source]
+
+    return fill
+
+
+def _fill_fresh(examples: int, seed: int) -> _Fill:
+    def fill(start_tick: int, out: NDArray[np.int32]) -> None:
+        for tick, batch in enumerate(out, start_tick):
+            generator = np.random.default_rng((seed, _DRAW, tick))
+            batch[:] = generator.integers(examples, size=batch.shape, dtype=np.int32)
+
+    return fill
+
+
+def _fill_shards(shards: list[NDArray[np.int32]], batch_size: int, seed: int) -> _Fill:
+    # Workers with shards of one size begin their passes together, so one generator serves them all.
+    sizes = np.array([len(shard) for shard in shards])
+    groups = [
+        _fill_group(np.flatnonzero(sizes == size), shards, batch_size, seed)
+        for size in np.unique(sizes)
+    ]
+
+    def fill(start_tick: int, out: NDArray[np.int32]) -> None:
+        for fill_group in groups:
+            fill_group(start_tick, out)
+
+    return fill
+
+
+def _fill_group(
+    members: NDArray, shards: list[NDArray[np.int32]], batch_size: int, seed: int
+) -> _Fill:
+    held = np.stack([shards[worker] for worker in members])
+    size = held.shape[1]
+    ticks = size // batch_size
+
+    @functools.lru_cache(maxsize=1)
+    def reshuffled(number: int) -> NDArray:
+        order = np.random.default_rng((seed, _PASS, size, number)).permuted(held, axis=1)
+        batches = order[:, : ticks * batch_size].reshape(len(members), ticks, batch_size)
+        return batches.swapaxes(0, 1)
+
+    def fill(start_tick: int, out: NDArray[np.int32]) -> None:
+        for number, source, target in _passes(start_tick, len(out), ticks):
+            out[target, members] = reshuffled(number)[source]
+
+    return fill
+
+
+def _passes(start_tick: int, ticks: int, period: int) -> Iterator[tuple[int, slice, slice]]:
+    """For each pass of `period` ticks: its number, which of its ticks, their place in the call."""
+    tick, stop = start_tick, start_tick + ticks
+    while tick < stop:
+        number, first = divmod(tick, period)
+        count = min(period - first, stop - tick)
+        at = tick - start_tick
+        yield number, slice(first, first + count), slice(at, at + count)
+        tick += count

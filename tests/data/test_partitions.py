@@ -1,0 +1,142 @@
+"""Partitions: every example in one place, nobody empty, the papers' layouts."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from jaxlocal.data import UNEQUAL_FRACTIONS, Partition, assign, parse_partition, shard_sizes
+from jaxlocal.errors import ConfigurationError
+
+
+@st.composite
+def fixed_partitions(draw):
+    """A partition that assigns examples for good, with targets and workers that suit it."""
+    examples, workers = draw(st.integers(1, 300)), draw(st.integers(1, 24))
+    assume(examples >= workers)
+    labels = draw(st.integers(1, 12))
+    targets = np.random.default_rng(draw(st.integers(0, 99))).integers(labels, size=examples)
+    if draw(st.booleans()):
+        offset = draw(st.floats(0, 1, exclude_max=True))
+        return Partition("sorted", offset=offset), targets, workers
+    parts = draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    assume(workers % len(parts) == 0)
+    fractions = tuple(part / sum(parts) for part in parts)
+    # Rounding moves a bound by one example at most.
+    assume(min(fractions) * examples >= workers // len(parts) + 1)
+    return Partition("unequal", fractions=fractions), targets, workers
+
+
+@given(fixed_partitions(), st.integers(0, 9))
+def test_every_example_once_and_nobody_empty(drawn, seed):
+    partition, targets, workers = drawn
+    shards = assign(partition, targets, workers, seed)
+    np.testing.assert_array_equal(np.sort(np.concatenate(shards)), np.arange(len(targets)))
+    sizes = [len(shard) for shard in shards]
+    assert min(sizes) >= 1
+    assert sizes == shard_sizes(partition, len(targets), workers).tolist()
+    assert all(shard.dtype == np.int32 for shard in shards)
+
+
+@given(fixed_partitions())
+def test_sizes_are_those_that_were_asked_for(drawn):
+    partition, targets, workers = drawn
+    sizes = shard_sizes(partition, len(targets), workers)
+    fractions = partition.fractions or (1.0,)
+    groups = sizes.reshape(len(fractions), -1)
+    assert (np.ptp(groups, axis=1) <= 1).all()
+    # Each of a group's two bounds is rounded by half an example at most.
+    np.testing.assert_allclose(groups.sum(1), np.array(fractions) * len(targets), atol=1.0 + 1e-6)
+
+
+@given(st.integers(1, 500), st.integers(1, 30))
+def test_iid_shares_equally_and_fresh_holds_everything(examples, workers):
+    assume(examples >= workers)
+    iid = shard_sizes(Partition("iid"), examples, workers)
+    assert (iid == examples // workers).all() and len(iid) == workers
+    fresh = shard_sizes(Partition("fresh"), examples, workers)
+    assert (fresh == examples).all() and len(fresh) == workers
+
+
+@pytest.mark.parametrize("spec, labels_held", [("sorted", [1] * 20), ("sorted:0.5", [1, 2] * 10)])
+def test_twenty_workers_on_ten_equal_classes_hold_the_labels_of_the_paper(spec, labels_held):
+    targets = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 500))
+    shards = assign(parse_partition(spec), targets, workers=20, seed=0)
+    assert [len(shard) for shard in shards] == [250] * 20
+    assert [len(set(targets[shard])) for shard in shards] == labels_held
+
+
+def test_sorting_is_stable_and_follows_no_seed():
+    # Long enough that a sort which is not stable shows.
+    targets = np.random.default_rng(0).integers(2, size=600)
+    expected = sorted(range(600), key=lambda example: targets[example])
+    for seed in (0, 1):
+        shards = assign(parse_partition("sorted"), targets, workers=3, seed=seed)
+        assert np.concatenate(shards).tolist() == expected
+
+
+def test_a_rotation_is_circular():
+    shards = assign(parse_partition("sorted:0.5"), np.arange(8), workers=2, seed=0)
+    assert [shard.tolist() for shard in shards] == [[2, 3, 4, 5], [6, 7, 0, 1]]
+
+
+def test_one_hundred_workers_hold_the_released_fractions_mixed():
+    targets = np.repeat(np.arange(10), 1200)
+    partition = parse_partition("unequal")
+    assert partition.fractions == UNEQUAL_FRACTIONS == (0.05, 0.1, 0.2, 0.25, 0.4)
+    shards = assign(partition, targets, workers=100, seed=1)
+    expected = np.repeat(np.array(UNEQUAL_FRACTIONS) * 12_000 / 20, 20)
+    assert [len(shard) for shard in shards] == expected.astype(int).tolist()
+    assert len(set(targets[shards[-1]])) == 10
+    other = assign(partition, targets, workers=100, seed=2)
+    assert any((one != two).any() for one, two in zip(shards, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "spec, told",
+    [
+        ("sort", "did you mean 'sorted'"),
+        ("iid:0.5", "takes no argument"),
+        ("sorted:half", "'half'.*not a number"),
+        ("sorted:", "not a number"),
+        ("sorted:1", "below 1 shard, got 1.0"),
+        ("sorted:nan", "below 1 shard, got nan"),
+        ("sorted:-0.5", "got -0.5"),
+        ("unequal:0.5,0.6", "sum to 1.1"),
+        ("unequal:1.5,-0.5", "must all be positive"),
+        ("unequal:nan,1", "must all be positive"),
+        ("unequal:inf", "sum to inf"),
+        ("unequal:", "not a number"),
+    ],
+)
+def test_a_wrong_spec_is_told(spec, told):
+    with pytest.raises(ConfigurationError, match=told):
+        parse_partition(spec)
+
+
+@pytest.mark.parametrize(
+    "spec, examples, workers, told",
+    [
+        ("unequal", 100, 12, "12 workers do not divide into 5 unequal groups"),
+        ("unequal", 100, 50, "0.05 of 100 examples is 5, too few for the 10 workers"),
+        ("iid", 3, 4, "3 examples are too few for 4 workers"),
+        ("sorted", 3, 4, "3 examples are too few for 4 workers"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_with_both_values(spec, examples, workers, told):
+    with pytest.raises(ConfigurationError, match=told):
+        shard_sizes(parse_partition(spec), examples, workers)
+
+
+@pytest.mark.parametrize("spec", ["iid", "fresh"])
+def test_what_assigns_nothing_for_good_says_so(spec):
+    with pytest.raises(ConfigurationError, match="no worker a fixed shard"):
+        assign(parse_partition(spec), np.zeros(10), workers=2, seed=0)
+
+
+def test_fractions_may_miss_one_by_rounding():
+    examples = 4_000_000  # of which 5e-7 are two
+    sizes = shard_sizes(parse_partition("unequal:0.5,0.4999995"), examples, workers=4)
+    assert sizes.sum() == examples
+    with pytest.raises(ConfigurationError, match="sum to 1"):
+        parse_partition("unequal:0.33333,0.33333,0.33333")
