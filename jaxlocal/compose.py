@@ -17,7 +17,8 @@ def repeat(stage: Stage, times: int) -> Stage:
         split = jax.tree.map(lambda b: b.reshape((times, stage.ticks) + b.shape[1:]), batches)
 
         def body(carry, batch):
-            state, memory, info = stage.apply(*carry, batch, world)
+            state, memory = carry
+            state, memory, info = stage.apply(state, memory, batch, world)
             return (state, memory), info
 
         (state, memory), info = lax.scan(body, (state, memory), split, length=times)

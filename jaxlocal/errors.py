@@ -19,7 +19,10 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ConfigurationError:
     "unknown method 'local_sdg'; did you mean 'local_sgd' or 'mll_sgd'? known: local_sgd, mll_sgd"
     """
     known = list(known)
-    near = " or ".join(repr(n) for n in difflib.get_close_matches(name, known, n=2))
+    matches = difflib.get_close_matches(name, known, n=2) or [
+        n for n in known if n.startswith(name)
+    ]
+    near = " or ".join(map(repr, matches)) if name else ""
     hint = f"; did you mean {near}?" if near else ";"
     return ConfigurationError(f"unknown {what} {name!r}{hint} known: {', '.join(known)}")
 

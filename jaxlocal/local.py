@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxlocal.errors import lookup
 from jaxlocal.types import Info, Messages, Mixer, Stage, Tree
 from jaxlocal.workers import GRADIENT, RATE, over_workers, spread, stream, vary, worker_map_for
 
@@ -84,6 +85,8 @@ def tick(
     Reports per worker "active" (1 where it took its step) and the metrics of grad_fn (0 where it
     did not).
     """
+    if worker_map is not None:
+        lookup("worker map", worker_map, WORKER_MAPS)
     update_fn = optax.with_extra_args_support(optimizer).update
 
     def apply(state, memory, batches, world):

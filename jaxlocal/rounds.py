@@ -72,16 +72,18 @@ class RoundFn:
           key: a typed root key, `jax.random.key(seed)`.
           model_state: what a model keeps besides its parameters; {} if none.
         """
-        if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        if not jnp.issubdtype(getattr(key, "dtype", np.dtype(object)), jax.dtypes.prng_key):
             raise ConfigurationError(
                 f"the root key must be a typed key as of jax.random.key, got {type(key).__name__}"
             )
+        self.traffic(self.shapes(params, model_state))  # checks that the mixers fit the layout
+        return self._init(params, {} if model_state is None else model_state, key)
+
+    def shapes(self, params: Tree, model_state: Tree = None) -> TrainState:
+        """The shapes of the state that `init` makes, of parameters or their shapes; allocates
+        nothing."""
         model_state = {} if model_state is None else model_state
-        state = self._init.eval_shape(params, model_state, key)
-        self.traffic(
-            state
-        )  # before anything is allocated: also checks that the mixers fit the layout
-        return self._init(params, model_state, key)
+        return self._init.eval_shape(params, model_state, jax.random.key(0))
 
     @functools.cached_property
     def _init(self):

@@ -74,9 +74,8 @@ def _average(state, mixer, optimizer, world):
     leaves, structure = jax.tree.flatten(state.opt_state)
     floats = _floats(leaves)
     averaged = iter(spread(mixer.average(floats, world), floats))
-    return structure.unflatten(
-        [next(averaged) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in leaves]
-    )
+    new = [next(averaged) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in leaves]
+    return jax.tree.unflatten(structure, new)
 
 
 def _reset(state, mixer, optimizer, world):

@@ -10,10 +10,10 @@ leaf is [...], one for all. Inside a round a device holds its block of the grid,
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import optax
 
 Tree = Any  # a pytree of arrays
+Leaf = Any  # an array; in a tree of shapes or of shardings, what stands for one
 
 
 class Memory(NamedTuple):
@@ -31,24 +31,24 @@ class TrainState(NamedTuple):
     model_state: Tree  # stacked: e.g. batch statistics; {} if none
     anchor: Tree  # single: the model that every worker can rebuild; () where unused
     memory: Tree  # of Memory: a stage is handed its own part and sees () here
-    key: jax.Array  # single: the root key, never advanced; see `workers.stream`
-    tick: jax.Array  # single: int32 [], local steps taken
+    key: Leaf  # single: the root key, never advanced; see `workers.stream`
+    tick: Leaf  # single: int32 [], local steps taken
 
 
 class Info(NamedTuple):
     """What a stage reports and never reads again."""
 
-    worker: dict[str, jax.Array] = {}  # leaves [times, D, N]
-    common: dict[str, jax.Array] = {}  # leaves [times]
+    worker: Tree = {}  # by name, leaves [times, D, N]
+    common: Tree = {}  # by name, leaves [times]
 
 
 class World(NamedTuple):
     """What a round is told besides its state; arguments of the program, never constants in it."""
 
-    worker: jax.Array  # int32 [D, N]: the worker's number, 0 … K − 1
-    weight: jax.Array  # float32 [D, N]: a_i, its share of the whole; sums to 1
-    hub_share: jax.Array  # float32 [D, N]: v_i, its share of its hub; sums to 1 in each hub
-    rate: jax.Array  # float32 [D, N]: p_i, the probability that it takes its step at a tick
+    worker: Leaf  # int32 [D, N]: the worker's number, 0 … K − 1
+    weight: Leaf  # float32 [D, N]: a_i, its share of the whole; sums to 1
+    hub_share: Leaf  # float32 [D, N]: v_i, its share of its hub; sums to 1 in each hub
+    rate: Leaf  # float32 [D, N]: p_i, the probability that it takes its step at a tick
     data: Tree  # single: examples that index batches point into; () for batches of examples
 
 

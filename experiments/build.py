@@ -1,0 +1,242 @@
+"""From a config to what it names: data, model, workers, optimizer, method; or one sentence about
+what does not fit."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxlocal
+from experiments.config import Config
+from experiments.schedules import (
+    HUB_METHODS,
+    count_ticks,
+    make_optimizer,
+    make_period,
+    make_schedule,
+)
+from jaxlocal import ConfigurationError, Layout, RoundFn, periods, topology
+from jaxlocal.data import Dataset, load, plan_batches
+from jaxlocal.errors import lookup
+from jaxlocal.local import GradFn
+from jaxlocal.models import Model, build, outputs_for
+from jaxlocal.models.supervised import training_loss
+from jaxlocal.types import Period, Rounds
+
+MEASUREMENTS = 40
+NETWORKED = (*HUB_METHODS, "cooperative_sgd")
+CHUNK_TICKS, CHUNK_BYTES = 256, 64 << 20  # the most that is dispatched at once, of index batches
+
+# The released rate distributions of the MLL-SGD experiments, of a hub of N workers.
+RATES: dict[str, Callable[[int], list[float]]] = {
+    "full": lambda n: [1.0] * n,
+    "fixed": lambda n: [0.55] * n,
+    "uniform": lambda n: [round((i + 1) / n, 12) for i in range(n)],
+    "slow_one": lambda n: [0.1] + [0.6] * (n - 1),
+    "fast_one": lambda n: [1.0] + [0.5] * (n - 1),
+    "straggler": lambda n: [0.6] + [0.9] * (n - 1),
+}
+
+
+class Job(NamedTuple):
+    """All that a config means, built but not run."""
+
+    config: Config
+    dataset: Dataset | None  # None for a plan of a model that is not built
+    model: Model | None
+    layout: Layout
+    rounds: Rounds
+    ticks: int
+    learning_rate: Callable[[int], float]  # η by tick, in float64
+    zeta: float | None  # of the hub network, where there is one
+
+
+def build_job(config: Config) -> Job:
+    """The job of a config; raises ConfigurationError for what does not fit."""
+    _check_numbers(config)
+    layout_shape = _grid(config)
+    dataset = model = None
+    grad_fn: GradFn = lambda *_: ({}, {}, {})
+    if config.parameters is None:
+        dataset = load(config.dataset, config.data_dir, config.seed)
+        model = build_model(config, dataset)
+        normalize = dataset.normalize
+        grad_fn = jaxlocal.gradients(
+            training_loss(model, normalize, dataset.classes), stateful=True
+        )
+    layout = _layout(config, layout_shape, dataset)
+    ticks = count_ticks(config)
+    schedule = make_schedule(config, ticks)
+    period = make_period(config, schedule, ticks)
+    matrix = _mixing_matrix(config, layout)
+    rounds = make_method(config, grad_fn, make_optimizer(config, schedule), layout, period, matrix)
+    zeta = topology.zeta(matrix) if config.method in NETWORKED else None
+    return Job(config, dataset, model, layout, rounds, ticks, periods.rates(schedule), zeta)
+
+
+def make_round_fn(job: Job, data: Any = ()) -> RoundFn:
+    """The job's round, in chunks that keep the progress bar moving and the index batches small."""
+    fits = CHUNK_BYTES // (4 * job.config.workers * job.config.batch_size)
+    return RoundFn(job.rounds, job.layout, data=data, max_chunk=min(CHUNK_TICKS, fits))
+
+
+def measure_every(job: Job) -> int:
+    """Ticks between measurements."""
+    every = job.config.eval_every
+    return max(1, job.ticks // MEASUREMENTS) if every is None else every
+
+
+def build_model(config: Config, dataset: Dataset) -> Model:
+    """The model, started where the dataset says if it says so."""
+    outputs = outputs_for(dataset.classes) if dataset.classes else 1
+    if config.model == "linear" and dataset.classes:
+        raise ConfigurationError(
+            f"linear is a regression, and {config.dataset} has {dataset.classes} classes; use "
+            f"logistic"
+        )
+    model = build(config.model, dataset.input_shape, outputs)
+    if dataset.start is None:
+        return model
+    if config.model != "linear":
+        raise ConfigurationError(
+            f"{config.dataset} says where its linear model starts; got --model={config.model}"
+        )
+    start = jnp.asarray(dataset.start)
+
+    def init(key):
+        params, model_state = model.init(key)
+        return jax.tree.map(lambda x: start.reshape(x.shape).astype(x.dtype), params), model_state
+
+    return model._replace(init=init)
+
+
+def make_method(
+    config: Config,
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    period: Period,
+    matrix: np.ndarray,
+) -> Rounds:
+    """The method of the flags, with the period of the flags."""
+    options: dict[str, Any] = {"worker_map": config.worker_map}
+    kept = options | {"optimizer_state": config.optimizer_state}
+    table: dict[str, Callable[[], Rounds]] = {
+        "data_parallel": lambda: jaxlocal.data_parallel(grad_fn, optimizer, **options),
+        "local_sgd": lambda: jaxlocal.local_sgd(grad_fn, optimizer, period, **kept),
+        "post_local_sgd": lambda: jaxlocal.local_sgd(grad_fn, optimizer, period, **kept),
+        "swap": lambda: jaxlocal.local_sgd(grad_fn, optimizer, period, **kept),
+        "mll_sgd": lambda: jaxlocal.mll_sgd(
+            grad_fn, optimizer, matrix, config.local_steps, period, **kept
+        ),
+        "hl_sgd": lambda: jaxlocal.hl_sgd(
+            grad_fn, optimizer, layout, config.local_steps, period, **kept
+        ),
+        "cooperative_sgd": lambda: jaxlocal.cooperative_sgd(
+            grad_fn, optimizer, matrix, period, **kept
+        ),
+    }
+    return lookup("method", config.method, table)()
+
+
+def _mixing_matrix(config: Config, layout: Layout) -> np.ndarray:
+    """H of the hub network; that of one hub, [[1]], for methods without one."""
+    if config.method not in NETWORKED:
+        return np.ones((1, 1))
+    if config.method == "hl_sgd" and config.hub_graph != "complete":
+        raise ConfigurationError(
+            f"hl_sgd mixes all hubs with each other; --hub_graph={config.hub_graph} needs mll_sgd"
+        )
+    graph = topology.hub_graph(config.hub_graph, layout.hubs, config.seed)
+    return topology.mixing_matrix(graph, layout.hub_weight)
+
+
+def _grid(config: Config) -> tuple[int, int]:
+    """Hubs and workers a hub."""
+    if config.method == "cooperative_sgd":
+        if config.hubs not in (1, config.workers):
+            raise ConfigurationError(
+                f"in cooperative_sgd every worker is a hub: {config.workers} workers, "
+                f"--hubs={config.hubs}"
+            )
+        return config.workers, 1
+    if config.hubs > 1 and config.method not in HUB_METHODS:
+        raise ConfigurationError(
+            f"{config.method} has no hubs, and --hubs={config.hubs} was asked for; use mll_sgd "
+            f"or hl_sgd"
+        )
+    if config.workers % config.hubs:
+        raise ConfigurationError(f"{config.workers} workers do not divide into {config.hubs} hubs")
+    return config.hubs, config.workers // config.hubs
+
+
+def _layout(config: Config, shape: tuple[int, int], dataset: Dataset | None) -> Layout:
+    per_hub = config.workers if config.method == "cooperative_sgd" else shape[1]
+    if dataset is not None:
+        held = plan_batches(
+            config.partition, dataset.train_examples, *shape, config.batch_size
+        ).shard_sizes
+    if config.worker_weights == "uniform":
+        weights: Any = 1.0
+    elif config.worker_weights == "data":
+        if dataset is None:
+            raise ConfigurationError(
+                "--worker_weights=data needs a dataset, and --parameters plans without one"
+            )
+        weights = held
+    else:
+        weights = _numbers("worker_weights", config.worker_weights, ("uniform", "data"))
+    named = lookup("rates", config.rates, RATES)(per_hub) if config.rates[:1].isalpha() else None
+    rates = named or _numbers("rates", config.rates, tuple(RATES))
+    return Layout(*shape, weights=weights, rates=rates)
+
+
+def _numbers(flag: str, text: str, names: tuple[str, ...]) -> list[float] | float:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigurationError(
+            f"--{flag}={text} is neither {', '.join(names)} nor numbers separated by commas"
+        ) from None
+    return values if len(values) > 1 else values[0]
+
+
+def _check_numbers(config: Config) -> None:
+    """Ranges that no later piece checks."""
+    least = {
+        "workers": 1,
+        "hubs": 1,
+        "local_steps": 1,
+        "hub_period": 1,
+        "batch_size": 1,
+        "ticks": 1,
+        "rounds": 1,
+    }
+    least |= {
+        "warmup_ticks": 0,
+        "train_eval_examples": 0,
+        "eval_every": 0,
+        "switch_tick": 0,
+        "parameters": 1,
+        "seed": 0,
+    }
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise ConfigurationError(f"--{name} must be at least {bound}, got {value}")
+    if not 0 < config.learning_rate < math.inf:
+        raise ConfigurationError(
+            f"--learning_rate must be a number > 0, got {config.learning_rate}"
+        )
+    if not 0 <= config.momentum < 1:
+        raise ConfigurationError(f"--momentum must be in [0, 1), got {config.momentum}")
+    if not 0 <= config.weight_decay < math.inf:
+        raise ConfigurationError(f"--weight_decay must be a number ≥ 0, got {config.weight_decay}")
+    if config.ticks is not None and config.warmup_ticks > config.ticks:
+        raise ConfigurationError(
+            f"a warm-up of {config.warmup_ticks} ticks is longer than the run of {config.ticks}"
+        )

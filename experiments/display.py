@@ -1,0 +1,86 @@
+"""What a run shows while it goes and when it is done."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from jaxlocal.training import Step
+
+LINES_WITHOUT_TERMINAL = 10
+
+
+class Display:
+    """A live line on a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, ticks: int):
+        self.console = Console()
+        self._ticks = ticks
+        self._accuracy: float | None = None
+        self._next_line = 0.0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:3.0f}%"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("compiling", total=ticks)
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        with self._progress:
+            yield
+
+    def step(self, step: Step, measured: dict[str, Any] | None) -> None:
+        """The run has come this far."""
+        if measured:
+            self._accuracy = measured["eval_accuracy"]
+        self._progress.update(self._task, completed=step.tick, description=self._describe(step))
+        if not self.console.is_terminal and step.tick >= self._next_line:
+            self.console.print(self._describe(step), highlight=False, soft_wrap=True)
+            self._next_line += self._ticks / LINES_WITHOUT_TERMINAL
+
+    def _describe(self, step: Step) -> str:
+        accuracy = "" if self._accuracy is None else f" acc {self._accuracy:.3f}"
+        saved = f" said 1/{step.tick / step.round:.1f}" if step.round else ""
+        loss = f" loss {step.loss:.4f}" if step.loss == step.loss else ""
+        place = f"round {step.round} tick {step.tick}/{self._ticks}"
+        return f"{place}{loss}{accuracy} H {step.local_steps}{saved}"
+
+
+def show_table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    """Names and values."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(table, highlight=False)
+
+
+def number(value: float) -> str:
+    """A figure with its thousands apart, or to four digits.
+
+    >>> number(1234567), number(0.98765)
+    ('1,234,567', '0.9877')
+    """
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def bits(value: int) -> str:
+    """A count of bits in bytes that one can read.
+
+    >>> bits(8), bits(8 * 2_500_000)
+    ('1 B', '2.5 MB')
+    """
+    size = value / 8
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.3g} {unit}" if size < 1000 else f"{size:,.0f} {unit}"
+        size /= 1000
+    raise AssertionError

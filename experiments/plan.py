@@ -1,0 +1,155 @@
+"""What a run would do and say, without training: rounds, H, communication, parameters, memory.
+
+Takes the flags of experiments.train. Reads no data and runs no model.
+"""
+
+import itertools
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from rich.console import Console
+
+from experiments.build import Job, build_job, make_round_fn, measure_every
+from experiments.config import Config, define_flags, run_binary
+from experiments.display import bits, number, show_table
+from jaxlocal import RoundFn
+from jaxlocal.errors import unknown
+from jaxlocal.local import bits as bits_of
+from jaxlocal.training import dispatches, schedule
+from jaxlocal.types import Messages
+
+FORMATS = ("text", "json")
+ROWS = 12  # of the H schedule that are printed; JSON has all
+
+
+def plan(job: Job) -> dict[str, Any]:
+    """The figures of a run."""
+    lengths = list(schedule(job.rounds, job.ticks))
+    round_fn = make_round_fn(job)
+    state = round_fn.shapes(*_model_shapes(job))
+    programs = {d.ticks for d in dispatches(round_fn, job.ticks, measure_every(job))}
+    inner, outer = round_fn.traffic(state)
+    times = job.ticks // job.rounds.inner.ticks
+    said = Messages().plus(inner, times).plus(outer, len(lengths))
+    model = bits_of(state.params)
+    return {
+        "method": job.config.method,
+        "period": job.rounds.period.description,
+        "ticks": job.ticks,
+        "rounds": len(lengths),
+        "communication_volume": len(lengths) / job.ticks,
+        "local_steps": _segments(lengths),
+        "local_steps_max": max(lengths),
+        "hubs": job.layout.hubs,
+        "workers": job.layout.workers,
+        "zeta": job.zeta,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)) // job.layout.workers,
+        "bits_model": model,
+        "bits_workers": said.workers,
+        "bits_hubs": said.hubs,
+        "bits_workers_data_parallel": model * job.ticks if job.layout.workers > 1 else 0,
+        "devices": round_fn.mesh.size,
+        "training_programs": len(programs) + 1,
+        "memory_bytes": _memory(job, round_fn, state),
+    }
+
+
+def _model_shapes(job: Job) -> tuple[Any, Any]:
+    """Shapes of one model's parameters and state."""
+    if job.model is None:
+        return {"all": jax.ShapeDtypeStruct((job.config.parameters or 0,), np.float32)}, {}
+    return jax.eval_shape(job.model.init, jax.random.key(0))
+
+
+def _segments(lengths: list[int]) -> list[dict[str, int]]:
+    """The H schedule as runs of equal H."""
+    segments, tick = [], 0
+    for length, group in itertools.groupby(lengths):
+        rounds = len(list(group))
+        segments.append({"tick": tick, "local_steps": length, "rounds": rounds})
+        tick += rounds * length
+    return segments
+
+
+def _memory(job: Job, round_fn: RoundFn, state: Any) -> dict[str, int]:
+    """Bytes on one device, of what stays there over a run; what a step needs besides depends on
+    the model."""
+
+    def here(tree: Any) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // round_fn.mesh.size
+
+    examples = 0
+    if job.dataset is not None:
+        item = 1 if len(job.dataset.input_shape) == 3 else 4  # images are kept as uint8
+        one = int(np.prod(job.dataset.input_shape)) * item + 4
+        examples = (job.dataset.train_examples + job.dataset.test_examples) * one
+    return {
+        "parameters": here(state.params),
+        "optimizer": here(state.opt_state),
+        "model_state": here(state.model_state),
+        "examples": examples,
+    }
+
+
+def show(figures: dict[str, Any]) -> None:
+    """The figures as tables."""
+    console = Console()
+    volume, model = figures["communication_volume"], figures["bits_model"]
+    memory = figures["memory_bytes"]
+    rows = [
+        ("period", figures["period"]),
+        ("ticks", number(figures["ticks"])),
+        ("rounds", number(figures["rounds"])),
+        ("communication volume", f"{volume:.2%} of data parallel (rounds / ticks)"),
+        ("sent by a worker", _said(figures["bits_workers"], model)),
+        ("sent by a hub", _said(figures["bits_hubs"], model)),
+        ("data parallel, by a worker", _said(figures["bits_workers_data_parallel"], model)),
+        ("workers", f"{figures['hubs']} hubs × {figures['workers'] // figures['hubs']}"),
+        ("ζ of the hub network", "—" if figures["zeta"] is None else f"{figures['zeta']:.4f}"),
+        ("parameters", f"{number(figures['parameters'])} ({bits(model)})"),
+        ("devices", number(figures["devices"])),
+        ("training programs", number(figures["training_programs"])),
+        (
+            "memory on a device",
+            ", ".join(f"{name} {bits(8 * size)}" for name, size in memory.items()),
+        ),
+    ]
+    show_table(console, f"plan: {figures['method']}", rows)
+    segments = figures["local_steps"]
+    shown = segments if len(segments) <= ROWS else _thinned(segments)
+    more = f", {len(shown)} of {len(segments)} values" if len(shown) < len(segments) else ""
+    schedule_rows = [
+        (f"from tick {number(s['tick'])}", f"H = {number(s['local_steps'])}") for s in shown
+    ]
+    show_table(console, f"\nH schedule{more}", schedule_rows)
+
+
+def _said(total: int, model: int) -> str:
+    return f"{number(total)} bits ({bits(total)}, {total / max(1, model):,.0f} models)"
+
+
+def _thinned(segments: list[dict[str, int]]) -> list[dict[str, int]]:
+    """Some of them at even distances, the first and the last included."""
+    return [segments[round(i * (len(segments) - 1) / (ROWS - 1))] for i in range(ROWS)]
+
+
+def main_on(config: Config) -> int:
+    output = flags.FLAGS.format
+    if output not in FORMATS:
+        raise unknown("format", output, FORMATS)
+    figures = plan(build_job(config))
+    print(json.dumps(figures, indent=2)) if output == "json" else show(figures)
+    return 0
+
+
+def main() -> None:
+    define_flags()
+    flags.DEFINE_string("format", "text", "How to print the plan: text or json.")
+    run_binary(main_on, __doc__ or "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The picture of a run."""
+
+from pathlib import Path
+from typing import Any
+
+MEGABYTE = 8e6  # bits
+
+
+def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Loss and accuracy over ticks and over communication, H over ticks, and consensus distance."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    figure.suptitle(title)
+    ticks = [line["tick"] for line in lines]
+    said = [(line["bits_workers"] + line["bits_hubs"]) / MEGABYTE for line in lines]
+    for row, (x, label) in enumerate(
+        [(ticks, "ticks"), (said, "communication: MB sent by a worker and its hub")]
+    ):
+        _losses(axes[row, 0], x, lines, label)
+        _accuracy(axes[row, 1], x, lines, label)
+    _local_steps(axes[0, 2], ticks, lines)
+    _distance(axes[1, 2], ticks, lines)
+    part = path.with_name(path.stem + ".part.png")
+    figure.savefig(part, dpi=110)
+    plt.close(figure)
+    part.replace(path)
+
+
+def _losses(axis: Any, x: list[float], lines: list[dict[str, Any]], label: str) -> None:
+    for key, name in (("train_loss", "train"), ("eval_loss", "test")):
+        axis.plot(x, [_number(line[key]) for line in lines], marker=".", markersize=4, label=name)
+    axis.set(xlabel=label, ylabel="loss of the average model", yscale="log")
+    axis.legend()
+    axis.grid(alpha=0.3)
+
+
+def _accuracy(axis: Any, x: list[float], lines: list[dict[str, Any]], label: str) -> None:
+    values = [_number(line["eval_accuracy"]) for line in lines]
+    axis.set(xlabel=label, ylabel="test accuracy of the average model")
+    axis.grid(alpha=0.3)
+    if all(value != value for value in values):
+        axis.text(
+            0.5,
+            0.5,
+            "a regression has no accuracy",
+            ha="center",
+            va="center",
+            transform=axis.transAxes,
+        )
+    else:
+        axis.plot(x, values, marker=".", markersize=4, color="tab:green")
+
+
+def _local_steps(axis: Any, ticks: list[int], lines: list[dict[str, Any]]) -> None:
+    axis.step(
+        ticks, [line["local_steps"] for line in lines], where="pre", color="tab:purple", label="H"
+    )
+    axis.set(xlabel="ticks", ylabel="H, ticks of a round", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    right = axis.twinx()
+    right.plot(
+        ticks, [line["learning_rate"] for line in lines], color="tab:gray", linestyle=":", label="η"
+    )
+    right.set(ylabel="learning rate η", ylim=(0, None))
+    handles = [*axis.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    axis.legend(handles, ["H", "η"], loc="best")
+
+
+def _distance(axis: Any, ticks: list[int], lines: list[dict[str, Any]]) -> None:
+    values = [_number(line["consensus_distance"]) for line in lines]
+    axis.plot(ticks, values, marker=".", markersize=4, color="tab:red")
+    axis.set(xlabel="ticks", ylabel="consensus distance before averaging", ylim=(0, None))
+    axis.grid(alpha=0.3)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -1,0 +1,137 @@
+"""What goes by ticks: the length of a run, its learning rate, its optimizer, and the period of
+its averages."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+import jaxlocal
+from experiments.config import Config
+from jaxlocal import ConfigurationError, periods
+from jaxlocal.errors import lookup
+from jaxlocal.types import Period
+
+FLOOR = (
+    1e-6  # the learning rate at the start of warm-up and at the end of cosine and linear schedules
+)
+DEFAULT_TICKS = 440
+HUB_METHODS = ("mll_sgd", "hl_sgd")
+OWN_PERIODS = {"data_parallel": "constant", "post_local_sgd": "post_local", "swap": "swap"}
+EXPONENTS = {"linear": 1, "quadratic": 2, "cubic": 3}
+
+
+def make_schedule(config: Config, ticks: int) -> Callable[[int], Any]:
+    """η by tick, for optax and for the period alike: linear warm-up, then the schedule."""
+    peak, warmup = config.learning_rate, config.warmup_ticks
+    rest = max(1, ticks - warmup)
+
+    def step(tick):
+        done = 3 * (tick + warmup)
+        return peak * jnp.where(done >= 2 * ticks, 0.01, jnp.where(done >= ticks, 0.1, 1.0))
+
+    cosine = optax.cosine_decay_schedule(peak, rest, alpha=min(1.0, FLOOR / peak))
+    table = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": cosine,
+        "linear": optax.linear_schedule(peak, min(FLOOR, peak), rest),
+        "step": step,
+        "cosine_step": lambda tick: 2.0 ** jnp.round(jnp.log2(cosine(tick))),
+    }
+    after = lookup("schedule", config.schedule, table)
+    if warmup == 0:
+        return after
+    rise = optax.linear_schedule(min(FLOOR, peak), peak, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: Config, schedule: Callable) -> optax.GradientTransformation:
+    """The optimizer of the flags, whose learning rate follows the run's ticks."""
+    plain, beta = optax.identity(), config.momentum
+    decay = optax.add_decayed_weights(config.weight_decay) if config.weight_decay else plain
+    momentum = optax.trace(beta) if beta else plain
+    table = {
+        "sgd": (decay, momentum),
+        "nesterov": (decay, optax.trace(beta, nesterov=True)),
+        "adam": (decay, optax.scale_by_adam()),
+        "rmsprop": (decay, optax.scale_by_rms()),
+        "adagrad": (decay, optax.scale_by_rss()),
+        "adamw": (optax.scale_by_adam(), decay),
+        "lion": (optax.scale_by_lion(), decay),
+        "lamb": (optax.scale_by_adam(), decay, optax.scale_by_trust_ratio()),
+    }
+    chain = lookup("optimizer", config.optimizer, table)
+    return optax.chain(*chain, jaxlocal.scale_by_tick(schedule))
+
+
+def make_period(config: Config, schedule: Callable, ticks: int) -> Period:
+    """The rule for H; on hubs in multiples of τ."""
+    hubs = config.method in HUB_METHODS
+    multiple = config.local_steps if hubs else 1
+    base = config.local_steps * (config.hub_period if hubs else 1)
+    name = period_name(config)
+    exponent = EXPONENTS.get(name, 2)
+    coefficient = config.period_coefficient
+    if coefficient is None:
+        coefficient = config.learning_rate * base ** (1 / exponent)
+    switch = ticks // 2 if config.switch_tick is None else config.switch_tick
+    if hubs and name in ("post_local", "swap"):
+        raise ConfigurationError(
+            f"the period {name} starts with H = 1, and the rounds of {config.method} are "
+            f"multiples of "
+            f"τ = {multiple} ticks"
+        )
+
+    def power() -> Period:
+        warmup = config.warmup_ticks
+        return periods.power(schedule, coefficient, base, exponent, warmup, multiple)
+
+    one = config.method == "data_parallel"
+    table: dict[str, Callable[[], Period]] = {
+        "constant": lambda: periods.constant(1 if one else base),
+        **dict.fromkeys(EXPONENTS, power),
+        "post_local": lambda: periods.post_local(switch, base),
+        "swap": lambda: periods.swap(switch),
+    }
+    return lookup("period", name, table)()
+
+
+def period_name(config: Config) -> str:
+    """The period of the flags, or the method's."""
+    own = OWN_PERIODS.get(config.method)
+    if own and config.period not in (None, own):
+        raise ConfigurationError(
+            f"{config.method} has the period {own!r}, and --period={config.period} was asked for"
+        )
+    return config.period or own or ("quadratic" if config.method == "local_sgd" else "constant")
+
+
+def count_ticks(config: Config) -> int:
+    """The ticks of the run, counted from its rounds where the flags give those."""
+    if config.rounds is None:
+        if config.ticks is not None:
+            return config.ticks
+        whole = config.local_steps if config.method in HUB_METHODS else 1
+        return max(whole, DEFAULT_TICKS - DEFAULT_TICKS % whole)
+    if config.ticks is not None:
+        raise ConfigurationError(
+            f"give --ticks or --rounds, not both: {config.ticks} and {config.rounds}"
+        )
+    name = period_name(config)
+    if name == "swap" or (name == "post_local" and config.switch_tick is None):
+        raise ConfigurationError(
+            f"--rounds={config.rounds} does not tell the length of a run with the period {name}; "
+            f"give --ticks"
+        )
+    if name in EXPONENTS and config.schedule != "constant":
+        raise ConfigurationError(
+            f"--rounds={config.rounds} does not tell the length of a run whose period follows a "
+            f"{config.schedule} schedule; give --ticks"
+        )
+    endless = 1 << 40
+    period = make_period(config, make_schedule(config, endless), endless)
+    tick = 0
+    for _ in range(config.rounds):
+        tick += period.length(tick, endless)
+    return tick

@@ -1,0 +1,162 @@
+"""Train one model on many workers that rarely talk.
+
+Without flags: Local SGD with the quadratic synchronization rule, 8 workers, a small CNN on
+scikit-learn's digits. `python -m experiments.plan` takes the same flags and says beforehand what a
+run would do and say.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxlocal
+from experiments.build import Job, build_job, make_round_fn, measure_every
+from experiments.config import Config, default_workdir, define_flags, run_binary
+from experiments.display import Display, bits, number, show_table
+from experiments.plots import plot_curves
+from experiments.recording import CURVES, FLAGS, METRICS, SUMMARY, Recorder
+from jaxlocal import ConfigurationError, RoundFn
+from jaxlocal.data import make_batches
+from jaxlocal.models.supervised import evaluation_metrics
+from jaxlocal.training import Diverged, Evaluation, Step, run, schedule
+
+DIVERGED, INTERRUPTED = 1, 130  # exit statuses
+
+
+def train(config: Config) -> int:
+    """Run a config to its end, leaving its folder behind; returns the exit status."""
+    job = build_job(config)
+    if job.dataset is None or job.model is None:
+        raise ConfigurationError(
+            f"--parameters={config.parameters} is for experiments.plan; training needs a model"
+        )
+    next(schedule(job.rounds, job.ticks))
+    folder = Path(config.workdir) if config.workdir else default_workdir(config)
+    training, test = job.dataset.train(), job.dataset.test()
+    batches = make_batches(
+        config.partition, training["targets"], *job.layout.shape, config.batch_size, config.seed
+    )
+    round_fn = make_round_fn(job, training)
+    params, model_state = jax.jit(job.model.init)(jax.random.key(config.seed))
+    state = round_fn.init(params, jax.random.key(config.seed), model_state)
+    measure = Measure(job, round_fn, test)
+    recorder, display = Recorder(folder, config), Display(job.ticks)
+    status, why = 0, "finished"
+    try:
+        with display.live():
+            for step in run(round_fn, state, batches.indices, job.ticks, measure_every(job)):
+                line = measure(step) if step.due else None
+                if line:
+                    recorder.measured(line)
+                display.step(step, line)
+                if (
+                    line
+                    and config.stop_train_loss is not None
+                    and line["train_loss"] < config.stop_train_loss
+                ):
+                    why = f"training loss {line['train_loss']:.4g} < {config.stop_train_loss:g}"
+                    break
+    except Diverged as error:
+        status, why = DIVERGED, f"diverged: {error}"
+    except KeyboardInterrupt:
+        status, why = INTERRUPTED, "interrupted"
+    _leave(job, round_fn, recorder, display, measure, why)
+    return status
+
+
+class Measure:
+    """Turns a step that is due into a metrics line."""
+
+    def __init__(self, job: Job, round_fn: RoundFn, test: dict[str, np.ndarray]):
+        assert job.dataset is not None and job.model is not None
+        metrics = evaluation_metrics(job.model, job.dataset.normalize, job.dataset.classes)
+        wanted, have = job.config.train_eval_examples, job.dataset.train_examples
+        sample = np.random.default_rng(job.config.seed).permutation(have)[: wanted or have]
+        self._job, self._start = job, time.perf_counter()
+        self._train = Evaluation(round_fn, metrics, examples=np.sort(sample))
+        self._test = Evaluation(round_fn, metrics, test)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def __call__(self, step: Step) -> dict[str, Any]:
+        test = self._test(step.state)
+        return {
+            "tick": step.tick,
+            "round": step.round,
+            "wall_seconds": round(self.seconds, 3),
+            "train_loss": self._train(step.state)["loss"],
+            "eval_loss": test["loss"],
+            "eval_accuracy": test.get("accuracy"),
+            "learning_rate": self._job.learning_rate(max(0, step.tick - 1)),
+            "local_steps": step.local_steps,
+            "consensus_distance": step.distance,
+            "bits_workers": step.messages.workers,
+            "bits_hubs": step.messages.hubs,
+        }
+
+
+def _leave(
+    job: Job, round_fn: RoundFn, recorder: Recorder, display: Display, measure: Measure, why: str
+) -> None:
+    """Summary, picture and table of what was measured."""
+    folder, lines = recorder.folder, recorder.lines
+    last = lines[-1] if lines else {}
+    accuracies = [line["eval_accuracy"] for line in lines if line["eval_accuracy"] is not None]
+    summary = {
+        "ended": why,
+        **last,
+        "best_eval_accuracy": max(accuracies, default=None),
+        "total_seconds": round(measure.seconds, 3),
+        "method": job.config.method,
+        "period": job.rounds.period.description,
+        "dataset": job.config.dataset,
+        "model": job.config.model,
+        "hubs": job.layout.hubs,
+        "workers": job.layout.workers,
+        "zeta": job.zeta,
+        "devices": round_fn.mesh.size,
+        "backend": jax.default_backend(),
+        "versions": {"jaxlocal": jaxlocal.__version__, "jax": jax.__version__},
+        "flags": job.config.flag_lines(),
+    }
+    recorder.finish(summary)
+    what = f"{job.config.method} on {job.config.dataset}, {job.layout.workers} workers"
+    title = f"{what}, {job.rounds.period.description}"
+    if lines:
+        plot_curves(lines, folder / CURVES, title)
+        saved = last["tick"] / max(1, last["round"])
+        rows = [
+            ("ended", why),
+            (
+                "ticks, rounds",
+                f"{number(last['tick'])}, {number(last['round'])} ({saved:.1f} ticks a round)",
+            ),
+            ("train loss, test loss", f"{number(last['train_loss'])}, {number(last['eval_loss'])}"),
+            (
+                "test accuracy",
+                "—" if last["eval_accuracy"] is None else f"{last['eval_accuracy']:.4f}",
+            ),
+            (
+                "sent by a worker, by a hub",
+                f"{bits(last['bits_workers'])}, {bits(last['bits_hubs'])}",
+            ),
+            ("seconds", f"{measure.seconds:.1f}"),
+        ]
+        show_table(display.console, title, rows)
+    for name in (METRICS, SUMMARY, CURVES, FLAGS):
+        if (folder / name).exists():
+            display.say(str(folder / name))
+
+
+def main() -> None:
+    define_flags()
+    run_binary(train, __doc__ or "")
+
+
+if __name__ == "__main__":
+    main()
