@@ -236,6 +236,10 @@ def _check_numbers(config: Config) -> None:
         raise ConfigurationError(f"--momentum must be in [0, 1), got {config.momentum}")
     if not 0 <= config.weight_decay < math.inf:
         raise ConfigurationError(f"--weight_decay must be a number ≥ 0, got {config.weight_decay}")
+    if config.stop_train_loss is not None and not math.isfinite(config.stop_train_loss):
+        raise ConfigurationError(
+            f"--stop_train_loss must be a number, got {config.stop_train_loss}"
+        )
     if config.ticks is not None and config.warmup_ticks > config.ticks:
         raise ConfigurationError(
             f"a warm-up of {config.warmup_ticks} ticks is longer than the run of {config.ticks}"

@@ -37,6 +37,9 @@ class Display:
         with self._progress:
             yield
 
+    def say(self, sentence: str) -> None:
+        self.console.print(Text(sentence), soft_wrap=True)
+
     def step(self, step: Step, measured: dict[str, Any] | None) -> None:
         """The run has come this far."""
         if measured:

@@ -44,6 +44,11 @@ def train(config: Config) -> int:
     state = round_fn.init(params, jax.random.key(config.seed), model_state)
     measure = Measure(job, round_fn, test)
     recorder, display = Recorder(folder, config), Display(job.ticks)
+    if round_fn.mesh.size < jax.device_count():
+        display.say(
+            f"{job.layout.hubs} hubs × {job.layout.workers_per_hub} workers divide over "
+            f"{round_fn.mesh.size} of the {jax.device_count()} devices; the others stay idle"
+        )
     status, why = 0, "finished"
     try:
         with display.live():

@@ -19,9 +19,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ConfigurationError:
     "unknown method 'local_sdg'; did you mean 'local_sgd' or 'mll_sgd'? known: local_sgd, mll_sgd"
     """
     known = list(known)
-    matches = difflib.get_close_matches(name, known, n=2) or [
-        n for n in known if n.startswith(name)
-    ]
+    begins = [n for n in known if n.startswith(name)]
+    matches = difflib.get_close_matches(name, known, n=2) or begins
     near = " or ".join(map(repr, matches)) if name else ""
     hint = f"; did you mean {near}?" if near else ";"
     return ConfigurationError(f"unknown {what} {name!r}{hint} known: {', '.join(known)}")

@@ -11,7 +11,16 @@ from jax import lax
 
 from jaxlocal.errors import lookup
 from jaxlocal.types import Info, Messages, Mixer, Stage, Tree
-from jaxlocal.workers import GRADIENT, RATE, over_workers, spread, stream, vary, worker_map_for
+from jaxlocal.workers import (
+    GRADIENT,
+    RATE,
+    WORKER_MAPS,
+    over_workers,
+    spread,
+    stream,
+    vary,
+    worker_map_for,
+)
 
 GradFn = Callable[[Tree, Tree, Tree, jax.Array], tuple[Tree, Tree, dict[str, jax.Array]]]
 

@@ -23,6 +23,8 @@ STACKED, SINGLE = P(*AXES), P()
 # number.
 GRADIENT, RATE = 0, 1
 
+WORKER_MAPS: dict[str, Callable] = {"vmap": lambda fn, trees: jax.vmap(fn)(trees), "map": lax.map}
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -177,7 +179,7 @@ def over_workers(fn: Callable, mode: str) -> Callable:
     `vmap`: all at once, as one batched program. `map`: one after another in a loop, each with the
     speed and the memory of a model of its own. The results are the same.
     """
-    run = lookup("worker map", mode, {"vmap": lambda f, trees: jax.vmap(f)(trees), "map": lax.map})
+    run = lookup("worker map", mode, WORKER_MAPS)
 
     def mapped(*trees):
         d, n = jax.tree.leaves(trees)[0].shape[:2]
