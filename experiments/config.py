@@ -173,7 +173,7 @@ class Config:
         return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = FLAGS) -> None:
     """Register a flag for every field."""
     define: dict[type, Callable] = {
         int: flags.DEFINE_integer,
@@ -181,20 +181,20 @@ def define_flags() -> None:
         str: flags.DEFINE_string,
     }
     for field in dataclasses.fields(Config):
-        define[field.metadata["kind"]](field.name, field.default, field.metadata["help"])
+        kind, text = field.metadata["kind"], field.metadata["help"]
+        define[kind](field.name, field.default, text, flag_values=values)
 
 
-def from_flags() -> Config:
-    values: dict[str, Any] = {f.name: FLAGS[f.name].value for f in dataclasses.fields(Config)}
-    return Config(**values)
+def from_flags(values: flags.FlagValues = FLAGS) -> Config:
+    """The config that the flags hold."""
+    chosen: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Config)}
+    return Config(**chosen)
 
 
 def help_text(about: str) -> str:
     """The flags by groups."""
-    lines, group = (
-        [about.strip(), "", "Flags, of which --flagfile=FILE reads more from a file:"],
-        None,
-    )
+    lines = [about.strip(), "", "Flags, of which --flagfile=FILE reads more from a file:"]
+    group = None
     for field in dataclasses.fields(Config):
         if field.metadata["group"] != group:
             group = field.metadata["group"]

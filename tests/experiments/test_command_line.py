@@ -1,0 +1,141 @@
+"""The binaries as a user calls them: mistakes end in one sentence and exit status 2, and leave
+nothing behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.build import build_job
+from experiments.config import Config
+from jaxlocal import ConfigurationError
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(module, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "local_sdg"}, ["unknown method", "local_sgd"]),
+        ({"dataset": "minst"}, ["unknown dataset", "mnist"]),
+        ({"model": "resnet"}, ["unknown model", "resnet18_layer_norm"]),
+        ({"period": "quadratc"}, ["unknown period", "quadratic"]),
+        ({"optimizer": "adamv"}, ["unknown optimizer", "adamw"]),
+        ({"schedule": "cosin"}, ["unknown schedule", "cosine"]),
+        ({"partition": "sortd"}, ["unknown partition", "sorted"]),
+        ({"worker_map": "vmp"}, ["unknown worker map", "vmap"]),
+        ({"optimizer_state": "keeep"}, ["unknown optimizer state", "keep"]),
+        ({"rates": "slow"}, ["unknown rates", "slow_one"]),
+        ({"rates": "0.5,x"}, ["--rates=0.5,x", "numbers"]),
+        ({"rates": "0"}, ["(0, 1]", "got 0"]),
+        ({"rates": "1.5"}, ["(0, 1]", "got 1.5"]),
+        ({"rates": "0.5,0.5,0.5"}, ["3 rates", "8 workers"]),
+        ({"worker_weights": "-1"}, ["> 0", "-1"]),
+        ({"batch_size": 1000}, ["1000", "179"]),
+        ({"workers": 7, "hubs": 2, "method": "mll_sgd"}, ["7 workers", "2 hubs"]),
+        ({"hubs": 2}, ["local_sgd has no hubs", "--hubs=2"]),
+        ({"method": "mll_sgd", "hubs": 4, "hub_graph": "circle"}, ["unknown hub graph", "ring"]),
+        (
+            {"method": "mll_sgd", "hubs": 8, "hub_graph": "erdos_renyi:0.1:1"},
+            ["not connected", "parts"],
+        ),
+        ({"method": "mll_sgd", "hubs": 4, "period": "swap"}, ["swap", "τ = 4"]),
+        ({"method": "swap", "period": "constant"}, ["'swap'", "constant"]),
+        ({"method": "hl_sgd", "hubs": 4, "hub_graph": "ring"}, ["hl_sgd", "ring"]),
+        ({"method": "cooperative_sgd", "hubs": 2}, ["8 workers", "--hubs=2"]),
+        ({"ticks": 0}, ["--ticks", "got 0"]),
+        ({"ticks": 10, "rounds": 2}, ["--ticks or --rounds", "10 and 2"]),
+        ({"rounds": 2}, ["--rounds", "cosine"]),
+        ({"learning_rate": float("nan")}, ["--learning_rate", "nan"]),
+        ({"stop_train_loss": float("nan")}, ["--stop_train_loss", "nan"]),
+        ({"momentum": 1.0}, ["--momentum", "1.0"]),
+        ({"weight_decay": -1.0}, ["--weight_decay", "-1.0"]),
+        ({"warmup_ticks": 20, "ticks": 10}, ["20 ticks", "10"]),
+        ({"seed": -1}, ["--seed", "-1"]),
+        ({"period_coefficient": -1.0}, ["≥ 0", "-1"]),
+        ({"model": "linear"}, ["linear is a regression", "10 classes"]),
+        ({"dataset": "two_quadratics", "model": "mlp", "workers": 2, "batch_size": 1}, ["linear"]),
+        ({"dataset": "least_squares"}, ["mll_cnn"]),
+        ({"parameters": 10, "worker_weights": "data"}, ["--worker_weights=data", "--parameters"]),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence_before_anything_runs(changes, words):
+    with pytest.raises(ConfigurationError) as error:
+        build_job(Config(**changes))
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--method=local_sdg"], "unknown method"),
+        (["--no_such_flag=1"], "no_such_flag"),
+        (["--learning_rate=fast"], "learning_rate"),
+        (["stray"], "stray"),
+        (["--flagfile=no_such_file"], "no_such_file"),
+        (["--dataset=mnist", "--data_dir=nowhere"], "mnist is not prepared"),
+        (["--parameters=10"], "training needs a model"),
+        (["--method=mll_sgd", "--local_steps=16", "--ticks=100"], "96 or 112"),
+    ],
+)
+def test_a_mistake_ends_with_status_two_and_leaves_nothing(flags, words, tmp_path):
+    done = call("train", f"--workdir={tmp_path / 'run'}", *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_every_flag_in_groups():
+    done = call("train", "--help")
+    assert done.returncode == 0
+    for group in ("method:", "workers:", "data:", "model:", "optimizer:", "run:"):
+        assert f"\n{group}\n" in done.stdout
+    for name in Config.__dataclass_fields__:
+        assert f"--{name}:" in done.stdout
+
+
+def test_the_plan_prints_json_for_programs():
+    done = call("plan", "--format=json", "--ticks=100")
+    figures = json.loads(done.stdout)
+    assert done.returncode == 0 and figures["ticks"] == 100 and figures["rounds"] > 0
+    assert call("plan", "--format=jason").returncode == 2
+
+
+def test_flags_txt_runs_again_on_more_devices_with_the_same_numbers(tmp_path):
+    flags = ["--dataset=least_squares", "--model=linear", "--ticks=50", "--momentum=0"]
+    one = tmp_path / "one"
+    first = call("train", *flags, f"--workdir={one}", JAX_NUM_CPU_DEVICES="1")
+    assert first.returncode == 0, first.stderr
+    again = call(
+        "train",
+        f"--flagfile={one / 'flags.txt'}",
+        f"--workdir={tmp_path / 'four'}",
+        JAX_NUM_CPU_DEVICES="4",
+    )
+    assert again.returncode == 0, again.stderr
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "four")
+    ]
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours["tick"] == theirs["tick"]
+        # 50 ticks of SGD: float32 sums in another order
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
+    assert json.loads((tmp_path / "four" / "summary.json").read_text())["devices"] == 4

@@ -1,0 +1,103 @@
+"""The plan says what the run does, and the published communication volumes come out of it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import reference
+from absl import flags
+
+from experiments import config as command_line
+from experiments import train as binary
+from experiments.build import build_job
+from experiments.config import Config
+from experiments.plan import plan
+from experiments.recording import read_metrics
+
+PRESETS = Path(__file__).parents[2] / "experiments" / "presets"
+
+
+def preset(name, **changes):
+    values = flags.FlagValues()
+    command_line.define_flags(values)
+    values([name, f"--flagfile={PRESETS / name}"])
+    return dataclasses.replace(command_line.from_flags(values), **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "volume"),
+    [
+        # Gu et al., ICLR 2024: communication in per cent of data parallel, to their digits
+        ("qsr_vit_b.flags", {}, 10.4),
+        ("qsr_vit_b.flags", {"local_steps": 8}, 6.9),
+        ("qsr_resnet152.flags", {}, 20.1),
+        ("qsr_resnet152.flags", {"local_steps": 2, "period_coefficient": 0.2}, 39.7),
+        ("qsr_vit_b.flags", {"period": "constant"}, 25.0),
+    ],
+)
+def test_the_published_volumes_of_qsr(name, changes, volume):
+    figures = plan(build_job(preset(name, **changes)))
+    assert round(100 * figures["rounds"] / figures["ticks"], 1) == volume
+
+
+def test_the_vit_plan_equals_the_reference_rule_round_by_round():
+    figures = plan(build_job(preset("qsr_vit_b.flags")))
+    rate = reference.schedule("cosine", 0.008, 93_600, 10_000)
+    expected = reference.qsr_periods(rate, 93_600, 0.0175, 4, warmup_ticks=10_000)
+    lengths = [s["local_steps"] for s in figures["local_steps"] for _ in range(s["rounds"])]
+    assert lengths == expected
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine", "linear", "step", "cosine_step"])
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_schedules_equal_the_reference(kind, warmup):
+    config = Config(schedule=kind, warmup_ticks=warmup, ticks=90, learning_rate=0.4)
+    ours, theirs = build_job(config).learning_rate, reference.schedule(kind, 0.4, 90, warmup)
+    assert [ours(t) for t in range(91)] == pytest.approx([theirs(t) for t in range(91)], rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["local_sgd", "mll_sgd", "cooperative_sgd", "data_parallel"])
+def test_the_run_does_what_the_plan_says(method, tmp_path):
+    config = Config(
+        method=method,
+        dataset="least_squares",
+        model="linear",
+        workers=4,
+        hubs=2 if method == "mll_sgd" else 1,
+        hub_period=2,
+        batch_size=8,
+        ticks=48,
+        local_steps=4,
+        workdir=str(tmp_path / "run"),
+    )
+    figures = plan(build_job(config))
+    binary.train(config)
+    last = read_metrics(tmp_path / "run")[-1]
+    for name, planned in [("round", "rounds"), ("tick", "ticks")]:
+        assert last[name] == figures[planned]
+    assert last["bits_workers"] == figures["bits_workers"]
+    assert last["bits_hubs"] == figures["bits_hubs"]
+
+
+def test_the_default_coefficient_gives_h_base_at_the_peak():
+    for period, base in [("linear", 3), ("quadratic", 5), ("cubic", 7)]:
+        config = Config(schedule="constant", period=period, local_steps=base, ticks=70)
+        assert {s["local_steps"] for s in plan(build_job(config))["local_steps"][:-1]} <= {base}
+
+
+def test_rounds_count_ticks_where_h_does_not_follow_a_schedule():
+    config = Config(period="constant", local_steps=4, rounds=10)
+    assert plan(build_job(config))["ticks"] == 40
+    config = Config(method="post_local_sgd", switch_tick=5, local_steps=4, rounds=10)
+    assert plan(build_job(config))["ticks"] == 5 + 4 * 5
+
+
+def test_the_paper_graph_is_a_file_of_rows():
+    config = Config(
+        method="mll_sgd",
+        workers=20,
+        hubs=10,
+        batch_size=8,
+        hub_graph=str(PRESETS / "mll_ten_hubs.graph"),
+    )
+    assert 0 < plan(build_job(config))["zeta"] < 1

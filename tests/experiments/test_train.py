@@ -1,0 +1,211 @@
+"""A run from its flags to its folder: what is written, that it can be run again, and what stops
+it."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments import train as binary
+from experiments.build import build_job, make_round_fn
+from experiments.config import Config
+from experiments.recording import CURVES, FLAGS, METRICS, SUMMARY, read_metrics
+from jaxlocal import ConfigurationError
+
+SMALL = Config(
+    dataset="least_squares",
+    model="linear",
+    workers=4,
+    batch_size=8,
+    ticks=24,
+    local_steps=2,
+    momentum=0.0,
+    eval_every=6,
+)
+KEYS = [
+    *("tick", "round", "wall_seconds", "train_loss", "eval_loss", "eval_accuracy"),
+    *("learning_rate", "local_steps", "consensus_distance", "bits_workers", "bits_hubs"),
+]
+
+
+def run(config, folder):
+    status = binary.train(dataclasses.replace(config, workdir=str(folder)))
+    return status, read_metrics(folder)
+
+
+def without_time(lines):
+    return [{key: value for key, value in line.items() if key != "wall_seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small") / "run"
+    return folder, run(SMALL, folder)
+
+
+def test_a_run_leaves_its_four_files_and_a_line_per_measurement(small):
+    folder, (status, lines) = small
+    assert status == 0
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [METRICS, SUMMARY, CURVES, FLAGS]
+    )
+    assert [line["tick"] for line in lines] == [0, 6, 12, 18, 24]
+    assert all(list(line) == KEYS for line in lines)
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"] / 2
+    assert all(line["eval_accuracy"] is None for line in lines)
+    assert (folder / CURVES).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_counts_are_those_of_the_rounds(small):
+    _, (_, lines) = small
+    model_bits = 32 * 32  # 32 float32 parameters
+    for line in lines:
+        assert line["bits_workers"] == line["round"] * model_bits
+        assert line["bits_hubs"] == 0
+    assert lines[0]["round"] == 0 and lines[0]["consensus_distance"] == 0
+
+
+def test_the_summary_tells_how_it_ended(small):
+    folder, (_, lines) = small
+    summary = json.loads((folder / SUMMARY).read_text())
+    assert summary["ended"] == "finished"
+    assert summary["train_loss"] == lines[-1]["train_loss"]
+    assert summary["flags"] == (folder / FLAGS).read_text().splitlines()
+
+
+def test_the_same_flags_give_the_same_numbers(small, tmp_path):
+    _, (_, lines) = small
+    assert without_time(run(SMALL, tmp_path / "again")[1]) == without_time(lines)
+
+
+def test_another_seed_gives_other_numbers(small, tmp_path):
+    _, (_, lines) = small
+    other = run(dataclasses.replace(SMALL, seed=1), tmp_path / "other")[1]
+    assert other[-1]["train_loss"] != lines[-1]["train_loss"]
+
+
+def test_measuring_does_not_change_the_run(small, tmp_path):
+    _, (_, lines) = small
+    rare = run(dataclasses.replace(SMALL, eval_every=24), tmp_path / "rare")[1]
+    assert rare[-1]["train_loss"] == lines[-1]["train_loss"]
+
+
+def test_a_folder_of_other_flags_is_left_alone(small):
+    folder, (_, lines) = small
+    with pytest.raises(ConfigurationError, match="other flags.*--batch_size=4.*--batch_size=8"):
+        run(dataclasses.replace(SMALL, batch_size=4), folder)
+    assert read_metrics(folder) == lines
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / METRICS).write_text("mine\n")
+    with pytest.raises(ConfigurationError, match="not a run"):
+        run(SMALL, tmp_path)
+    assert (tmp_path / METRICS).read_text() == "mine\n"
+
+
+def test_a_workdir_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="is a file"):
+        run(SMALL, tmp_path / "file")
+
+
+def test_training_stops_at_the_asked_loss(tmp_path):
+    config = dataclasses.replace(SMALL, stop_train_loss=0.2, eval_every=1)
+    status, lines = run(config, tmp_path / "run")
+    assert status == 0
+    assert lines[-1]["train_loss"] < 0.2 <= lines[-2]["train_loss"]
+    assert "training loss" in json.loads((tmp_path / "run" / SUMMARY).read_text())["ended"]
+
+
+def test_divergence_ends_the_run_and_keeps_what_was_measured(tmp_path):
+    config = dataclasses.replace(SMALL, learning_rate=1e9, schedule="constant", ticks=60)
+    status, lines = run(config, tmp_path / "run")
+    ended = json.loads((tmp_path / "run" / SUMMARY).read_text())["ended"]
+    assert status == binary.DIVERGED
+    assert lines[0]["tick"] == 0 and all(math.isfinite(line["train_loss"]) for line in lines)
+    assert "worker" in ended and "tick" in ended
+    assert (tmp_path / "run" / CURVES).exists()
+
+
+def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
+    measure = binary.Measure.__call__
+
+    def interrupted(self, step):
+        if step.tick >= 12:
+            raise KeyboardInterrupt
+        return measure(self, step)
+
+    monkeypatch.setattr(binary.Measure, "__call__", interrupted)
+    status, lines = run(SMALL, tmp_path / "run")
+    assert status == binary.INTERRUPTED
+    assert [line["tick"] for line in lines] == [0, 6]
+    assert json.loads((tmp_path / "run" / SUMMARY).read_text())["ended"] == "interrupted"
+
+
+def test_the_training_loss_may_be_over_a_fixed_sample(tmp_path):
+    config = dataclasses.replace(SMALL, train_eval_examples=10)
+    lines = run(config, tmp_path / "run")[1]
+    job = build_job(config)
+    examples = job.dataset.train()
+    sample = np.random.default_rng(0).permutation(job.dataset.train_examples)[:10]
+    loss = 0.5 * np.mean(
+        examples["targets"][sample].astype(np.float64) ** 2
+    )  # the model starts at 0
+    np.testing.assert_allclose(lines[0]["train_loss"], loss, rtol=1e-6)
+
+
+def test_two_quadratics_follow_their_closed_form(tmp_path):
+    """F(x_R) at R = 100, K = 4, η = 0.1; methods of Qin, Etesami, Uribe, TMLR 2024."""
+    rounds, local_steps, rate = 100, 4, 0.1
+    config = Config(
+        dataset="two_quadratics:100",
+        model="linear",
+        partition="sorted",
+        workers=2,
+        batch_size=1,
+        period="constant",
+        local_steps=local_steps,
+        rounds=rounds,
+        momentum=0.0,
+        learning_rate=rate,
+        schedule="constant",
+        eval_every=400,
+    )
+    lines = run(config, tmp_path / "run")[1]
+    gap = 1 / (rounds + 0.5)
+    shrink = 1 - (1 - (1 - rate) ** local_steps) * gap / 2
+    np.testing.assert_allclose(lines[-1]["train_loss"], gap / 4 * shrink ** (2 * rounds), rtol=1e-3)
+
+
+def test_every_method_trains(tmp_path):
+    for method in (
+        "data_parallel",
+        "post_local_sgd",
+        "swap",
+        "mll_sgd",
+        "hl_sgd",
+        "cooperative_sgd",
+    ):
+        hubs = 2 if method in ("mll_sgd", "hl_sgd") else 1
+        config = dataclasses.replace(
+            SMALL, method=method, hubs=hubs, rates="0.9,1" if hubs == 2 else "0.9"
+        )
+        status, lines = run(config, tmp_path / method)
+        assert status == 0 and lines[-1]["train_loss"] < lines[0]["train_loss"], method
+
+
+def test_weights_can_follow_the_data():
+    config = dataclasses.replace(
+        SMALL, partition="unequal:0.1,0.2,0.3,0.4", worker_weights="data", batch_size=4
+    )
+    weight = build_job(config).layout.weight
+    np.testing.assert_allclose(
+        weight, [[0.1, 0.2, 0.3, 0.4]], atol=1e-3
+    )  # shards are whole examples
+
+
+def test_index_batches_stay_small():
+    assert make_round_fn(build_job(SMALL)).chunks(10_000).__next__() == 256
