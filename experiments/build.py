@@ -27,7 +27,7 @@ from jaxlocal.models import Model, build, outputs_for
 from jaxlocal.models.supervised import training_loss
 from jaxlocal.types import Period, Rounds
 
-MEASUREMENTS = 40
+MEASUREMENTS = 25
 NETWORKED = (*HUB_METHODS, "cooperative_sgd")
 CHUNK_TICKS, CHUNK_BYTES = 256, 64 << 20  # the most that is dispatched at once, of index batches
 

@@ -155,7 +155,7 @@ class Config:
     eval_every: int | None = _flag(
         "run",
         None,
-        "Ticks between measurements; 0: at the end of every round. By default about 40 a run.",
+        "Ticks between measurements; 0: at the end of every round. By default about 25 a run.",
         int,
     )
     seed: int = _flag("run", 0, "Seeds the model, the data order and the workers' rates.")

@@ -31,9 +31,17 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def _losses(axis: Any, x: list[float], lines: list[dict[str, Any]], label: str) -> None:
-    for key, name in (("train_loss", "train"), ("eval_loss", "test")):
-        axis.plot(x, [_number(line[key]) for line in lines], marker=".", markersize=4, label=name)
-    axis.set(xlabel=label, ylabel="loss of the average model", yscale="log")
+    values = {
+        name: [_number(line[key]) for line in lines]
+        for key, name in (("train_loss", "train"), ("eval_loss", "test"))
+    }
+    for name, losses in values.items():
+        axis.plot(x, losses, marker=_marker(lines), markersize=4, label=name)
+    positive = [v for losses in values.values() for v in losses if v > 0]
+    decades = len(positive) > 1 and max(positive) > 10 * min(positive)
+    axis.set(
+        xlabel=label, ylabel="loss of the average model", yscale="log" if decades else "linear"
+    )
     axis.legend()
     axis.grid(alpha=0.3)
 
@@ -52,14 +60,15 @@ def _accuracy(axis: Any, x: list[float], lines: list[dict[str, Any]], label: str
             transform=axis.transAxes,
         )
     else:
-        axis.plot(x, values, marker=".", markersize=4, color="tab:green")
+        axis.plot(x, values, marker=_marker(lines), markersize=4, color="tab:green")
 
 
 def _local_steps(axis: Any, ticks: list[int], lines: list[dict[str, Any]]) -> None:
     axis.step(
         ticks, [line["local_steps"] for line in lines], where="pre", color="tab:purple", label="H"
     )
-    axis.set(xlabel="ticks", ylabel="H, ticks of a round", ylim=(0, None))
+    axis.set(xlabel="ticks", ylabel="H, ticks of a round")
+    axis.set_ylim(0, 1.15 * max(line["local_steps"] for line in lines))  # above a constant η
     axis.grid(alpha=0.3)
     right = axis.twinx()
     right.plot(
@@ -72,9 +81,14 @@ def _local_steps(axis: Any, ticks: list[int], lines: list[dict[str, Any]]) -> No
 
 def _distance(axis: Any, ticks: list[int], lines: list[dict[str, Any]]) -> None:
     values = [_number(line["consensus_distance"]) for line in lines]
-    axis.plot(ticks, values, marker=".", markersize=4, color="tab:red")
+    axis.plot(ticks, values, marker=_marker(lines), markersize=4, color="tab:red")
     axis.set(xlabel="ticks", ylabel="consensus distance before averaging", ylim=(0, None))
     axis.grid(alpha=0.3)
+
+
+def _marker(lines: list[dict[str, Any]]) -> str:
+    """Dots where there are few enough to be told apart."""
+    return "." if len(lines) <= 60 else ""
 
 
 def _number(value: float | None) -> float:

@@ -5,6 +5,7 @@ scikit-learn's digits. `python -m experiments.plan` takes the same flags and say
 run would do and say.
 """
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def train(config: Config) -> int:
     except KeyboardInterrupt:
         status, why = INTERRUPTED, "interrupted"
     _leave(job, round_fn, recorder, display, measure, why)
+    if status:
+        print(f"error: {why}", file=sys.stderr)
     return status
 
 

@@ -16,7 +16,7 @@ import optax
 from jaxlocal import mixing, periods, topology
 from jaxlocal.compose import repeat, sequence
 from jaxlocal.local import GradFn, tick
-from jaxlocal.syncing import nothing, sync
+from jaxlocal.syncing import NOTHING, sync
 from jaxlocal.types import Period, Rounds
 from jaxlocal.workers import Layout
 
@@ -27,7 +27,7 @@ def data_parallel(grad_fn: GradFn, optimizer: optax.GradientTransformation, **op
     every tick:  g ← Σ a_i g_i;  x ← optimizer(x, g), the same on every worker
     """
     step = tick(grad_fn, optimizer, gradient_mixer=mixing.mean(), **options)
-    return Rounds(step, nothing(), optimizer, periods.constant(1))
+    return Rounds(step, NOTHING, optimizer, periods.constant(1))
 
 
 def local_sgd(

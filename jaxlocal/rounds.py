@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlocal import workers
 from jaxlocal.compose import repeat
 from jaxlocal.errors import ConfigurationError
+from jaxlocal.syncing import NOTHING
 from jaxlocal.types import Info, Memory, Messages, Rounds, Stage, TrainState, Tree, World
 from jaxlocal.workers import AXES, SINGLE, STACKED, Layout
 
@@ -27,7 +28,7 @@ class RoundFn:
 
     The batches' leaves are [H, hubs, workers_per_hub, ...]; their H, a multiple of `inner.ticks`,
     is the length of the round. H may change from round to round: the round runs in chunks of powers
-    of two, so that all H up to some H_max take ⌈log₂ H_max⌉ + 2 compilations at most. The state is
+    of four, so that all H up to some H_max take ⌊log₄ H_max⌋ + 2 compilations at most. The state is
     donated: use the one that comes back.
 
     Args:
@@ -40,13 +41,13 @@ class RoundFn:
       max_chunk: the most ticks that are dispatched at once; bounds the memory for batches.
 
     >>> import jaxlocal, optax
-    >>> method = jaxlocal.local_sgd(jaxlocal.gradients(lambda w, batch, key: (w - batch) ** 2),
-    optax.sgd(0.25))
+    >>> grad_fn = jaxlocal.gradients(lambda w, batch, key: (w - batch) ** 2)
+    >>> method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.25))
     >>> round_fn = jaxlocal.RoundFn(method, Layout(workers_per_hub=2))
     >>> state = round_fn.init(jnp.zeros(()), jax.random.key(0))
-    >>> state, info = round_fn(state, jnp.ones((2, 1, 2)))  # two ticks, one hub, two workers
+    >>> state, info = round_fn(state, jnp.ones((4, 1, 2)))  # four ticks, one hub, two workers
     >>> state.params, info.worker["loss"][:, 0, 0]
-    (Array([[0.75, 0.75]], dtype=float32), Array([1.  , 0.25], dtype=float32))
+    (Array([[0.9375, 0.9375]], dtype=float32), Array([1. , 0.25 , 0.0625 , 0.015625], dtype=float32))
     """
 
     def __init__(
@@ -80,8 +81,7 @@ class RoundFn:
         return self._init(params, {} if model_state is None else model_state, key)
 
     def shapes(self, params: Tree, model_state: Tree = None) -> TrainState:
-        """The shapes of the state that `init` makes, of parameters or their shapes; allocates
-        nothing."""
+        """The shapes of the state that `init` makes, of parameters or their shapes."""
         model_state = {} if model_state is None else model_state
         return self._init.eval_shape(params, model_state, jax.random.key(0))
 
@@ -116,8 +116,7 @@ class RoundFn:
         return state, Info({**info.worker, **last.worker}, {**info.common, **last.common})
 
     def local_steps(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
-        """Some ticks of a round without what ends it; a round may be cut anywhere between two
-        inner stages."""
+        """Some ticks of a round without what ends it; cut anywhere between two inner stages."""
         ticks, infos, start = self._ticks_of(batches), [], 0
         for size in self.chunks(ticks):
             part = jax.tree.map(lambda b, a=start, n=size: b[a : a + n], batches)
@@ -130,39 +129,42 @@ class RoundFn:
 
     def end_round(self, state: TrainState) -> tuple[TrainState, Info]:
         """What ends a round."""
+        if self.rounds.outer is NOTHING:
+            return state, Info()
         return self._program("outer", state)(state, (), self.world)
 
     def chunks(self, ticks: int) -> Iterator[int]:
-        """The sizes, in ticks, in which so many ticks are dispatched: descending powers of two
-        of inner stages."""
-        times = ticks // self.rounds.inner.ticks
-        largest = 1 << (self._most.bit_length() - 1)
+        """The sizes, in ticks, in which so many ticks are dispatched: descending powers of four.
+
+        Powers of inner stages. A dispatch costs little and a compilation much: fours, not twos.
+        """
+        times, size = ticks // self.rounds.inner.ticks, 1
+        while 4 * size <= min(times, self._most):
+            size *= 4
         while times:
-            size = min(largest, 1 << (times.bit_length() - 1))
+            while size > times:
+                size //= 4
             yield size * self.rounds.inner.ticks
             times -= size
 
     def mean(self, state: TrainState) -> tuple[Tree, Tree]:
         """The average model u = Σ a_i x_i, and the average model state; leaves [...]."""
-        return self._measure("mean", workers.mean, P())(
-            (state.params, state.model_state), self.world
-        )
+        return self._measure(workers.mean)((state.params, state.model_state), self.world)
 
     def consensus_distance(self, state: TrainState) -> jax.Array:
         """√(Σ a_i ‖x_i − u‖²) of the workers' models now."""
-        return self._measure("distance", workers.consensus_distance, P())(state.params, self.world)
+        return self._measure(workers.consensus_distance)(state.params, self.world)
 
     def traffic(self, state: TrainState) -> tuple[Messages, Messages]:
         """The messages of one inner stage and of one round's end; a state or its shapes."""
-        return self.rounds.inner.traffic(state, self.layout), self.rounds.outer.traffic(
-            state, self.layout
-        )
+        inner, outer = self.rounds.inner, self.rounds.outer
+        return inner.traffic(state, self.layout), outer.traffic(state, self.layout)
 
-    def _measure(self, name: str, fn: Any, spec: P):
-        if name not in self._programs:
-            mapped = jax.shard_map(fn, mesh=self.mesh, in_specs=(STACKED, WORLD), out_specs=spec)
-            self._programs[name] = jax.jit(mapped)
-        return self._programs[name]
+    def _measure(self, fn: Any):
+        if fn not in self._programs:
+            mapped = jax.shard_map(fn, mesh=self.mesh, in_specs=(STACKED, WORLD), out_specs=P())
+            self._programs[fn] = jax.jit(mapped)
+        return self._programs[fn]
 
     def _program(self, which: int | str, state: TrainState):
         if which not in self._programs:
@@ -216,6 +218,7 @@ def _compile(stage: Stage, mesh: Mesh, specs: TrainState, part: int):
 
 
 def _concatenate(infos: Sequence[Info]) -> Info:
+    """One report of several chunks; joined on the host, where it takes no compilation."""
     if len(infos) == 1:
         return infos[0]
     return jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts]), *infos)

@@ -9,6 +9,14 @@ from jaxlocal.local import bits
 from jaxlocal.types import Info, Messages, Mixer, Stage
 from jaxlocal.workers import AXES, over_workers, spread, vary
 
+# The end of a round at which nobody says anything.
+NOTHING = Stage(
+    init=lambda state: (),
+    apply=lambda state, memory, batches, world: (state, memory, Info()),
+    ticks=0,
+    traffic=lambda state, layout: Messages(),
+)
+
 OPTIMIZER_STATES = ("keep", "average", "reset")
 
 
@@ -49,17 +57,6 @@ def sync(
         return said
 
     return Stage(lambda state: (), apply, 0, traffic)
-
-
-def nothing() -> Stage:
-    """The end of a round at which nobody says anything."""
-    return Stage(
-        lambda state: (), lambda state, memory, batches, world: (state, memory, Info()), 0, _silence
-    )
-
-
-def _silence(state, layout):
-    return Messages()
 
 
 def _keep(state, mixer, optimizer, world):
