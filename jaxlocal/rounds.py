@@ -47,7 +47,8 @@ class RoundFn:
     >>> state = round_fn.init(jnp.zeros(()), jax.random.key(0))
     >>> state, info = round_fn(state, jnp.ones((4, 1, 2)))  # four ticks, one hub, two workers
     >>> state.params, info.worker["loss"][:, 0, 0]
-    (Array([[0.9375, 0.9375]], dtype=float32), Array([1. , 0.25 , 0.0625 , 0.015625], dtype=float32))
+    (Array([[0.9375, 0.9375]], dtype=float32),
+     Array([1. , 0.25 , 0.0625 , 0.015625], dtype=float32))
     """
 
     def __init__(
