@@ -51,7 +51,7 @@ class Display:
 
     def _describe(self, step: Step) -> str:
         accuracy = "" if self._accuracy is None else f" acc {self._accuracy:.3f}"
-        saved = f" said 1/{step.tick / step.round:.1f}" if step.round else ""
+        saved = f" saved {1 - step.round / step.tick:.0%}" if step.round else ""
         loss = f" loss {step.loss:.4f}" if step.loss == step.loss else ""
         place = f"round {step.round} tick {step.tick}/{self._ticks}"
         return f"{place}{loss}{accuracy} H {step.local_steps}{saved}"

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Info, Messages, Stage, Tree
 
 
@@ -12,6 +13,8 @@ def repeat(stage: Stage, times: int) -> Stage:
 
     However a number of times is split, the bits are the same.
     """
+    if times < 1:
+        raise ConfigurationError(f"a stage must be repeated at least once, got {times}")
 
     def apply(state, memory, batches, world):
         split = jax.tree.map(lambda b: b.reshape((times, stage.ticks) + b.shape[1:]), batches)

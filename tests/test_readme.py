@@ -1,0 +1,27 @@
+"""The README's own program, as it stands there, and what it promises of it."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+PROGRAM = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+
+
+def test_the_program_of_the_readme_finds_its_target(capsys):
+    names = {}
+    exec(compile(PROGRAM, "README.md", "exec"), names)
+    np.testing.assert_allclose(names["params"]["w"], names["target"], atol=1e-2)
+    assert names["info"].worker["loss"].shape == (16, 1, 8)
+    assert "(16, 1, 8)" in capsys.readouterr().out
+
+
+def test_the_program_is_a_loop_of_fifteen_lines():
+    body = PROGRAM[PROGRAM.index("def loss") :]
+    assert len([line for line in body.splitlines() if line.strip()]) <= 15
+
+
+def test_the_two_commands_are_there_for_ci():
+    for extra, command in [("experiments", "python -m experiments.train"), ("test", "pytest")]:
+        assert f"\npip install -e '.[{extra}]' && {command}\n" in README
