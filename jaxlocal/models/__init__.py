@@ -1,0 +1,55 @@
+"""The models of the papers, by name, and the adapter for a user's own.
+
+A model is a pair of pure functions, `Model(init, apply)`. To train a Flax module of your own, give
+`from_nnx` a function that builds it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from jaxlocal.errors import ConfigurationError, lookup
+from jaxlocal.models import mll_cnn, resnet, simple
+from jaxlocal.models.adapters import Model, from_nnx
+
+__all__ = ["MODELS", "Model", "build", "from_nnx", "outputs_for"]
+
+MODELS: dict[str, Callable[[tuple[int, ...], int], Model]] = {
+    "logistic": simple.logistic,
+    "linear": simple.linear,
+    "mlp": simple.mlp,
+    "mll_cnn": mll_cnn.mll_cnn,
+    "resnet18_layer_norm": partial(resnet.resnet18, norm="layer"),
+    "resnet18_group_norm": partial(resnet.resnet18, norm="group"),
+}
+
+
+def build(name: str, input_shape: tuple[int, ...], outputs: int) -> Model:
+    """The model of that name.
+
+    Args:
+      name: a key of `MODELS`.
+      input_shape: the shape of one example, `(features,)` or `(height, width, channels)`.
+      outputs: number of logits, so outputs have shape `[batch, outputs]`; with 1, `[batch]`.
+
+    Raises:
+      ConfigurationError: an unknown name, no outputs, or examples of a shape the model cannot take.
+
+    >>> import jax
+    >>> model = build("mll_cnn", (28, 28, 1), outputs=62)
+    >>> params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+    >>> params["logits"]["kernel"].shape, model_state
+    ((100, 62), {})
+    """
+    make = lookup("model", name, MODELS)
+    if outputs < 1:
+        raise ConfigurationError(f"{name} needs 1 output or more, and {outputs} were asked for")
+    return make(tuple(input_shape), outputs)
+
+
+def outputs_for(classes: int) -> int:
+    """How many logits tell so many classes apart: one for two classes, otherwise one a class.
+
+    >>> outputs_for(2), outputs_for(10)
+    (1, 10)
+    """
+    return 1 if classes == 2 else classes

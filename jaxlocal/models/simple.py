@@ -1,0 +1,75 @@
+"""Models for any input: linear and logistic regression, and a small perceptron."""
+
+import math
+
+import jax
+from flax import nnx
+
+from jaxlocal.errors import ConfigurationError
+from jaxlocal.models.adapters import Model, from_nnx
+from jaxlocal.models.layers import Logits
+
+HIDDEN = 128
+
+
+class Flat(nnx.Module):
+    """One linear map of the flattened input, started at zero."""
+
+    def __init__(self, features: int, outputs: int, use_bias: bool, rngs: nnx.Rngs) -> None:
+        zero = nnx.initializers.zeros_init()
+        self.map = Logits(features, outputs, use_bias=use_bias, kernel_init=zero, rngs=rngs)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return self.map(inputs.reshape(inputs.shape[0], -1))
+
+
+class Perceptron(nnx.Module):
+    """The flattened input through two hidden layers with relu."""
+
+    def __init__(self, features: int, outputs: int, rngs: nnx.Rngs) -> None:
+        self.first = nnx.Linear(features, HIDDEN, rngs=rngs)
+        self.second = nnx.Linear(HIDDEN, HIDDEN, rngs=rngs)
+        self.logits = Logits(HIDDEN, outputs, rngs=rngs)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        hidden = nnx.relu(self.first(inputs.reshape(inputs.shape[0], -1)))
+        return self.logits(nnx.relu(self.second(hidden)))
+
+
+def logistic(input_shape: tuple[int, ...], outputs: int) -> Model:
+    """Logistic regression with a bias, started at zero; softmax regression for several outputs.
+
+    Args:
+      input_shape: the shape of one example, of any rank.
+      outputs: number of logits; with 1, outputs have shape `[batch]`.
+
+    >>> params, _ = logistic((28, 28, 1), 1).init(jax.random.key(0))
+    >>> params["map"]["kernel"].shape
+    (784, 1)
+    """
+    return from_nnx(lambda rngs: Flat(math.prod(input_shape), outputs, True, rngs))
+
+
+def linear(input_shape: tuple[int, ...], outputs: int = 1) -> Model:
+    """Linear regression without a bias, started at zero; outputs have shape `[batch]`.
+
+    Args:
+      input_shape: the shape of one example, of any rank.
+      outputs: 1.
+
+    Raises:
+      ConfigurationError: more outputs than one were asked for.
+    """
+    if outputs != 1:
+        raise ConfigurationError(f"linear regression has 1 output, and {outputs} were asked for")
+    return from_nnx(lambda rngs: Flat(math.prod(input_shape), 1, False, rngs))
+
+
+def mlp(input_shape: tuple[int, ...], outputs: int) -> Model:
+    """A perceptron with two hidden layers of 128 units and relu.
+
+    Args:
+      input_shape: the shape of one example, of any rank.
+      outputs: number of logits; with 1, outputs have shape `[batch]`.
+    """
+    return from_nnx(lambda rngs: Perceptron(math.prod(input_shape), outputs, rngs))

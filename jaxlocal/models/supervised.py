@@ -1,0 +1,68 @@
+"""From a model and a dataset to what training asks for: a loss to differentiate, and metrics of
+examples."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlocal.models.adapters import Model
+
+Tree = Any
+
+
+def example_metrics(outputs: jax.Array, targets: jax.Array, classes: int) -> dict[str, jax.Array]:
+    """Loss, and for classes accuracy, of each example.
+
+    Args:
+      outputs: logits [batch, classes], [batch] for two classes, or predictions [batch].
+      targets: [batch], classes or values.
+      classes: 0 for regression, whose loss is half the squared error; for two classes with one
+        logit the sigmoid cross-entropy, otherwise the softmax cross-entropy.
+
+    >>> example_metrics(jnp.array([2.0]), jnp.array([1.0]), classes=0)["loss"]
+    Array([0.5], dtype=float32)
+    """
+    outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    if classes == 0:
+        return {"loss": optax.l2_loss(outputs, targets)}
+    if outputs.ndim == 1:
+        loss = optax.sigmoid_binary_cross_entropy(outputs, targets)
+        return {"loss": loss, "accuracy": (outputs > 0) == (targets == 1)}
+    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
+    return {"loss": loss, "accuracy": outputs.argmax(-1) == targets}
+
+
+def training_loss(
+    model: Model, normalize: Callable[[jax.Array], jax.Array], classes: int
+) -> Callable:
+    """The loss for `jaxlocal.gradients(..., stateful=True)`: the mean over a batch's examples.
+
+    Args:
+      model: what gives the outputs.
+      normalize: from stored inputs (uint8 images, say) to what enters the model; it runs in the
+        tick, so that what is stored and moved stays small.
+      classes: see `example_metrics`. Batches are {"inputs": [batch, ...], "targets": [batch]}.
+    """
+
+    def loss(params: Tree, model_state: Tree, batch: Tree, key: jax.Array):
+        inputs = normalize(batch["inputs"])
+        outputs, model_state = model.apply(params, model_state, inputs, key, True)
+        values = example_metrics(outputs, batch["targets"], classes)["loss"]
+        return values.mean(), (model_state, {})
+
+    return loss
+
+
+def evaluation_metrics(
+    model: Model, normalize: Callable[[jax.Array], jax.Array], classes: int
+) -> Callable[[Tree, Tree, Tree], dict[str, jax.Array]]:
+    """The metrics for `jaxlocal.training.Evaluation`: `example_metrics` of the model at rest."""
+
+    def metrics(params: Tree, model_state: Tree, batch: Tree) -> dict[str, jax.Array]:
+        outputs, _ = model.apply(params, model_state, normalize(batch["inputs"]), None, False)
+        return example_metrics(outputs, batch["targets"], classes)
+
+    return metrics
