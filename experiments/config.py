@@ -13,7 +13,7 @@ from absl.flags import FLAGS
 
 from jaxlocal import ConfigurationError
 
-USAGE = 2  # exit status of a user's mistake
+FAILED, USAGE = 1, 2  # exit statuses: what the machine or the training did, a user's mistake
 
 
 def _flag(group: str, default: Any, text: str, kind: type | None = None) -> Any:
@@ -232,6 +232,9 @@ def run_binary(main: Callable[[Config], int | None], about: str) -> None:
             return main(from_flags())
         except ConfigurationError as error:
             fail(str(error))
+        except OSError as error:
+            print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+            return FAILED
 
     app.run(guarded, flags_parser=parse)
 

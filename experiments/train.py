@@ -15,7 +15,7 @@ import numpy as np
 
 import jaxlocal
 from experiments.build import Job, build_job, make_round_fn, measure_every
-from experiments.config import Config, default_workdir, define_flags, run_binary
+from experiments.config import FAILED, Config, default_workdir, define_flags, run_binary
 from experiments.display import Display, bits, number, show_table
 from experiments.plots import plot_curves
 from experiments.recording import CURVES, FLAGS, METRICS, SUMMARY, Recorder
@@ -24,7 +24,7 @@ from jaxlocal.data import make_batches
 from jaxlocal.models.supervised import evaluation_metrics
 from jaxlocal.training import Diverged, Evaluation, Step, run, schedule
 
-DIVERGED, INTERRUPTED = 1, 130  # exit statuses
+INTERRUPTED = 130  # exit status
 
 
 def train(config: Config) -> int:
@@ -66,7 +66,7 @@ def train(config: Config) -> int:
                     why = f"training loss {line['train_loss']:.4g} < {config.stop_train_loss:g}"
                     break
     except Diverged as error:
-        status, why = DIVERGED, f"diverged: {error}"
+        status, why = FAILED, f"diverged: {error}"
     except KeyboardInterrupt:
         status, why = INTERRUPTED, "interrupted"
     _leave(job, round_fn, recorder, display, measure, why)

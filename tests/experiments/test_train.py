@@ -10,7 +10,7 @@ import pytest
 
 from experiments import train as binary
 from experiments.build import build_job, make_round_fn
-from experiments.config import Config
+from experiments.config import FAILED, Config
 from experiments.recording import CURVES, FLAGS, METRICS, SUMMARY, read_metrics
 from jaxlocal import ConfigurationError
 
@@ -124,7 +124,7 @@ def test_divergence_ends_the_run_and_keeps_what_was_measured(tmp_path):
     config = dataclasses.replace(SMALL, learning_rate=1e9, schedule="constant", ticks=60)
     status, lines = run(config, tmp_path / "run")
     ended = json.loads((tmp_path / "run" / SUMMARY).read_text())["ended"]
-    assert status == binary.DIVERGED
+    assert status == FAILED
     assert lines[0]["tick"] == 0 and all(math.isfinite(line["train_loss"]) for line in lines)
     assert "worker" in ended and "tick" in ended
     assert (tmp_path / "run" / CURVES).exists()
