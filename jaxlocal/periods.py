@@ -52,8 +52,9 @@ def power(
       warmup_ticks: length of the warm-up.
       multiple: H is rounded down to a multiple of it (τ on hubs), which must divide H_base.
 
-    >>> list(lengths(power(lambda tick: 0.1 / (1 + tick), 0.2, base=1, exponent=2),
-    total_ticks=200)) [4, 100, 96]
+    >>> falling = lambda tick: 0.1 / (1 + tick)
+    >>> list(lengths(power(falling, 0.2, base=1, exponent=2), total_ticks=200))
+    [4, 100, 96]
     """
     _at_least_one("H_base", base)
     if not (np.isfinite(coefficient) and coefficient >= 0):
