@@ -1,0 +1,23 @@
+"""Counts what JAX compiles, by its monitoring events: a jitted function's cache over-counts."""
+
+import contextlib
+
+import jax
+
+_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@contextlib.contextmanager
+def counted():
+    """A list that gains the name of every program that is compiled inside the block."""
+    names: list[str] = []
+
+    def listen(event, duration, **details):
+        if event == _EVENT:
+            names.append(details.get("fun_name", "?"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

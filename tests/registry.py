@@ -1,0 +1,142 @@
+"""Every method, with more than one optimizer, on the layout that it needs: what contract tests
+range over. A method that is missing here fails `test_every_method_is_in_the_registry`.
+
+The problem has all that a state can hold: two dtypes among the parameters, a model state with an
+integer in it, noise by key, unequal weights, workers that skip ticks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxlocal
+from jaxlocal import Layout, mixing, topology
+from jaxlocal.local import tick
+from jaxlocal.types import Info, Memory, Rounds, Stage
+from jaxlocal.workers import spread
+
+BATCH = 4
+
+
+def layout(hubs: int, workers_per_hub: int) -> Layout:
+    workers = hubs * workers_per_hub
+    weights = 1 + np.arange(workers) % 3
+    return Layout(hubs, workers_per_hub, weights, rates=np.where(np.arange(workers) % 2, 0.5, 1.0))
+
+
+def matrix(graph: str, of: Layout) -> np.ndarray:
+    return topology.mixing_matrix(topology.hub_graph(graph, of.hubs), of.hub_weight)
+
+
+def outer_step(mixer, optimizer) -> Stage:
+    """What a user may write: the anchor takes an optax step on anchor − mean, and workers restart
+    from it (SlowMo, DiLoCo)."""
+
+    def init(state):
+        return Memory(single=optimizer.init(state.anchor))
+
+    def apply(state, memory, batches, world):
+        assert state.memory == (), "a stage is handed its own memory only"
+        mean = jax.tree.map(lambda x: x[0, 0], mixer.average(state.params, world))
+        pseudo_gradient = jax.tree.map(
+            lambda a, m: (a - m).astype(a.dtype), state.anchor, mean
+        )  # a mean may come back wider
+        updates, inner = optimizer.update(pseudo_gradient, memory.single, state.anchor)
+        anchor = optax.apply_updates(state.anchor, updates)
+        params = spread(jax.tree.map(lambda a: a[None, None], anchor), state.params)
+        moved = optax.tree.norm(updates).astype(jnp.float32)
+        info = Info(common={"moved": moved[None]})
+        return state._replace(params=params, anchor=anchor), Memory(single=inner), info
+
+    def traffic(state, layout):
+        return mixer.messages(jaxlocal.local.bits(state.params), layout)
+
+    return Stage(init, apply, 0, traffic, anchored=True)
+
+
+def outer_momentum(grad_fn, optimizer) -> Rounds:
+    outer = outer_step(mixing.mean(), optax.sgd(0.7, momentum=0.9, nesterov=True))
+    return Rounds(tick(grad_fn, optimizer), outer, optimizer, jaxlocal.periods.constant(4))
+
+
+class Entry(NamedTuple):
+    build: Callable[[Callable, optax.GradientTransformation], Rounds]
+    layout: Layout
+    ticks: int = 4  # of one round
+
+
+FLAT, HUBS, PAIRS, ALONE = layout(1, 8), layout(4, 2), layout(2, 4), layout(8, 1)
+
+METHODS = {
+    "data_parallel": Entry(jaxlocal.data_parallel, FLAT, ticks=1),
+    "local_sgd": Entry(lambda g, o: jaxlocal.local_sgd(g, o, 4), FLAT),
+    "local_sgd-average": Entry(lambda g, o: jaxlocal.local_sgd(g, o, 4, "average"), FLAT),
+    "local_sgd-reset": Entry(lambda g, o: jaxlocal.local_sgd(g, o, 4, "reset"), FLAT),
+    "post_local_sgd": Entry(lambda g, o: jaxlocal.post_local_sgd(g, o, 2, 4), FLAT),
+    "swap": Entry(lambda g, o: jaxlocal.swap(g, o, 2), FLAT),
+    "mll_sgd": Entry(lambda g, o: jaxlocal.mll_sgd(g, o, matrix("ring", HUBS), 2, 1), HUBS, 2),
+    "mll_sgd-average": Entry(
+        lambda g, o: jaxlocal.mll_sgd(g, o, matrix("star", HUBS), 2, 1, "average"), HUBS, 2
+    ),
+    "hl_sgd": Entry(lambda g, o: jaxlocal.hl_sgd(g, o, PAIRS, 1, 4), PAIRS),
+    "cooperative_sgd": Entry(
+        lambda g, o: jaxlocal.cooperative_sgd(g, o, matrix("path", ALONE), 4), ALONE
+    ),
+    "outer_momentum": Entry(outer_momentum, FLAT),
+}
+OPTIMIZERS = {
+    "momentum": optax.chain(optax.trace(0.9), jaxlocal.scale_by_tick(lambda t: 0.1 / (1 + t))),
+    "adamw": optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.05, 100))
+    ),
+}
+# A compilation takes a second: every method once, the plain one with both optimizers.
+CASES = [
+    ("data_parallel", "momentum"),
+    ("local_sgd", "momentum"),
+    ("local_sgd", "adamw"),
+    ("local_sgd-average", "adamw"),
+    ("local_sgd-reset", "adamw"),
+    ("post_local_sgd", "momentum"),
+    ("swap", "adamw"),
+    ("mll_sgd", "momentum"),
+    ("mll_sgd-average", "adamw"),
+    ("hl_sgd", "adamw"),
+    ("cooperative_sgd", "momentum"),
+    ("outer_momentum", "adamw"),
+]
+
+
+def params():
+    random = np.random.default_rng(0)
+    return {
+        "matrix": jnp.asarray(random.normal(size=(3, 2)), jnp.float32),
+        "offset": jnp.asarray(random.normal(size=2), jnp.bfloat16),
+    }
+
+
+def model_state():
+    return {"seen": jnp.zeros((), jnp.int32), "running": jnp.zeros(2)}
+
+
+def loss(params, model_state, batch, key):
+    outputs = jnp.tanh(batch["x"] @ params["matrix"]) + params["offset"]
+    residual = outputs - batch["y"] + jax.random.uniform(key)
+    running = 0.9 * model_state["running"] + 0.1 * outputs.mean(0)
+    new_state = {"seen": model_state["seen"] + 1, "running": running}
+    return jnp.square(residual).mean(), (new_state, {"largest": jnp.abs(residual).max()})
+
+
+def batches(of: Layout, start: int, ticks: int) -> dict[str, np.ndarray]:
+    """Leaves [ticks, D, N, BATCH, ...], a function of the tick alone."""
+
+    def draw(tick, size):
+        shape = (*of.shape, BATCH, size)
+        return np.random.default_rng((tick, size)).normal(size=shape).astype(np.float32)
+
+    span = range(start, start + ticks)
+    return {name: np.stack([draw(t, n) for t in span]) for name, n in (("x", 3), ("y", 2))}

@@ -1,0 +1,131 @@
+"""Stages made of stages do what their parts do, and say and report what their parts do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlocal import Layout
+from jaxlocal.compose import repeat, sequence
+from jaxlocal.syncing import NOTHING
+from jaxlocal.types import Info, Memory, Messages, Stage
+
+LAYOUT = Layout(1, 2)
+BATCHES = np.arange(24.0, dtype=np.float32).reshape(12, 1, 2)
+
+
+def adder(ticks=1, name="sum", factor=1.0, bits=1, anchored=False):
+    """Adds its batches to the state, one tick after another, and counts its applications."""
+
+    def apply(state, memory, batches, world):
+        assert batches.shape[0] == ticks
+        state = state + factor * jnp.sum(batches, axis=0)
+        report = Info({name: batches}, {name: jnp.sum(batches, axis=(1, 2))})
+        return state, memory._replace(single=memory.single + 1), report
+
+    return Stage(
+        lambda state: Memory(single=jnp.int32(0)),
+        apply,
+        ticks,
+        lambda state, layout: Messages(workers=bits, hubs=layout.workers * bits),
+        anchored,
+    )
+
+
+def doubler():
+    """Takes no ticks: what ends a round."""
+    return Stage(
+        lambda state: (),
+        lambda state, memory, batches, world: (2 * state, memory, Info()),
+        0,
+        lambda state, layout: Messages(hubs=5),
+    )
+
+
+def apply(stage, batches=BATCHES):
+    state = jnp.zeros((1, 2))
+    return stage.apply(state, stage.init(state), batches, None)
+
+
+def test_a_stage_repeated_sees_each_of_its_batches_once_and_in_turn():
+    state, memory, info = apply(repeat(adder(ticks=3), 4))
+    np.testing.assert_array_equal(state, BATCHES.sum(axis=0))
+    assert memory.single == 4
+    np.testing.assert_array_equal(info.worker["sum"], BATCHES)
+    np.testing.assert_array_equal(info.common["sum"], BATCHES.sum(axis=(1, 2)))
+
+
+def test_repeating_counts_ticks_and_messages_and_keeps_the_rest():
+    stage = repeat(adder(ticks=3, bits=2**40, anchored=True), 1000)
+    assert stage.ticks == 3000 and stage.anchored and not repeat(adder(), 2).anchored
+    said = stage.traffic(None, LAYOUT)
+    assert said == Messages(1000 * 2**40, 2000 * 2**40) and isinstance(said.hubs, int)
+    assert isinstance(stage.init(None), Memory)
+
+
+def test_splitting_a_number_of_times_keeps_the_bits():
+    def one(state, memory, batches, world):
+        return jnp.sin(state * 1.7 + batches[0]), memory, Info({"state": state[None]})
+
+    stage = Stage(lambda state: (), one, 1, lambda state, layout: Messages())
+    at_once, _, info = jax.jit(lambda: apply(repeat(stage, 12)))()
+    for sizes in [(6, 6), (8, 4), (5, 4, 2, 1), (1,) * 12]:
+        state, start, reports = jnp.zeros((1, 2)), 0, []
+        for size in sizes:
+            many = jax.jit(lambda s, b, n=size: repeat(stage, n).apply(s, (), b, None))
+            state, _, report = many(state, BATCHES[start : start + size])
+            reports.append(report.worker["state"])
+            start += size
+        np.testing.assert_array_equal(state, at_once)
+        np.testing.assert_array_equal(np.concatenate(reports), info.worker["state"])
+
+
+def test_a_sequence_hands_each_stage_its_own_ticks_and_memory():
+    stage = sequence(adder(2), doubler(), adder(1, factor=10.0), doubler())
+    assert stage.ticks == 3
+    state, memory, info = apply(stage, BATCHES[:3])
+    expected = 2 * (2 * (BATCHES[0] + BATCHES[1]) + 10 * BATCHES[2])
+    np.testing.assert_array_equal(state, expected)
+    assert [jax.tree.leaves(part) for part in memory] == [[1], [], [1], []]
+    np.testing.assert_array_equal(info.worker["sum"], BATCHES[:3])
+
+
+def test_reports_are_joined_by_name():
+    stage = sequence(adder(1, "a"), adder(2, "b"), adder(1, "a"))
+    _, _, info = apply(stage, BATCHES[:4])
+    assert set(info.worker) == set(info.common) == {"a", "b"}
+    np.testing.assert_array_equal(info.worker["a"], BATCHES[[0, 3]])
+    np.testing.assert_array_equal(info.worker["b"], BATCHES[1:3])
+    np.testing.assert_array_equal(info.common["b"], BATCHES[1:3].sum(axis=(1, 2)))
+
+
+def test_a_sequence_says_what_its_stages_say_and_is_anchored_if_one_is():
+    stage = sequence(adder(bits=3), doubler(), adder(bits=4))
+    assert stage.traffic(None, LAYOUT) == Messages(7, 14 + 5)
+    assert not stage.anchored and sequence(doubler(), adder(anchored=True)).anchored
+
+
+@pytest.mark.parametrize("stage", [sequence(), NOTHING], ids=["empty sequence", "nothing"])
+def test_what_does_nothing_does_nothing(stage):
+    state = jnp.ones((1, 2))
+    after, memory, info = stage.apply(state, stage.init(state), BATCHES[:0], None)
+    assert after is state and memory == () and info == Info({}, {})
+    assert stage.ticks == 0 and stage.traffic(state, LAYOUT) == Messages(0, 0)
+
+
+def test_stages_nest():
+    """τ ticks and an average, q times over: the shape of every method on hubs."""
+    stage = repeat(sequence(repeat(adder(), 3), doubler()), 4)
+    assert stage.ticks == 12 and stage.traffic(None, LAYOUT) == Messages(12, 24 + 20)
+    state, memory, info = apply(stage)
+    expected = np.zeros((1, 2))
+    for start in range(0, 12, 3):
+        expected = 2 * (expected + BATCHES[start : start + 3].sum(axis=0))
+    np.testing.assert_array_equal(state, expected)
+    assert memory[0].single == 12
+    np.testing.assert_array_equal(info.worker["sum"], BATCHES)
+
+
+def test_messages_add_up_as_whole_numbers():
+    assert Messages(1, 2).plus(Messages(10, 20), 3) == Messages(31, 62)
+    assert Messages().plus(Messages(2**62, 1), 4) == Messages(2**64, 4)

@@ -1,0 +1,114 @@
+"""Losses and metrics of examples against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlocal
+from jaxlocal.models import Model
+from jaxlocal.models.supervised import evaluation_metrics, example_metrics, training_loss
+
+RANDOM = np.random.default_rng(0)
+EXAMPLES = 64
+LOGITS = RANDOM.normal(scale=4, size=(EXAMPLES, 5)).astype(np.float32)
+LABELS = RANDOM.integers(0, 5, EXAMPLES).astype(np.int32)
+VALUES = RANDOM.normal(size=EXAMPLES).astype(np.float32)
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # float32 logarithms of sums against float64 ones
+
+
+def cross_entropy(logits, labels):
+    logits = logits.astype(np.float64)
+    return np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+
+
+def numpy_metrics(outputs, targets, classes):
+    if classes == 0:
+        return {"loss": 0.5 * (outputs.astype(np.float64) - targets) ** 2}
+    if outputs.ndim == 1:  # the logit of class 1, that of class 0 being zero
+        outputs = np.stack([np.zeros_like(outputs), outputs], axis=1)
+    loss = cross_entropy(outputs, targets)
+    return {"loss": loss, "accuracy": outputs.argmax(axis=1) == targets}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "classes"),
+    [
+        (LOGITS, LABELS, 5),
+        (LOGITS[:, :2], LABELS % 2, 2),
+        (LOGITS[:, 0], LABELS % 2, 2),
+        (LOGITS[:, 0], VALUES, 0),
+    ],
+    ids=["softmax", "softmax of two", "sigmoid", "regression"],
+)
+def test_the_metrics_of_examples_are_those_of_numpy(outputs, targets, classes):
+    got = example_metrics(jnp.asarray(outputs), jnp.asarray(targets), classes)
+    expected = numpy_metrics(outputs, targets, classes)
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert value.shape == (EXAMPLES,)
+        np.testing.assert_allclose(value, expected[name], **CLOSE)
+
+
+def test_large_logits_overflow_nowhere():
+    logits, targets = jnp.array([1e4, -1e4, -1e4]), jnp.array([1, 1, 0])
+    np.testing.assert_array_equal(example_metrics(logits, targets, 2)["loss"], [0, 1e4, 0])
+    both = jnp.stack([jnp.zeros(3), logits], axis=1)
+    np.testing.assert_array_equal(example_metrics(both, targets, 2)["loss"], [0, 1e4, 0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_outputs_are_judged_in_float32(dtype):
+    outputs = jnp.asarray(LOGITS).astype(dtype)
+    got = example_metrics(outputs, jnp.asarray(LABELS), 5)["loss"]
+    assert got.dtype == jnp.float32
+    # The outputs are rounded, the loss of the rounded ones is not.
+    np.testing.assert_allclose(got, cross_entropy(np.asarray(outputs, np.float32), LABELS), **CLOSE)
+
+
+def affine(seen):
+    """Logits of inputs @ params + model_state; records what it is asked."""
+
+    def apply(params, model_state, inputs, key, train):
+        seen.append((key, train))
+        return inputs @ params + model_state["shift"], {"shift": model_state["shift"] + 1}
+
+    return Model(lambda key: (jnp.zeros((3, 5)), {"shift": jnp.zeros(5)}), apply)
+
+
+def halve(inputs):
+    return inputs.astype(jnp.float32) / 2
+
+
+INPUTS = RANDOM.integers(0, 256, (EXAMPLES, 3)).astype(np.uint8)
+WEIGHT = RANDOM.normal(scale=0.02, size=(3, 5)).astype(np.float32)
+BATCH = {"inputs": jnp.asarray(INPUTS), "targets": jnp.asarray(LABELS)}
+STATE = {"shift": jnp.arange(5.0)}
+OUTPUTS = INPUTS / 2 @ WEIGHT.astype(np.float64) + np.arange(5)
+
+
+def test_the_training_loss_is_the_mean_over_the_batch_and_carries_the_model_state():
+    seen = []
+    loss = training_loss(affine(seen), halve, 5)
+    key = jax.random.key(0)
+    value, (model_state, metrics) = loss(jnp.asarray(WEIGHT), STATE, BATCH, key)
+    np.testing.assert_allclose(value, cross_entropy(OUTPUTS, LABELS).mean(), **CLOSE)
+    np.testing.assert_array_equal(model_state["shift"], np.arange(5) + 1)
+    assert metrics == {} and seen == [(key, True)]
+
+
+def test_the_gradient_of_the_training_loss_is_that_of_softmax_regression():
+    grad_fn = jaxlocal.gradients(training_loss(affine([]), halve, 5), stateful=True)
+    grads, _, metrics = grad_fn(jnp.asarray(WEIGHT), STATE, BATCH, None)
+    chances = np.exp(OUTPUTS) / np.exp(OUTPUTS).sum(axis=1, keepdims=True)
+    expected = (INPUTS / 2).T @ (chances - np.eye(5)[LABELS]) / EXAMPLES
+    np.testing.assert_allclose(grads, expected, rtol=1e-4, atol=1e-4)  # of inputs up to 127
+    assert metrics.keys() == {"loss"}
+
+
+def test_evaluation_judges_the_model_at_rest_example_by_example():
+    seen = []
+    got = evaluation_metrics(affine(seen), halve, 5)(jnp.asarray(WEIGHT), STATE, BATCH)
+    assert seen == [(None, False)]
+    np.testing.assert_allclose(got["loss"], cross_entropy(OUTPUTS, LABELS), **CLOSE)
+    np.testing.assert_array_equal(got["accuracy"], OUTPUTS.argmax(axis=1) == LABELS)
