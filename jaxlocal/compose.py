@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.types import Info, Messages, Stage, Tree
+from jaxlocal.types import Info, Leaf, Messages, Stage
 
 
 def repeat(stage: Stage, times: int) -> Stage:
@@ -50,11 +50,7 @@ def sequence(*stages: Stage) -> Stage:
             memories.append(own)
             infos.append(info)
             start += stage.ticks
-        return (
-            state,
-            tuple(memories),
-            Info(_join([i.worker for i in infos]), _join([i.common for i in infos])),
-        )
+        return state, tuple(memories), join(infos)
 
     def traffic(state, layout):
         total = Messages()
@@ -67,6 +63,14 @@ def sequence(*stages: Stage) -> Stage:
     )
 
 
-def _join(reports: list[dict[str, Tree]]) -> dict[str, Tree]:
-    names = dict.fromkeys(name for report in reports for name in report)
-    return {name: jnp.concatenate([r[name] for r in reports if name in r]) for name in names}
+def join(infos: list[Info]) -> Info:
+    """One report of several, by name one after another."""
+    return Info(_by_name([i.worker for i in infos]), _by_name([i.common for i in infos]))
+
+
+def _by_name(reports: list[dict[str, Leaf]]) -> dict[str, Leaf]:
+    found: dict[str, list[Leaf]] = {}
+    for report in reports:
+        for name, values in report.items():
+            found.setdefault(name, []).append(values)
+    return {name: v[0] if len(v) == 1 else jnp.concatenate(v) for name, v in found.items()}

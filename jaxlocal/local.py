@@ -2,7 +2,7 @@
 own."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,27 +100,14 @@ def tick(
 
     def apply(state, memory, batches, world):
         batch = jax.tree.map(lambda b: b[0], batches)
-
-        def gradient(params, model_state, batch, worker):
-            return grad_fn(
-                params,
-                model_state,
-                fetch(world.data, batch),
-                stream(state.key, GRADIENT, state.tick, worker),
-            )
-
-        def active(worker, rate):
-            key = stream(state.key, RATE, state.tick, worker)
-            return jax.random.uniform(key, dtype=rate.dtype) < rate
-
-        def update(grads, opt_state, params):
-            updates, opt_state = update_fn(grads, opt_state, params, tick=state.tick)
-            return optax.apply_updates(params, updates), opt_state
-
-        run = _averaged_step if gradient_mixer else _local_step
+        one = _one_worker(grad_fn, update_fn, state, world)
         arguments = (state.params, state.model_state, batch, world.worker)
-        mode = worker_map or worker_map_for(gradient, *jax.tree.map(lambda x: x[0, 0], arguments))
-        return run(state, memory, batch, world, gradient, update, active, mode, gradient_mixer)
+        mode = worker_map or worker_map_for(
+            one.gradient, *jax.tree.map(lambda x: x[0, 0], arguments)
+        )
+        if gradient_mixer is None:
+            return _local_step(one, state, memory, batch, world, mode)
+        return _averaged_step(one, state, memory, batch, world, mode, gradient_mixer)
 
     def traffic(state, layout):
         return gradient_mixer.messages(bits(state.params), layout) if gradient_mixer else Messages()
@@ -128,66 +115,82 @@ def tick(
     return Stage(lambda state: (), apply, 1, traffic)
 
 
-def _local_step(state, memory, batch, world, gradient, update, active, mode, _):
-    """Gradient and update in one pass over the workers, so that a loop keeps one gradient alive
-    at a time."""
+class _OneWorker(NamedTuple):
+    """What a worker does at this tick."""
+
+    gradient: Callable  # (params, model_state, batch, worker) -> (grads, model_state, metrics)
+    update: Callable  # (grads, opt_state, params) -> (params, opt_state)
+    active: Callable  # (worker, rate) -> whether it takes its step; True where all always do
+
+
+def _one_worker(grad_fn, update_fn, state, world) -> _OneWorker:
+    def gradient(params, model_state, batch, worker):
+        key = stream(state.key, GRADIENT, state.tick, worker)
+        return grad_fn(params, model_state, fetch(world.data, batch), key)
+
+    def update(grads, opt_state, params):
+        updates, opt_state = update_fn(grads, opt_state, params, tick=state.tick)
+        return optax.apply_updates(params, updates), opt_state
+
+    def active(worker, rate):
+        if rate is None:
+            return True
+        key = stream(state.key, RATE, state.tick, worker)
+        return jax.random.uniform(key, dtype=rate.dtype) < rate
+
+    return _OneWorker(gradient, update, active)
+
+
+def _local_step(one, state, memory, batch, world, mode):
+    """Gradient and update in one pass over the workers, so that a loop keeps one gradient alive."""
 
     def step(params, opt_state, model_state, batch, worker, rate):
+        on = one.active(worker, rate)
+
         def take():
-            grads, new_state, metrics = gradient(params, model_state, batch, worker)
-            new_params, new_opt_state = update(grads, opt_state, params)
-            return vary(
-                (new_params, new_opt_state, new_state, {**metrics, "active": jnp.ones_like(rate)})
-            )
+            grads, new_state, metrics = one.gradient(params, model_state, batch, worker)
+            new_params, new_opt_state = one.update(grads, opt_state, params)
+            return vary((new_params, new_opt_state, new_state, {**metrics, "active": jnp.ones(())}))
 
         def stay():
-            shapes = jax.eval_shape(take)[3]
-            return vary(
-                (
-                    params,
-                    opt_state,
-                    model_state,
-                    jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-                )
-            )
+            metrics = jax.eval_shape(take)[3]
+            nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics)
+            return vary((params, opt_state, model_state, nothing))
 
+        if on is True:
+            return take()
         if mode == "vmap":  # under vmap a cond runs both branches anyway
-            return jax.tree.map(lambda a, b: jnp.where(active(worker, rate), a, b), take(), stay())
-        return lax.cond(active(worker, rate), take, stay)
+            return jax.tree.map(lambda a, b: jnp.where(on, a, b), take(), stay())
+        return lax.cond(on, take, stay)
 
-    params, opt_state, model_state, metrics = over_workers(step, mode)(
+    stepped = over_workers(step, mode)(
         state.params, state.opt_state, state.model_state, batch, world.worker, world.rate
     )
-    return _advance(state, memory, params, opt_state, model_state, metrics)
+    return _advance(state, memory, *stepped)
 
 
-def _averaged_step(state, memory, batch, world, gradient, update, active, mode, mixer):
-    """Gradients of all workers, their average, then the updates: the collective stays outside of
-    any cond."""
+def _averaged_step(one, state, memory, batch, world, mode, mixer):
+    """All gradients, their average, all updates: the collective stays outside of any cond."""
 
     def masked(params, model_state, batch, worker, rate):
-        grads, new_state, metrics = gradient(params, model_state, batch, worker)
-        on = active(worker, rate)
+        grads, new_state, metrics = one.gradient(params, model_state, batch, worker)
+        on = jnp.asarray(one.active(worker, rate))
         mask = lambda x: jnp.where(on, x, jnp.zeros_like(x))
-        model_state = jax.tree.map(lambda new, old: jnp.where(on, new, old), new_state, model_state)
-        return (
-            jax.tree.map(mask, grads),
-            model_state,
-            {**jax.tree.map(mask, metrics), "active": on.astype(rate.dtype)},
-        )
+        new_state = jax.tree.map(lambda new, old: jnp.where(on, new, old), new_state, model_state)
+        metrics = {**jax.tree.map(mask, metrics), "active": on.astype(jnp.float32)}
+        return jax.tree.map(mask, grads), new_state, metrics
 
     grads, model_state, metrics = over_workers(masked, mode)(
         state.params, state.model_state, batch, world.worker, world.rate
     )
     grads = spread(mixer.average(grads, world), grads)
-    params, opt_state = over_workers(update, mode)(grads, state.opt_state, state.params)
+    params, opt_state = over_workers(one.update, mode)(grads, state.opt_state, state.params)
     return _advance(state, memory, params, opt_state, model_state, metrics)
 
 
 def _advance(state, memory, params, opt_state, model_state, metrics):
-    state = state._replace(
-        params=params, opt_state=opt_state, model_state=model_state, tick=state.tick + 1
-    )
+    tick = state.tick + 1
+    state = state._replace(params=params, opt_state=opt_state, model_state=model_state, tick=tick)
     return state, memory, Info(worker={name: value[None] for name, value in metrics.items()})
 
 

@@ -105,10 +105,8 @@ def mll_sgd(
     inner = sequence(
         repeat(tick(grad_fn, optimizer, **options), local_steps), sync(mixing.hub_mean(), *state)
     )
-    period = (
-        periods.constant(hub_period * local_steps) if isinstance(hub_period, int) else hub_period
-    )
-    return Rounds(inner, sync(mixing.hub_diffusion(matrix), *state), optimizer, period)
+    period = hub_period if isinstance(hub_period, Period) else hub_period * local_steps
+    return Rounds(inner, sync(mixing.hub_diffusion(matrix), *state), optimizer, _period(period))
 
 
 def hl_sgd(
@@ -145,13 +143,9 @@ def cooperative_sgd(
     Source: Wang, Joshi, "Cooperative SGD", JMLR 2021, https://arxiv.org/abs/1808.07576.
     """
     step = tick(grad_fn, optimizer, **options)
-    return Rounds(
-        step,
-        sync(mixing.hub_diffusion(matrix), optimizer_state, optimizer),
-        optimizer,
-        _period(period),
-    )
+    mix = sync(mixing.hub_diffusion(matrix, workers_per_hub=1), optimizer_state, optimizer)
+    return Rounds(step, mix, optimizer, _period(period))
 
 
 def _period(period: int | Period) -> Period:
-    return periods.constant(period) if isinstance(period, int) else period
+    return period if isinstance(period, Period) else periods.constant(period)

@@ -40,7 +40,7 @@ def hub_mean() -> Mixer:
     return Mixer(average, ("workers",), messages)
 
 
-def hub_diffusion(matrix: np.ndarray) -> Mixer:
+def hub_diffusion(matrix: np.ndarray, workers_per_hub: int | None = None) -> Mixer:
     """Every hub mixes with its neighbours, y_d = Σ_j H_jd z_j, and its workers get y_d.
 
     Takes hub consensus as given (every worker of hub d holds z_d, as after `hub_mean`), so that
@@ -50,6 +50,7 @@ def hub_diffusion(matrix: np.ndarray) -> Mixer:
 
     Args:
       matrix: H [D, D] with columns that sum to 1 and H b = b; see `topology.mixing_matrix`.
+      workers_per_hub: the only N for which the method that mixes so has hub consensus, if any.
     """
     matrix = check_mixing(matrix)
     neighbours = np.count_nonzero(matrix - np.diag(np.diag(matrix)), axis=1)
@@ -59,6 +60,11 @@ def hub_diffusion(matrix: np.ndarray) -> Mixer:
         return jax.tree.map(lambda x: _mix(matrix, complete, x[:, :1], _hub_numbers(world)), tree)
 
     def messages(bits: int, layout: Layout) -> Messages:
+        if workers_per_hub not in (None, layout.workers_per_hub):
+            raise ConfigurationError(
+                f"mixing without hub averages needs hubs of {workers_per_hub} worker, "
+                f"the layout has hubs of {layout.workers_per_hub}"
+            )
         check_mixing(matrix, layout.hub_weight)
         return Messages(hubs=bits * int(neighbours.max()))
 

@@ -61,6 +61,9 @@ def power(
         raise ConfigurationError(
             f"the period's coefficient must be a number ≥ 0, got {coefficient:g}"
         )
+    _at_least_one("the period's multiple", multiple)
+    if exponent < 1:
+        raise ConfigurationError(f"the period's exponent must be at least 1, got {exponent}")
     if base % multiple:
         raise ConfigurationError(
             f"H_base = {base} ticks is not a multiple of the {multiple} ticks between hub averages"
@@ -70,6 +73,8 @@ def power(
 
     def length(tick: int, remaining: int) -> int:
         rate = rate_at(max(tick, warmup_ticks))
+        if not rate >= 0:
+            raise ConfigurationError(f"the learning rate must be ≥ 0, got {rate} at tick {tick}")
         ratio = coefficient / rate if rate > 0 else np.inf if coefficient else 0.0
         wanted = int(
             min(ratio, remaining) ** exponent

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlocal import workers
-from jaxlocal.compose import repeat
+from jaxlocal.compose import join, repeat
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.syncing import NOTHING
 from jaxlocal.types import Info, Memory, Messages, Rounds, Stage, TrainState, Tree, World
@@ -74,9 +75,11 @@ class RoundFn:
           key: a typed root key, `jax.random.key(seed)`.
           model_state: what a model keeps besides its parameters; {} if none.
         """
-        if not jnp.issubdtype(getattr(key, "dtype", np.dtype(object)), jax.dtypes.prng_key):
+        typed = jnp.issubdtype(getattr(key, "dtype", np.dtype(object)), jax.dtypes.prng_key)
+        if not typed or key.shape:
+            got = f"{jnp.shape(key)} keys" if typed else type(key).__name__
             raise ConfigurationError(
-                f"the root key must be a typed key as of jax.random.key, got {type(key).__name__}"
+                f"the root key must be one typed key as of jax.random.key, got {got}"
             )
         self.traffic(self.shapes(params, model_state))  # checks that the mixers fit the layout
         return self._init(params, {} if model_state is None else model_state, key)
@@ -99,14 +102,13 @@ class RoundFn:
             state = TrainState(
                 stacked, opt_state, stack(model_state), anchor, (), key, jnp.int32(0)
             )
-            return state._replace(
-                memory=(self.rounds.inner.init(state), self.rounds.outer.init(state))
-            )
+            memory = (self.rounds.inner.init(state), self.rounds.outer.init(state))
+            return jax.tree.map(_strong, state._replace(memory=memory))
 
         def placed(*arguments):
             out = jax.eval_shape(make, *arguments)
             shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), _specs(out))
-            return jax.lax.with_sharding_constraint(make(*arguments), shardings)
+            return lax.with_sharding_constraint(make(*arguments), shardings)
 
         return jax.jit(placed)
 
@@ -114,7 +116,7 @@ class RoundFn:
         """One whole round: H ticks, then what ends the round."""
         state, info = self.local_steps(state, batches)
         state, last = self.end_round(state)
-        return state, Info({**info.worker, **last.worker}, {**info.common, **last.common})
+        return state, join([info, last])
 
     def local_steps(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
         """Some ticks of a round without what ends it; cut anywhere between two inner stages."""
@@ -216,6 +218,12 @@ def _compile(stage: Stage, mesh: Mesh, specs: TrainState, part: int):
         run, mesh=mesh, in_specs=(specs, BATCHES, WORLD), out_specs=(specs, INFO)
     )
     return jax.jit(mapped, donate_argnums=0)
+
+
+def _strong(x: jax.Array) -> jax.Array:
+    """The array without JAX's weak type, which a round would lose, to be compiled again."""
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return x if is_key else lax.convert_element_type(x, x.dtype)
 
 
 def _concatenate(infos: Sequence[Info]) -> Info:

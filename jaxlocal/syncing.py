@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlocal.errors import lookup
+from jaxlocal.errors import ConfigurationError, lookup
 from jaxlocal.local import bits
 from jaxlocal.types import Info, Messages, Mixer, Stage
 from jaxlocal.workers import AXES, over_workers, spread, vary
@@ -32,8 +32,8 @@ def sync(
       mixer: W.
       optimizer_state: "keep" every worker's own, "average" its floating-point values as the
         parameters are (which is said to others and counted), or "reset" it to that of a fresh
-        optimizer. A schedule's count within the state of an optax optimizer survives a reset, so
-        that the learning rate goes on.
+        optimizer. The count of `optax.scale_by_schedule`, by which `optax.sgd` and others follow a
+        learning rate, survives a reset; that of `optax.inject_hyperparams` starts again.
       optimizer: needed for a reset.
     """
     treat = lookup(
@@ -41,6 +41,9 @@ def sync(
         optimizer_state,
         dict(zip(OPTIMIZER_STATES, (_keep, _average, _reset), strict=True)),
     )
+
+    if optimizer_state == "reset" and optimizer is None:
+        raise ConfigurationError("a sync that resets optimizer states needs the optimizer")
 
     def apply(state, memory, batches, world):
         params = mixer.average(state.params, world)

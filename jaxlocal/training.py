@@ -68,13 +68,24 @@ def schedule(rounds: Rounds, ticks: int) -> Iterator[int]:
             if ticks > 0
             else f"a run must take at least 1 tick, got {ticks}"
         )
-    return periods.lengths(rounds.period, ticks)
+    return _in_whole_stages(periods.lengths(rounds.period, ticks), inner)
+
+
+def _in_whole_stages(lengths: Iterator[int], inner: int) -> Iterator[int]:
+    for length in lengths:
+        if length % inner:
+            raise ConfigurationError(
+                f"a round of {length} ticks is no multiple of the {inner} ticks of its inner stage"
+            )
+        yield length
 
 
 def dispatches(round_fn: RoundFn, ticks: int, measure_every: int = 0) -> Iterator[Dispatch]:
     """The pieces in which a run goes to the device: rounds, cut where measurements are due, in
     chunks."""
     inner, tick = round_fn.rounds.inner.ticks, 0
+    if measure_every < 0:
+        raise ConfigurationError(f"ticks between measurements must be ≥ 0, got {measure_every}")
 
     def due(tick: int, end: int) -> bool:
         return tick == ticks or (tick % measure_every < inner if measure_every else tick == end)
@@ -188,8 +199,11 @@ class Evaluation:
         self._data = (
             round_fn.world.data if data is None else jax.device_put(data, NamedSharding(mesh, P()))
         )
+        leaves = jax.tree.leaves(self._data)
         if examples is None:
-            examples = np.arange(len(jax.tree.leaves(self._data)[0]))
+            examples = np.arange(len(leaves[0]) if leaves else 0)
+        if not len(examples):
+            raise ConfigurationError("an evaluation needs at least 1 example, got 0")
         self._round_fn = round_fn
         per_device = -(-len(examples) // mesh.size)
         size = min(batch_size, per_device)
@@ -219,10 +233,14 @@ def _mean_metrics(metrics):
         def one_batch(carry, batch):
             rows, mask = batch
             values = metrics(params, model_state, jax.tree.map(lambda pool: pool[rows], data))
-            return carry, {name: jnp.where(mask, value, 0).sum() for name, value in values.items()}
+            return carry, {name: _sum(jnp.where(mask, value, 0)) for name, value in values.items()}
 
         _, sums = lax.scan(one_batch, (), (index[0], counts[0]))
         total = lax.psum(counts.sum(), AXES)
         return {name: lax.psum(value.sum(), AXES) / total for name, value in sums.items()}
 
     return program
+
+
+def _sum(values: jax.Array) -> jax.Array:
+    return values.sum(dtype=jnp.promote_types(values.dtype, jnp.float32))

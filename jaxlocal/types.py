@@ -48,7 +48,7 @@ class World(NamedTuple):
     worker: Leaf  # int32 [D, N]: the worker's number, 0 … K − 1
     weight: Leaf  # float32 [D, N]: a_i, its share of the whole; sums to 1
     hub_share: Leaf  # float32 [D, N]: v_i, its share of its hub; sums to 1 in each hub
-    rate: Leaf  # float32 [D, N]: p_i, the probability that it takes its step at a tick
+    rate: Leaf  # float32 [D, N]: p_i, the probability of its step at a tick; None if all are 1
     data: Tree  # single: examples that index batches point into; () for batches of examples
 
 

@@ -107,7 +107,7 @@ class Layout:
             worker=np.arange(self.workers, dtype=np.int32).reshape(self.shape),
             weight=self.weight,
             hub_share=self.weight / self.hub_weight[:, None],
-            rate=self.rate,
+            rate=None if (self.rate == 1).all() else self.rate,
             data=data,
         )
 
@@ -234,21 +234,30 @@ def weighted_sum(weight: jax.Array, x: jax.Array, over: str) -> jax.Array:
 
 
 def mean(params: Tree, world: World) -> Tree:
-    """u = Σ a_i x_i, leaves [...], common to all workers."""
+    """u = Σ a_i x_i, leaves [...], common to all workers.
+
+    Of values that are not floating point, such as counters, the largest.
+    """
 
     def one(x):
-        return lax.psum(weighted_sum(world.weight, x, "all"), AXES)[0, 0].astype(x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return _mean(x, world).astype(x.dtype)
+        largest = x.astype(jnp.int32).max((0, 1)) if x.dtype == bool else x.max((0, 1))
+        return lax.pmax(largest, AXES).astype(x.dtype)
 
     return jax.tree.map(one, params)
 
 
 def consensus_distance(params: Tree, world: World) -> jax.Array:
     """√(Σ a_i ‖x_i − u‖²), float [], over all leaves."""
-    squares = jax.tree.map(
-        lambda x, u: weighted_sum(
-            world.weight, jnp.square(x - u).reshape(x.shape[:2] + (-1,)), "all"
-        ).sum(),
-        params,
-        mean(params, world),
-    )
-    return jnp.sqrt(lax.psum(sum(jax.tree.leaves(squares)), AXES))
+
+    def square(x):
+        u = _mean(x, world)
+        return weighted_sum(world.weight, jnp.square(x.astype(u.dtype) - u), "all").sum()
+
+    floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.sqrt(lax.psum(sum(map(square, floats)), AXES))
+
+
+def _mean(x: jax.Array, world: World) -> jax.Array:
+    return lax.psum(weighted_sum(world.weight, x, "all"), AXES)[0, 0]

@@ -163,3 +163,15 @@ def test_rules_that_make_no_sense_are_refused():
     for make in (lambda: periods.post_local(-1, 4), lambda: periods.swap(-1)):
         with refused("the switch to local steps must be at a tick ≥ 0, got -1"):
             make()
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan")])
+def test_a_rule_refuses_a_rate_that_is_no_rate(rate):
+    with pytest.raises(ConfigurationError, match=r"learning rate must be ≥ 0.*tick 0"):
+        list(lengths(periods.quadratic(lambda tick: rate + 0 * tick, 0.1, 4), 10))
+
+
+@pytest.mark.parametrize("options", [{"multiple": 0}, {"exponent": 0}])
+def test_a_rule_refuses_an_empty_multiple_and_a_flat_exponent(options):
+    with pytest.raises(ConfigurationError, match="got 0"):
+        periods.power(0.1, 0.1, 4, **{"exponent": 2, **options})

@@ -186,3 +186,8 @@ def test_an_unknown_treatment_of_optimizer_state_is_refused():
     message = "unknown optimizer state option 'avarage'; did you mean 'average'"
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         sync(mixing.mean(), "avarage")
+
+
+def test_a_reset_without_the_optimizer_is_told_at_build_time():
+    with pytest.raises(ConfigurationError, match="needs the optimizer"):
+        sync(mixing.mean(), "reset")

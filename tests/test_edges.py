@@ -1,0 +1,70 @@
+"""Inputs at the edge: numbers for arrays, half precision, and what is refused at build time."""
+
+import compilations
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxlocal
+from jaxlocal import ConfigurationError, Layout, RoundFn, periods
+from jaxlocal.training import Evaluation, dispatches
+
+grad_fn = jaxlocal.gradients(lambda w, batch, key: jnp.square(jnp.tanh(w) - batch).mean())
+
+
+def plain(layout=Layout(), period=3, optimizer=None):  # noqa: B008
+    method = jaxlocal.local_sgd(grad_fn, optimizer or optax.sgd(0.1), period)
+    return RoundFn(method, layout)
+
+
+def test_parameters_that_are_python_numbers_compile_no_more_programs():
+    round_fn = plain(Layout(workers_per_hub=2), 1, optax.adam(0.1))
+    state = round_fn.init(0.5, jax.random.key(0), {"scale": 1.0})
+    with compilations.counted() as compiled:
+        for _ in range(3):
+            state, _ = round_fn(state, np.ones((1, 1, 2), np.float32))
+    assert len(compiled) == 2  # a tick, and the end of a round
+
+
+def test_rounds_that_are_no_multiple_of_tau_are_refused():
+    matrix = np.full((2, 2), 0.5)
+    method = jaxlocal.mll_sgd(grad_fn, optax.sgd(0.1), matrix, 2, periods.constant(5))
+    with pytest.raises(ConfigurationError, match="5 ticks .* the 2 ticks"):
+        list(dispatches(RoundFn(method, Layout(2, 2)), 10))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_metrics_in_half_precision_are_summed_in_float32(dtype):
+    data = np.random.default_rng(0).uniform(0, 100, 10_000).astype(dtype)
+    round_fn = plain(Layout(workers_per_hub=8))
+    state = round_fn.init(jnp.zeros(3), jax.random.key(0))
+    got = Evaluation(round_fn, lambda params, model_state, batch: {"mean": batch}, data)(state)
+    np.testing.assert_allclose(got["mean"], data.astype(np.float64).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [(np.ones(4), np.array([], int)), ()])
+def test_an_evaluation_of_no_examples_is_refused(arguments):
+    with pytest.raises(ConfigurationError, match="got 0"):
+        Evaluation(plain(), lambda params, model_state, batch: {}, *arguments)
+
+
+def test_a_negative_distance_between_measurements_is_refused():
+    with pytest.raises(ConfigurationError, match="-2"):
+        list(dispatches(plain(), 6, -2))
+
+
+def test_several_root_keys_are_refused():
+    with pytest.raises(ConfigurationError, match=r"\(2,\) keys"):
+        plain().init(jnp.zeros(()), jax.random.split(jax.random.key(0)))
+
+
+def test_workers_that_always_step_draw_nothing():
+    """Rates of 1 are known when the round is compiled: no random numbers in the tick."""
+    for rates, draws in [(1.0, False), (0.5, True)]:
+        round_fn = plain(Layout(workers_per_hub=2, rates=rates))
+        state = round_fn.init(jnp.zeros(()), jax.random.key(0))
+        batches, step = jnp.ones((1, 1, 2)), round_fn._program(1, state)
+        text = str(jax.make_jaxpr(step)(state, batches, round_fn.world))
+        assert ("threefry2x32" in text or "random_bits" in text) == draws
