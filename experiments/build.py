@@ -70,6 +70,10 @@ def build_job(config: Config) -> Job:
         )
     layout = _layout(config, layout_shape, dataset)
     ticks = count_ticks(config)
+    if config.warmup_ticks > ticks:
+        raise ConfigurationError(
+            f"a warm-up of {config.warmup_ticks} ticks is longer than the run of {ticks}"
+        )
     schedule = make_schedule(config, ticks)
     period = make_period(config, schedule, ticks)
     matrix = _mixing_matrix(config, layout)
@@ -146,6 +150,10 @@ def make_method(
 def _mixing_matrix(config: Config, layout: Layout) -> np.ndarray:
     """H of the hub network; that of one hub, [[1]], for methods without one."""
     if config.method not in NETWORKED:
+        if config.hub_graph != "complete":
+            raise ConfigurationError(
+                f"{config.method} has no hub graph, and --hub_graph={config.hub_graph} was given"
+            )
         return np.ones((1, 1))
     if config.method == "hl_sgd" and config.hub_graph != "complete":
         raise ConfigurationError(
@@ -224,6 +232,8 @@ def _check_numbers(config: Config) -> None:
         "parameters": 1,
         "seed": 0,
     }
+    if config.seed >= 1 << 32:
+        raise ConfigurationError(f"--seed must be less than 2^32, got {config.seed}")
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None and value < bound:
@@ -239,8 +249,4 @@ def _check_numbers(config: Config) -> None:
     if config.stop_train_loss is not None and not math.isfinite(config.stop_train_loss):
         raise ConfigurationError(
             f"--stop_train_loss must be a number, got {config.stop_train_loss}"
-        )
-    if config.ticks is not None and config.warmup_ticks > config.ticks:
-        raise ConfigurationError(
-            f"a warm-up of {config.warmup_ticks} ticks is longer than the run of {config.ticks}"
         )

@@ -2,6 +2,7 @@
 record and back."""
 
 import dataclasses
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from absl.flags import FLAGS
 
 from jaxlocal import ConfigurationError
 
-FAILED, USAGE = 1, 2  # exit statuses: what the machine or the training did, a user's mistake
+# Exit statuses: what the machine or the training did, a user's mistake, Ctrl-C.
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 
 def _flag(group: str, default: Any, text: str, kind: type | None = None) -> Any:
@@ -229,12 +231,17 @@ def run_binary(main: Callable[[Config], int | None], about: str) -> None:
 
     def guarded(argv: list[str]) -> int | None:
         try:
-            return main(from_flags())
+            status = main(from_flags())
         except ConfigurationError as error:
             fail(str(error))
         except OSError as error:
-            print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-            return FAILED
+            status = _say(f"{error.filename or 'writing'}: {error.strerror}", FAILED)
+        except KeyboardInterrupt:
+            status = _say("interrupted", INTERRUPTED)
+        if status == INTERRUPTED:
+            sys.stdout.flush()
+            os._exit(status)  # a compilation that goes on in the background would crash at exit
+        return status
 
     app.run(guarded, flags_parser=parse)
 
@@ -247,8 +254,12 @@ def _extra_help() -> str:
 
 def fail(sentence: str) -> NoReturn:
     """Say what is wrong and end with the status of a user's mistake."""
-    print("error: " + " ".join(sentence.split()), file=sys.stderr)
-    sys.exit(USAGE)
+    sys.exit(_say(sentence, USAGE))
+
+
+def _say(sentence: str, status: int) -> int:
+    print("error: " + " ".join(sentence.split()), file=sys.stderr, flush=True)
+    return status
 
 
 def default_workdir(config: Config) -> Path:

@@ -75,13 +75,13 @@ def number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def bits(value: int) -> str:
+def data_size(bits: int) -> str:
     """A count of bits in bytes that one can read.
 
-    >>> bits(8), bits(8 * 2_500_000)
+    >>> data_size(8), data_size(8 * 2_500_000)
     ('1 B', '2.5 MB')
     """
-    size = value / 8
+    size = bits / 8
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":
             return f"{size:.3g} {unit}" if size < 1000 else f"{size:,.0f} {unit}"

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from experiments.build import Job, build_job, make_round_fn, measure_every
 from experiments.config import Config, define_flags, run_binary
-from experiments.display import bits, number, show_table
+from experiments.display import data_size, number, show_table
 from jaxlocal import RoundFn
 from jaxlocal.errors import unknown
-from jaxlocal.local import bits as bits_of
+from jaxlocal.local import bits
 from jaxlocal.training import dispatches, schedule
 from jaxlocal.types import Messages
 
@@ -34,7 +34,7 @@ def plan(job: Job) -> dict[str, Any]:
     inner, outer = round_fn.traffic(state)
     times = job.ticks // job.rounds.inner.ticks
     said = Messages().plus(inner, times).plus(outer, len(lengths))
-    model = bits_of(state.params)
+    model = bits(state.params)
     return {
         "method": job.config.method,
         "period": job.rounds.period.description,
@@ -103,18 +103,18 @@ def show(figures: dict[str, Any]) -> None:
         ("period", figures["period"]),
         ("ticks", number(figures["ticks"])),
         ("rounds", number(figures["rounds"])),
-        ("communication volume", f"{volume:.2%} of data parallel (rounds / ticks)"),
+        ("communication volume", f"{volume:.2%} (rounds / ticks)"),
         ("sent by a worker", _said(figures["bits_workers"], model)),
         ("sent by a hub", _said(figures["bits_hubs"], model)),
         ("data parallel, by a worker", _said(figures["bits_workers_data_parallel"], model)),
         ("workers", f"{figures['hubs']} hubs × {figures['workers'] // figures['hubs']}"),
         ("ζ of the hub network", "—" if figures["zeta"] is None else f"{figures['zeta']:.4f}"),
-        ("parameters", f"{number(figures['parameters'])} ({bits(model)})"),
+        ("parameters", f"{number(figures['parameters'])} ({data_size(model)})"),
         ("devices", number(figures["devices"])),
         ("training programs", number(figures["training_programs"])),
         (
             "memory on a device",
-            ", ".join(f"{name} {bits(8 * size)}" for name, size in memory.items()),
+            ", ".join(f"{name} {data_size(8 * size)}" for name, size in memory.items()),
         ),
     ]
     show_table(console, f"plan: {figures['method']}", rows)
@@ -128,7 +128,7 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def _said(total: int, model: int) -> str:
-    return f"{number(total)} bits ({bits(total)}, {total / max(1, model):,.0f} models)"
+    return f"{number(total)} bits ({data_size(total)}, {total / max(1, model):,.0f} models)"
 
 
 def _thinned(segments: list[dict[str, int]]) -> list[dict[str, int]]:

@@ -82,7 +82,7 @@ def _local_steps(axis: Any, ticks: list[int], lines: list[dict[str, Any]]) -> No
 def _distance(axis: Any, ticks: list[int], lines: list[dict[str, Any]]) -> None:
     values = [_number(line["consensus_distance"]) for line in lines]
     axis.plot(ticks, values, marker=_marker(lines), markersize=4, color="tab:red")
-    axis.set(xlabel="ticks", ylabel="consensus distance before averaging", ylim=(0, None))
+    axis.set(xlabel="ticks", ylabel="consensus distance", ylim=(0, None))
     axis.grid(alpha=0.3)
 
 

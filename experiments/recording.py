@@ -10,6 +10,7 @@ from experiments.config import Config
 from jaxlocal import ConfigurationError
 
 METRICS, SUMMARY, FLAGS, CURVES = "metrics.jsonl", "summary.json", "flags.txt", "curves.png"
+PREVIOUS = "metrics.previous.jsonl"  # of the run that a rerun replaces, until that has ended
 
 
 class Recorder:
@@ -21,12 +22,15 @@ class Recorder:
     """
 
     def __init__(self, folder: Path, config: Config):
-        self.folder, self.lines = folder, []  # type: Path, list[dict[str, Any]]
+        self.folder = folder
+        self.lines: list[dict[str, Any]] = []
         _check_same_run(folder, config)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / FLAGS, "\n".join(config.flag_lines()) + "\n")
             (folder / SUMMARY).unlink(missing_ok=True)
+            if (folder / METRICS).exists():
+                os.replace(folder / METRICS, folder / PREVIOUS)
             self._file: TextIO = (folder / METRICS).open("w")
         except OSError as error:
             raise ConfigurationError(
@@ -41,7 +45,11 @@ class Recorder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._file.close()
-        write_whole(self.folder / SUMMARY, json.dumps(finite(summary), indent=2) + "\n")
+        if summary["ended"] != "interrupted":
+            (self.folder / PREVIOUS).unlink(missing_ok=True)
+        write_whole(
+            self.folder / SUMMARY, json.dumps(finite(summary), indent=2, ensure_ascii=False) + "\n"
+        )
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -61,7 +69,7 @@ def finite(values: Any) -> Any:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
@@ -75,11 +83,12 @@ def _check_same_run(folder: Path, config: Config) -> None:
             )
         return
     ours = _without_place(config.flag_lines())
-    theirs = _without_place((folder / FLAGS).read_text().splitlines())
+    theirs = _without_place((folder / FLAGS).read_text(errors="replace").splitlines())
     if ours != theirs:
-        difference = sorted(ours ^ theirs)[:6]
+        its = " ".join(sorted(theirs - ours)[:3]) or "none of them"
+        asked = " ".join(sorted(ours - theirs)[:3]) or "none of them"
         raise ConfigurationError(
-            f"the workdir {folder} holds a run with other flags: {' '.join(difference)}"
+            f"the workdir {folder} holds a run with other flags: it has {its}, this one {asked}"
         )
 
 

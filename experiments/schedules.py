@@ -13,9 +13,8 @@ from jaxlocal import ConfigurationError, periods
 from jaxlocal.errors import lookup
 from jaxlocal.types import Period
 
-FLOOR = (
-    1e-6  # the learning rate at the start of warm-up and at the end of cosine and linear schedules
-)
+# The learning rate at the start of warm-up and at the end of cosine and linear schedules.
+FLOOR = 1e-6
 DEFAULT_TICKS = 440
 HUB_METHODS = ("mll_sgd", "hl_sgd")
 OWN_PERIODS = {"data_parallel": "constant", "post_local_sgd": "post_local", "swap": "swap"}
@@ -76,6 +75,10 @@ def make_period(config: Config, schedule: Callable, ticks: int) -> Period:
     if coefficient is None:
         coefficient = config.learning_rate * base ** (1 / exponent)
     switch = ticks // 2 if config.switch_tick is None else config.switch_tick
+    if config.switch_tick is not None and (switch > ticks or name not in ("post_local", "swap")):
+        raise ConfigurationError(
+            f"--switch_tick={switch} does not fit a run of {ticks} ticks with the period {name}"
+        )
     if hubs and name in ("post_local", "swap"):
         raise ConfigurationError(
             f"the period {name} starts with H = 1, and the rounds of {config.method} are "

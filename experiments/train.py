@@ -5,6 +5,7 @@ scikit-learn's digits. `python -m experiments.plan` takes the same flags and say
 run would do and say.
 """
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -15,16 +16,21 @@ import numpy as np
 
 import jaxlocal
 from experiments.build import Job, build_job, make_round_fn, measure_every
-from experiments.config import FAILED, Config, default_workdir, define_flags, run_binary
-from experiments.display import Display, bits, number, show_table
+from experiments.config import (
+    FAILED,
+    INTERRUPTED,
+    Config,
+    default_workdir,
+    define_flags,
+    run_binary,
+)
+from experiments.display import Display, data_size, number, show_table
 from experiments.plots import plot_curves
 from experiments.recording import CURVES, FLAGS, METRICS, SUMMARY, Recorder
 from jaxlocal import ConfigurationError, RoundFn
 from jaxlocal.data import make_batches
 from jaxlocal.models.supervised import evaluation_metrics
-from jaxlocal.training import Diverged, Evaluation, Step, run, schedule
-
-INTERRUPTED = 130  # exit status
+from jaxlocal.training import Evaluation, Step, run, schedule
 
 
 def train(config: Config) -> int:
@@ -57,6 +63,7 @@ def train(config: Config) -> int:
                 line = measure(step) if step.due else None
                 if line:
                     recorder.measured(line)
+                    _check(line)
                 display.step(step, line)
                 if (
                     line
@@ -65,7 +72,7 @@ def train(config: Config) -> int:
                 ):
                     why = f"training loss {line['train_loss']:.4g} < {config.stop_train_loss:g}"
                     break
-    except Diverged as error:
+    except ArithmeticError as error:
         status, why = FAILED, f"diverged: {error}"
     except KeyboardInterrupt:
         status, why = INTERRUPTED, "interrupted"
@@ -73,6 +80,12 @@ def train(config: Config) -> int:
     if status:
         print(f"error: {why}", file=sys.stderr)
     return status
+
+
+def _check(line: dict[str, Any]) -> None:
+    if not math.isfinite(line["train_loss"]):
+        loss, tick = line["train_loss"], line["tick"]
+        raise ArithmeticError(f"the training loss of the average model is {loss} at tick {tick}")
 
 
 class Measure:
@@ -113,13 +126,26 @@ def _leave(
 ) -> None:
     """Summary, picture and table of what was measured."""
     folder, lines = recorder.folder, recorder.lines
-    last = lines[-1] if lines else {}
+    what = f"{job.config.method} on {job.config.dataset}, {job.layout.workers} workers"
+    title = f"{what}, {job.rounds.period.description}"
+    recorder.finish(_summary(job, round_fn, lines, measure.seconds, why))
+    if lines:
+        plot_curves(lines, folder / CURVES, title)
+        show_table(display.console, title, _rows(lines[-1], measure.seconds, why))
+    for name in (METRICS, SUMMARY, CURVES, FLAGS):
+        if (folder / name).exists():
+            display.say(str(folder / name))
+
+
+def _summary(
+    job: Job, round_fn: RoundFn, lines: list[dict[str, Any]], seconds: float, why: str
+) -> dict[str, Any]:
     accuracies = [line["eval_accuracy"] for line in lines if line["eval_accuracy"] is not None]
-    summary = {
+    return {
         "ended": why,
-        **last,
+        **(lines[-1] if lines else {}),
         "best_eval_accuracy": max(accuracies, default=None),
-        "total_seconds": round(measure.seconds, 3),
+        "total_seconds": round(seconds, 3),
         "method": job.config.method,
         "period": job.rounds.period.description,
         "dataset": job.config.dataset,
@@ -132,33 +158,20 @@ def _leave(
         "versions": {"jaxlocal": jaxlocal.__version__, "jax": jax.__version__},
         "flags": job.config.flag_lines(),
     }
-    recorder.finish(summary)
-    what = f"{job.config.method} on {job.config.dataset}, {job.layout.workers} workers"
-    title = f"{what}, {job.rounds.period.description}"
-    if lines:
-        plot_curves(lines, folder / CURVES, title)
-        saved = last["tick"] / max(1, last["round"])
-        rows = [
-            ("ended", why),
-            (
-                "ticks, rounds",
-                f"{number(last['tick'])}, {number(last['round'])} ({saved:.1f} ticks a round)",
-            ),
-            ("train loss, test loss", f"{number(last['train_loss'])}, {number(last['eval_loss'])}"),
-            (
-                "test accuracy",
-                "—" if last["eval_accuracy"] is None else f"{last['eval_accuracy']:.4f}",
-            ),
-            (
-                "sent by a worker, by a hub",
-                f"{bits(last['bits_workers'])}, {bits(last['bits_hubs'])}",
-            ),
-            ("seconds", f"{measure.seconds:.1f}"),
-        ]
-        show_table(display.console, title, rows)
-    for name in (METRICS, SUMMARY, CURVES, FLAGS):
-        if (folder / name).exists():
-            display.say(str(folder / name))
+
+
+def _rows(last: dict[str, Any], seconds: float, why: str) -> list[tuple[str, str]]:
+    ticks, rounds, accuracy = last["tick"], last["round"], last["eval_accuracy"]
+    said = f"{data_size(last['bits_workers'])}, {data_size(last['bits_hubs'])}"
+    each = f" ({ticks / rounds:.1f} ticks a round)" if rounds else ""
+    return [
+        ("ended", why),
+        ("ticks, rounds", f"{number(ticks)}, {number(rounds)}{each}"),
+        ("train loss, test loss", f"{number(last['train_loss'])}, {number(last['eval_loss'])}"),
+        ("test accuracy", "—" if accuracy is None else f"{accuracy:.4f}"),
+        ("sent by a worker, by a hub", said),
+        ("seconds", f"{seconds:.1f}"),
+    ]
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def tick(
       grad_fn: as `gradients` makes it; batches of indices are looked up in `world.data` before it
         is called.
       optimizer: any optax transformation; mapped over workers, so that norms are a worker's own. It
-        is told the tick.
+        is told the tick, and the loss and gradient as `value` and `grad`.
       worker_map: "vmap" or "map"; by default what is fast for this function on this backend.
 
     Reports per worker "active" (1 where it took its step) and the metrics of grad_fn (0 where it
@@ -119,7 +119,7 @@ class _OneWorker(NamedTuple):
     """What a worker does at this tick."""
 
     gradient: Callable  # (params, model_state, batch, worker) -> (grads, model_state, metrics)
-    update: Callable  # (grads, opt_state, params) -> (params, opt_state)
+    update: Callable  # (grads, opt_state, params, loss) -> (params, opt_state)
     active: Callable  # (worker, rate) -> whether it takes its step; True where all always do
 
 
@@ -128,8 +128,9 @@ def _one_worker(grad_fn, update_fn, state, world) -> _OneWorker:
         key = stream(state.key, GRADIENT, state.tick, worker)
         return grad_fn(params, model_state, fetch(world.data, batch), key)
 
-    def update(grads, opt_state, params):
-        updates, opt_state = update_fn(grads, opt_state, params, tick=state.tick)
+    def update(grads, opt_state, params, loss):
+        told = {"tick": state.tick, "value": loss, "grad": grads}
+        updates, opt_state = update_fn(grads, opt_state, params, **told)
         return optax.apply_updates(params, updates), opt_state
 
     def active(worker, rate):
@@ -149,7 +150,7 @@ def _local_step(one, state, memory, batch, world, mode):
 
         def take():
             grads, new_state, metrics = one.gradient(params, model_state, batch, worker)
-            new_params, new_opt_state = one.update(grads, opt_state, params)
+            new_params, new_opt_state = one.update(grads, opt_state, params, metrics["loss"])
             return vary((new_params, new_opt_state, new_state, {**metrics, "active": jnp.ones(())}))
 
         def stay():
@@ -183,8 +184,9 @@ def _averaged_step(one, state, memory, batch, world, mode, mixer):
     grads, model_state, metrics = over_workers(masked, mode)(
         state.params, state.model_state, batch, world.worker, world.rate
     )
-    grads = spread(mixer.average(grads, world), grads)
-    params, opt_state = over_workers(one.update, mode)(grads, state.opt_state, state.params)
+    told = (grads, metrics["loss"])
+    grads, loss = spread(mixer.average(told, world), told)
+    params, opt_state = over_workers(one.update, mode)(grads, state.opt_state, state.params, loss)
     return _advance(state, memory, params, opt_state, model_state, metrics)
 
 

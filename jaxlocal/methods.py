@@ -2,9 +2,8 @@
 
 A method says what a worker does at a tick, who averages with whom when, and how long a round is.
 Symbols: K workers in D hubs of N; x_i the model of worker i, a_i its weight, p_i the probability
-  that it takes its step at a tick; η the learning
-rate; H the ticks of a round; τ the ticks between hub averages and q the hub averages between two
-mixings of hubs.
+that it takes its step at a tick; η the learning rate; H the ticks of a round; τ the ticks between
+hub averages and q the hub averages between two mixings of hubs.
 
 Each takes `grad_fn` (see `local.gradients`) and any optax optimizer, of which every worker runs its
 own. `options` are those of the tick: `worker_map`.
@@ -98,8 +97,8 @@ def mll_sgd(
       hub_period: q, hub averages; or a rule for the ticks of a round, in multiples of τ.
 
     Source: Castiglia, Das, Patterson, ICLR 2021, https://arxiv.org/abs/2007.13819. Differs from the
-      released code, whose
-    hubs mix in place, one after another; here they mix at once, as in the paper's Algorithm 1.
+    released code, whose hubs mix in place, one after another; here they mix at once, as in the
+    paper's Algorithm 1.
     """
     state = (optimizer_state, optimizer)
     inner = sequence(

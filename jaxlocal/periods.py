@@ -9,6 +9,7 @@ Rule for Distributed Deep Learning", ICLR 2024, https://arxiv.org/abs/2310.14423
 """
 
 import functools
+import numbers
 from collections.abc import Callable, Iterator
 
 import jax
@@ -173,5 +174,5 @@ def rates(schedule: optax.ScalarOrSchedule) -> Callable[[int], float]:
 
 
 def _at_least_one(what: str, ticks: int) -> None:
-    if ticks < 1:
-        raise ConfigurationError(f"{what} must be at least 1 tick, got {ticks}")
+    if not isinstance(ticks, numbers.Integral) or ticks < 1:
+        raise ConfigurationError(f"{what} must be an integer of at least 1 tick, got {ticks}")

@@ -17,7 +17,7 @@ from jaxlocal.compose import join, repeat
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.syncing import NOTHING
 from jaxlocal.types import Info, Memory, Messages, Rounds, Stage, TrainState, Tree, World
-from jaxlocal.workers import AXES, SINGLE, STACKED, Layout
+from jaxlocal.workers import AXES, SINGLE, STACKED, Layout, over_mesh
 
 BATCHES = P(None, *AXES)
 INFO = Info(worker=BATCHES, common=P())
@@ -165,8 +165,7 @@ class RoundFn:
 
     def _measure(self, fn: Any):
         if fn not in self._programs:
-            mapped = jax.shard_map(fn, mesh=self.mesh, in_specs=(STACKED, WORLD), out_specs=P())
-            self._programs[fn] = jax.jit(mapped)
+            self._programs[fn] = jax.jit(over_mesh(fn, self.mesh, (STACKED, WORLD), P()))
         return self._programs[fn]
 
     def _program(self, which: int | str, state: TrainState):
@@ -177,7 +176,7 @@ class RoundFn:
         return self._programs[which]
 
     def _ticks_of(self, batches: Tree) -> int:
-        leading = {x.shape[:3] for x in jax.tree.leaves(batches)}
+        leading = {jnp.shape(x)[:3] for x in jax.tree.leaves(batches)}
         if len(leading) != 1 or next(iter(leading))[1:] != self.layout.shape:
             raise ConfigurationError(
                 f"batches must lead with [ticks, {self.layout.hubs} hubs, "
@@ -214,9 +213,7 @@ def _compile(stage: Stage, mesh: Mesh, specs: TrainState, part: int):
         )
         return state._replace(memory=tuple(memories)), info
 
-    mapped = jax.shard_map(
-        run, mesh=mesh, in_specs=(specs, BATCHES, WORLD), out_specs=(specs, INFO)
-    )
+    mapped = over_mesh(run, mesh, (specs, BATCHES, WORLD), (specs, INFO))
     return jax.jit(mapped, donate_argnums=0)
 
 
@@ -230,4 +227,6 @@ def _concatenate(infos: Sequence[Info]) -> Info:
     """One report of several chunks; joined on the host, where it takes no compilation."""
     if len(infos) == 1:
         return infos[0]
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(infos)):
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *infos)
     return jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts]), *infos)

@@ -1,8 +1,7 @@
 """Hub graphs, and the matrices by which hubs mix over them.
 
 Source: Castiglia, Das, Patterson, "Multi-Level Local SGD: Distributed SGD for Heterogeneous
-Hierarchical Networks",
-ICLR 2021, https://arxiv.org/abs/2007.13819.
+Hierarchical Networks", ICLR 2021, https://arxiv.org/abs/2007.13819.
 """
 
 from pathlib import Path
@@ -55,22 +54,22 @@ def _erdos_renyi(spec: str, options: list[str], hubs: int, seed: int) -> np.ndar
             raise ValueError
     except ValueError:
         raise ConfigurationError(
-            f"hub graph {spec!r} is not erdos_renyi:PROBABILITY:SEED with a probability in [0, "
-            f"1] and an integer seed"
+            f"hub graph {spec!r} is not erdos_renyi:PROBABILITY:SEED with a probability in [0, 1] "
+            f"and an integer seed"
         ) from None
     return nx.to_numpy_array(nx.gnp_random_graph(hubs, probability, seed=seed)) > 0
 
 
 def read_graph(path: str | Path) -> np.ndarray:
-    """The adjacency matrix in a text file: a row of 0s and 1s for each hub, with or without "
-    "spaces; # comments.
+    """The adjacency matrix in a text file: a row of 0s and 1s for each hub; # starts a comment.
 
     A 1 on the diagonal means nothing: every hub keeps a part of its own model.
     """
     try:
-        lines = [line.split("#")[0] for line in Path(path).read_text().splitlines()]
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"the hub graph file {path} cannot be read: {error}") from None
+    lines = [line.split("#")[0] for line in text.splitlines()]
     rows = ["".join(line.replace(",", " ").split()) for line in lines]
     rows = [row for row in rows if row]
     wrong = [row for row in rows if len(row) != len(rows) or set(row) - {"0", "1"}]

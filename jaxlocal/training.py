@@ -19,9 +19,8 @@ from jaxlocal.rounds import WORLD, RoundFn
 from jaxlocal.types import Info, Messages, Rounds, TrainState, Tree
 from jaxlocal.workers import AXES, STACKED
 
-_AHEAD = (
-    2  # dispatches that may be under way before the host looks at what the oldest of them reported
-)
+# Dispatches that may be under way before the host looks at what the oldest of them reported.
+_AHEAD = 2
 
 
 class Diverged(ArithmeticError):
@@ -212,12 +211,8 @@ class Evaluation:
         index = np.asarray(examples, np.int32)[places % len(examples)].reshape(shape)
         counts = (places < len(examples)).reshape(shape)
         self._index, self._counts = jax.device_put((index, counts), NamedSharding(mesh, P(AXES)))
-        mapped = jax.shard_map(
-            _mean_metrics(metrics),
-            mesh=mesh,
-            in_specs=(STACKED, WORLD, P(), P(AXES), P(AXES)),
-            out_specs=P(),
-        )
+        specs = (STACKED, WORLD, P(), P(AXES), P(AXES))
+        mapped = workers.over_mesh(_mean_metrics(metrics), mesh, specs, P())
         self._program = jax.jit(mapped)
 
     def __call__(self, state: TrainState) -> dict[str, float]:

@@ -1,10 +1,8 @@
-"""The words of the library: what a worker's state is, and the contracts of stages, mixers and
-rounds.
+"""The words of the library: a worker's state, and the contracts of stages, mixers and rounds.
 
-Shapes: D hubs, N workers a hub, K = D·N workers. A *stacked* leaf leads with the worker grid, [D,
-  N, ...]; a *single*
-leaf is [...], one for all. Inside a round a device holds its block of the grid, [d, n, ...]. A
-*tick* is one local step of every worker.
+Shapes: D hubs, N workers a hub, K = D·N workers. A *stacked* leaf leads with the worker grid,
+[D, N, ...]; a *single* leaf is [...], one for all. Inside a round a device holds its block of the
+grid, [d, n, ...]. A *tick* is one local step of every worker.
 """
 
 from collections.abc import Callable
@@ -59,9 +57,7 @@ class Messages(NamedTuple):
     """
 
     workers: int = 0  # sent by one worker
-    hubs: int = (
-        0  # sent to other hubs by one hub; by the one with most neighbours where they differ
-    )
+    hubs: int = 0  # sent to other hubs by one hub, the one with most neighbours
 
     def plus(self, other: "Messages", times: int = 1) -> "Messages":
         """self + times · other."""

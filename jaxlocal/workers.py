@@ -3,7 +3,9 @@ them."""
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -26,7 +28,7 @@ GRADIENT, RATE = 0, 1
 WORKER_MAPS: dict[str, Callable] = {"vmap": lambda fn, trees: jax.vmap(fn)(trees), "map": lax.map}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
     """D hubs of N workers each, with their weights and rates.
 
@@ -48,19 +50,19 @@ class Layout:
     rates: Any = 1.0
 
     def __post_init__(self):
-        if self.hubs < 1 or self.workers_per_hub < 1:
+        for name in ("hubs", "workers_per_hub"):
+            count = getattr(self, name)
+            if not isinstance(count, numbers.Integral) or count < 1:
+                raise ConfigurationError(f"{name} must be an integer of at least 1, got {count!r}")
+        weights, rates = self._grid("weights"), self._grid("rates")
+        for wrong in weights[~((weights > 0) & np.isfinite(weights))][:1]:
+            raise ConfigurationError(f"worker weights must be > 0 and finite, got {wrong}")
+        for wrong in rates[~((rates > 0) & (rates <= 1))][:1]:
+            raise ConfigurationError(f"worker rates must be in (0, 1], got {wrong}")
+        if (self.weight < np.finfo(np.float32).tiny).any():
             raise ConfigurationError(
-                f"a grid of {self.hubs} hubs × {self.workers_per_hub} workers has no worker; "
-                f"both must be at least 1"
+                f"worker weights from {weights.min()} to {weights.max()} are too far apart"
             )
-        if not (np.isfinite(self._grid("weights")).all() and (self._grid("weights") > 0).all()):
-            raise ConfigurationError(
-                f"worker weights must be > 0, got {self._grid('weights').min():g} as the least"
-            )
-        rates = self._grid("rates")
-        if not ((rates > 0) & (rates <= 1)).all():
-            wrong = rates[~((rates > 0) & (rates <= 1))][0]
-            raise ConfigurationError(f"worker rates must be in (0, 1], got {wrong:g}")
 
     def _grid(self, field: str) -> np.ndarray:
         """The field as float64 [D, N]."""
@@ -88,7 +90,7 @@ class Layout:
     @property
     def weight(self) -> np.ndarray:
         """a_i, float64 [D, N], sums to 1."""
-        weights = self._grid("weights")
+        weights = self._grid("weights") / self._grid("weights").max()  # so that no sum overflows
         return weights / weights.sum()
 
     @property
@@ -155,6 +157,32 @@ def stream(key: jax.Array, purpose: int, tick: Any, worker: Any = None) -> jax.A
     return key if worker is None else jax.random.fold_in(key, worker)
 
 
+_TYPED: ContextVar[bool] = ContextVar("_TYPED", default=True)
+
+
+def over_mesh(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """fn run on every device of the mesh, on the device's own block.
+
+    Values are typed by the mesh axes over which they differ, which proves that what is declared
+    common is. A user's loop that carries a constant fails under those types; it runs without them.
+    """
+    places: dict[str, Any] = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
+
+    def mapped(*arguments):
+        try:
+            return jax.shard_map(fn, **places)(*arguments)
+        except TypeError as error:
+            if "manual ax" not in str(error):
+                raise
+        before = _TYPED.set(False)
+        try:
+            return jax.shard_map(fn, **places, check_vma=False)(*arguments)
+        finally:
+            _TYPED.reset(before)
+
+    return mapped
+
+
 def vary(tree: Tree, axes: Sequence[str] = AXES) -> Tree:
     """The tree, typed as differing over the mesh axes, as `shard_map` asks of what meets
     per-worker values."""
@@ -163,7 +191,7 @@ def vary(tree: Tree, axes: Sequence[str] = AXES) -> Tree:
         missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
         return lax.pcast(x, missing, to="varying") if missing else x
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(one, tree) if _TYPED.get() else tree
 
 
 def spread(tree: Tree, like: Tree) -> Tree:

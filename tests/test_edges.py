@@ -68,3 +68,66 @@ def test_workers_that_always_step_draw_nothing():
         batches, step = jnp.ones((1, 1, 2)), round_fn._program(1, state)
         text = str(jax.make_jaxpr(step)(state, batches, round_fn.world))
         assert ("threefry2x32" in text or "random_bits" in text) == draws
+
+
+def carried(params, batch, key):
+    """A loss whose loop starts from a constant, as recurrent networks do."""
+    start = jnp.zeros(())
+    last, _ = jax.lax.scan(lambda c, x: (jnp.tanh(c + x * params), None), start, batch)
+    return (last - 1) ** 2
+
+
+@pytest.mark.parametrize("name", ["local_sgd", "data_parallel"])
+def test_a_loss_that_carries_a_constant_trains_on_every_mesh(name):
+    method = getattr(jaxlocal, name)(jaxlocal.gradients(carried), optax.sgd(0.1))
+    layout, batches = Layout(2, 4), np.random.default_rng(0).normal(size=(8, 2, 4, 5))
+    models = []
+    for shape in [(1, 1), (2, 4)]:
+        round_fn = RoundFn(method, layout, jaxlocal.make_mesh(layout, shape=shape))
+        state, info = round_fn(round_fn.init(0.5, jax.random.key(0)), batches)
+        models.append(np.asarray(state.params))
+        expected = jax.vmap(carried, (None, 0, None))(0.5, batches[0].reshape(8, 5), None)
+        np.testing.assert_allclose(info.worker["loss"][0].ravel(), expected, rtol=1e-5)
+    np.testing.assert_allclose(*models, rtol=1e-5)
+
+
+def test_metrics_that_carry_a_constant_are_evaluated():
+    round_fn = plain(Layout(workers_per_hub=4))
+    state = round_fn.init(jnp.ones(()), jax.random.key(0))
+
+    def metrics(params, model_state, batch):
+        total, _ = jax.lax.scan(lambda c, x: (c + x, None), jnp.zeros(()), batch)
+        return {"total": jnp.broadcast_to(total, batch.shape)}
+
+    assert Evaluation(round_fn, metrics, np.ones(8), batch_size=2)(state)["total"] > 0
+
+
+def test_a_round_of_several_chunks_runs_inside_jit():
+    round_fn, batches = plain(Layout(workers_per_hub=2)), jnp.ones((6, 1, 2))
+    start = lambda: round_fn.init(jnp.ones(()), jax.random.key(0))
+    once, inside = round_fn(start(), batches), jax.jit(round_fn)(start(), batches)
+    np.testing.assert_array_equal(once[0].params, inside[0].params)
+    np.testing.assert_allclose(once[1].worker["loss"], inside[1].worker["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["local_sgd", "data_parallel"])
+def test_optimizers_are_told_the_loss(name):
+    optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    method = getattr(jaxlocal, name)(grad_fn, optimizer)
+    round_fn = RoundFn(method, Layout(workers_per_hub=2))
+    state = round_fn.init(jnp.ones(()), jax.random.key(0))
+    state, info = round_fn(state, jnp.ones((1, 1, 2)))
+    best = [s for s in state.opt_state if hasattr(s, "best_value")][0].best_value
+    np.testing.assert_allclose(best, info.worker["loss"][0])
+
+
+@pytest.mark.parametrize("hubs", [2.0, "2", 0])
+def test_a_grid_is_counted_in_integers(hubs):
+    with pytest.raises(ConfigurationError, match="hubs must be an integer"):
+        Layout(hubs, 2)
+
+
+def test_weights_that_overflow_or_vanish():
+    np.testing.assert_allclose(Layout(1, 4, weights=[1e308] * 4).weight, 0.25)
+    with pytest.raises(ConfigurationError, match="too far apart"):
+        Layout(1, 2, weights=[1e-300, 1])

@@ -149,11 +149,13 @@ def test_descriptions_tell_the_rule():
 
 
 def test_rules_that_make_no_sense_are_refused():
-    with refused("a period must be at least 1 tick, got 0"):
+    with refused("a period must be an integer of at least 1 tick, got 0"):
         periods.constant(0)
-    with refused("a period must be at least 1 tick, got -2"):
+    with refused("a period must be an integer of at least 1 tick, got -2"):
         periods.post_local(3, -2)
-    with refused("H_base must be at least 1 tick, got 0"):
+    with refused("a period must be an integer of at least 1 tick, got 2.5"):
+        periods.constant(2.5)
+    with refused("H_base must be an integer of at least 1 tick, got 0"):
         periods.quadratic(0.1, 0.2, 0)
     for wrong in (-0.5, float("nan"), float("inf")):
         with refused(f"the period's coefficient must be a number ≥ 0, got {wrong:g}"):

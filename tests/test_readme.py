@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-PROGRAM = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+PROGRAM, WITH_NNX = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_program_of_the_readme_finds_its_target(capsys):
@@ -15,6 +15,13 @@ def test_the_program_of_the_readme_finds_its_target(capsys):
     np.testing.assert_allclose(names["params"]["w"], names["target"], atol=1e-2)
     assert names["info"].worker["loss"].shape == (16, 1, 8)
     assert "(16, 1, 8)" in capsys.readouterr().out
+
+
+def test_the_second_program_goes_on_from_the_first_and_learns():
+    names = {}
+    exec(compile(PROGRAM + WITH_NNX, "README.md", "exec"), names)
+    assert names["info"].worker["loss"].mean() < 0.5 < np.log(4)
+    assert int(names["state"].tick) == 200
 
 
 def test_the_program_is_a_loop_of_fifteen_lines():

@@ -50,17 +50,15 @@ def test_shares_sum_to_one_over_all_and_in_each_hub(hubs, count, seed):
 
 
 def test_grids_and_weights_and_rates_that_are_none_are_refused():
-    with refused("a grid of 0 hubs × 4 workers has no worker; both must be at least 1"):
+    with refused("hubs must be an integer of at least 1, got 0"):
         Layout(0, 4)
-    with refused("a grid of 2 hubs × -1 workers has no worker"):
+    with refused("workers_per_hub must be an integer of at least 1, got -1"):
         Layout(2, -1)
-    with refused("worker weights must be > 0, got 0 as the least"):
-        Layout(1, 2, weights=[0, 1])
-    for wrong in (float("nan"), float("inf")):
-        with refused("worker weights must be > 0"):
+    for wrong in (0.0, -2.0, float("nan"), float("inf")):
+        with refused(f"worker weights must be > 0 and finite, got {wrong}"):
             Layout(1, 2, weights=[wrong, 1])
-    for wrong in (0, 1.5, -0.25, float("nan")):
-        with refused(f"worker rates must be in (0, 1], got {wrong:g}"):
+    for wrong in (0.0, 1.5, 1.0000001, -0.25, float("nan")):
+        with refused(f"worker rates must be in (0, 1], got {wrong}"):
             Layout(1, 3, rates=[0.5, wrong, 1])
     with refused("4 weights do not fit 2 hubs × 3 workers: give one, 3 (a hub's) or 6"):
         Layout(2, 3, weights=[1, 2, 3, 4])

@@ -10,8 +10,8 @@ import pytest
 
 from experiments import train as binary
 from experiments.build import build_job, make_round_fn
-from experiments.config import FAILED, Config
-from experiments.recording import CURVES, FLAGS, METRICS, SUMMARY, read_metrics
+from experiments.config import FAILED, INTERRUPTED, Config
+from experiments.recording import CURVES, FLAGS, METRICS, PREVIOUS, SUMMARY, read_metrics
 from jaxlocal import ConfigurationError
 
 SMALL = Config(
@@ -94,7 +94,7 @@ def test_measuring_does_not_change_the_run(small, tmp_path):
 
 def test_a_folder_of_other_flags_is_left_alone(small):
     folder, (_, lines) = small
-    with pytest.raises(ConfigurationError, match="other flags.*--batch_size=4.*--batch_size=8"):
+    with pytest.raises(ConfigurationError, match="it has --batch_size=8, this one --batch_size=4"):
         run(dataclasses.replace(SMALL, batch_size=4), folder)
     assert read_metrics(folder) == lines
 
@@ -140,7 +140,7 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(binary.Measure, "__call__", interrupted)
     status, lines = run(SMALL, tmp_path / "run")
-    assert status == binary.INTERRUPTED
+    assert status == INTERRUPTED
     assert [line["tick"] for line in lines] == [0, 6]
     assert json.loads((tmp_path / "run" / SUMMARY).read_text())["ended"] == "interrupted"
 
@@ -209,3 +209,22 @@ def test_weights_can_follow_the_data():
 
 def test_index_batches_stay_small():
     assert make_round_fn(build_job(SMALL)).chunks(10_000).__next__() == 256
+
+
+def test_a_run_whose_last_step_diverges_has_failed(tmp_path):
+    config = dataclasses.replace(SMALL, ticks=1, learning_rate=1e30, eval_every=1)
+    status, lines = run(config, tmp_path / "run")
+    assert status == FAILED and lines[-1]["train_loss"] is None
+    assert "average model" in json.loads((tmp_path / "run" / SUMMARY).read_text())["ended"]
+
+
+def test_an_interrupted_rerun_keeps_the_metrics_it_was_to_replace(tmp_path, monkeypatch):
+    _, lines = run(SMALL, tmp_path / "run")
+    before = (tmp_path / "run" / METRICS).read_text()
+
+    def interrupted(self, step):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(binary.Measure, "__call__", interrupted)
+    binary.train(dataclasses.replace(SMALL, workdir=str(tmp_path / "run")))
+    assert (tmp_path / "run" / PREVIOUS).read_text() == before
