@@ -99,8 +99,7 @@ def build_model(config: Config, dataset: Dataset) -> Model:
     outputs = outputs_for(dataset.classes) if dataset.classes else 1
     if config.model == "linear" and dataset.classes:
         raise ConfigurationError(
-            f"linear is a regression, and {config.dataset} has {dataset.classes} classes; use "
-            f"logistic"
+            f"linear is a regression, and {config.dataset} has {dataset.classes} classes"
         )
     model = build(config.model, dataset.input_shape, outputs)
     if dataset.start is None:
@@ -129,11 +128,10 @@ def make_method(
     """The method of the flags, with the period of the flags."""
     options: dict[str, Any] = {"worker_map": config.worker_map}
     kept = options | {"optimizer_state": config.optimizer_state}
+    local = lambda: jaxlocal.local_sgd(grad_fn, optimizer, period, **kept)
     table: dict[str, Callable[[], Rounds]] = {
         "data_parallel": lambda: jaxlocal.data_parallel(grad_fn, optimizer, **options),
-        "local_sgd": lambda: jaxlocal.local_sgd(grad_fn, optimizer, period, **kept),
-        "post_local_sgd": lambda: jaxlocal.local_sgd(grad_fn, optimizer, period, **kept),
-        "swap": lambda: jaxlocal.local_sgd(grad_fn, optimizer, period, **kept),
+        **dict.fromkeys(("local_sgd", "post_local_sgd", "swap"), local),
         "mll_sgd": lambda: jaxlocal.mll_sgd(
             grad_fn, optimizer, matrix, config.local_steps, period, **kept
         ),

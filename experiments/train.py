@@ -8,6 +8,7 @@ run would do and say.
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from experiments.recording import CURVES, FLAGS, METRICS, SUMMARY, Recorder
 from jaxlocal import ConfigurationError, RoundFn
 from jaxlocal.data import make_batches
 from jaxlocal.models.supervised import evaluation_metrics
-from jaxlocal.training import Evaluation, Step, run, schedule
+from jaxlocal.training import Diverged, Evaluation, Step, run, schedule
 
 
 def train(config: Config) -> int:
@@ -41,51 +42,53 @@ def train(config: Config) -> int:
             f"--parameters={config.parameters} is for experiments.plan; training needs a model"
         )
     next(schedule(job.rounds, job.ticks))
-    folder = Path(config.workdir) if config.workdir else default_workdir(config)
     training, test = job.dataset.train(), job.dataset.test()
-    batches = make_batches(
-        config.partition, training["targets"], *job.layout.shape, config.batch_size, config.seed
-    )
+    targets, grid = training["targets"], job.layout.shape
+    batches = make_batches(config.partition, targets, *grid, config.batch_size, config.seed)
     round_fn = make_round_fn(job, training)
     params, model_state = jax.jit(job.model.init)(jax.random.key(config.seed))
     state = round_fn.init(params, jax.random.key(config.seed), model_state)
     measure = Measure(job, round_fn, test)
+    folder = Path(config.workdir) if config.workdir else default_workdir(config)
     recorder, display = Recorder(folder, config), Display(job.ticks)
     if round_fn.mesh.size < jax.device_count():
         display.say(
-            f"{job.layout.hubs} hubs × {job.layout.workers_per_hub} workers divide over "
-            f"{round_fn.mesh.size} of the {jax.device_count()} devices; the others stay idle"
+            f"{grid[0]} hubs × {grid[1]} workers divide over {round_fn.mesh.size} of the "
+            f"{jax.device_count()} devices; the others stay idle"
         )
-    status, why = 0, "finished"
-    try:
-        with display.live():
-            for step in run(round_fn, state, batches.indices, job.ticks, measure_every(job)):
-                line = measure(step) if step.due else None
-                if line:
-                    recorder.measured(line)
-                    _check(line)
-                display.step(step, line)
-                if (
-                    line
-                    and config.stop_train_loss is not None
-                    and line["train_loss"] < config.stop_train_loss
-                ):
-                    why = f"training loss {line['train_loss']:.4g} < {config.stop_train_loss:g}"
-                    break
-    except ArithmeticError as error:
-        status, why = FAILED, f"diverged: {error}"
-    except KeyboardInterrupt:
-        status, why = INTERRUPTED, "interrupted"
+    steps = run(round_fn, state, batches.indices, job.ticks, measure_every(job))
+    status, why = _follow(steps, config, measure, recorder, display)
     _leave(job, round_fn, recorder, display, measure, why)
     if status:
         print(f"error: {why}", file=sys.stderr)
     return status
 
 
-def _check(line: dict[str, Any]) -> None:
-    if not math.isfinite(line["train_loss"]):
-        loss, tick = line["train_loss"], line["tick"]
-        raise ArithmeticError(f"the training loss of the average model is {loss} at tick {tick}")
+def _follow(
+    steps: Iterator[Step], config: Config, measure: "Measure", recorder: Recorder, display: Display
+) -> tuple[int, str]:
+    """Take the steps to their end; returns the exit status and how it ended."""
+    enough = -math.inf if config.stop_train_loss is None else config.stop_train_loss
+    try:
+        with display.live():
+            for step in steps:
+                line = measure(step) if step.due else None
+                if line:
+                    recorder.measured(line)
+                display.step(step, line)
+                loss = line["train_loss"] if line else math.inf
+                if line and not math.isfinite(loss):
+                    return (
+                        FAILED,
+                        f"diverged: the average model's loss is {loss} at tick {step.tick}",
+                    )
+                if loss < enough:
+                    return 0, f"training loss {loss:.4g} < {enough:g}"
+    except Diverged as error:
+        return FAILED, f"diverged: {error}"
+    except KeyboardInterrupt:
+        return INTERRUPTED, "interrupted"
+    return 0, "finished"
 
 
 class Measure:

@@ -215,7 +215,7 @@ def test_a_run_whose_last_step_diverges_has_failed(tmp_path):
     config = dataclasses.replace(SMALL, ticks=1, learning_rate=1e30, eval_every=1)
     status, lines = run(config, tmp_path / "run")
     assert status == FAILED and lines[-1]["train_loss"] is None
-    assert "average model" in json.loads((tmp_path / "run" / SUMMARY).read_text())["ended"]
+    assert "average model's loss" in json.loads((tmp_path / "run" / SUMMARY).read_text())["ended"]
 
 
 def test_an_interrupted_rerun_keeps_the_metrics_it_was_to_replace(tmp_path, monkeypatch):
