@@ -76,7 +76,7 @@ def _local_steps(axis: Any, ticks: list[int], lines: list[dict[str, Any]]) -> No
     )
     right.set(ylabel="learning rate η", ylim=(0, None))
     handles = [*axis.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    axis.legend(handles, ["H", "η"], loc="best")
+    axis.legend(handles, ["H", "η"], loc="center left")
 
 
 def _distance(axis: Any, ticks: list[int], lines: list[dict[str, Any]]) -> None:
