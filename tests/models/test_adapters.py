@@ -134,7 +134,7 @@ def workers(model):
     keys = jax.random.split(KEY, 3)
     inputs = jax.random.normal(KEY, (3, 8, 5))
     stacked = jax.vmap(model.init)(keys)
-    one = lambda pick: jax.tree.map(lambda a: a[pick], (*stacked, inputs, keys))  # noqa: E731
+    one = lambda pick: jax.tree.map(lambda a: a[pick], (*stacked, inputs, keys))
     results = [model.apply(*one(number), True) for number in range(3)]
     return (*stacked, inputs, keys), jax.tree.map(lambda *a: jnp.stack(a), *results)
 

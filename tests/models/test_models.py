@@ -135,7 +135,7 @@ def test_mll_cnn_counts_on_emnist():
 
 def resnet18_count(width, channels, outputs):
     """Convolutions without bias, and two numbers a channel for each norm that follows one."""
-    conv = lambda side, ins, outs: side * side * ins * outs + 2 * outs  # noqa: E731
+    conv = lambda side, ins, outs: side * side * ins * outs + 2 * outs
     total, ins = conv(3, channels, width), width
     for outs in (width, 2 * width, 4 * width, 8 * width):
         total += conv(3, ins, outs) + 3 * conv(3, outs, outs)
