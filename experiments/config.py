@@ -2,6 +2,7 @@
 record and back."""
 
 import dataclasses
+import hashlib
 import os
 import sys
 import textwrap
@@ -264,8 +265,6 @@ def _say(sentence: str, status: int) -> int:
 
 def default_workdir(config: Config) -> Path:
     """A folder of its own for every choice of flags."""
-    import hashlib
-
     lines = dataclasses.replace(config, workdir=None).flag_lines()
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
     return Path("runs") / f"{config.method}-{config.dataset.replace(':', '_')}-{digest}"

@@ -150,7 +150,7 @@ def _local_step(one, state, memory, batch, world, mode):
 
         def take():
             grads, new_state, metrics = one.gradient(params, model_state, batch, worker)
-            new_params, new_opt_state = one.update(grads, opt_state, params, metrics["loss"])
+            new_params, new_opt_state = one.update(grads, opt_state, params, metrics.get("loss"))
             return vary((new_params, new_opt_state, new_state, {**metrics, "active": jnp.ones(())}))
 
         def stay():
@@ -184,7 +184,7 @@ def _averaged_step(one, state, memory, batch, world, mode, mixer):
     grads, model_state, metrics = over_workers(masked, mode)(
         state.params, state.model_state, batch, world.worker, world.rate
     )
-    told = (grads, metrics["loss"])
+    told = (grads, metrics.get("loss"))
     grads, loss = spread(mixer.average(told, world), told)
     params, opt_state = over_workers(one.update, mode)(grads, state.opt_state, state.params, loss)
     return _advance(state, memory, params, opt_state, model_state, metrics)

@@ -95,9 +95,7 @@ def dispatches(round_fn: RoundFn, ticks: int, measure_every: int = 0) -> Iterato
             stop = next(t for t in range(tick + inner, end + 1, inner) if t == end or due(t, end))
             for size in round_fn.chunks(stop - tick):
                 tick += size
-                yield Dispatch(
-                    tick - size, size, length, tick == end, tick == stop and due(tick, end)
-                )
+                yield Dispatch(tick - size, size, length, tick == end, due(tick, end))
 
 
 def run(

@@ -131,3 +131,13 @@ def test_weights_that_overflow_or_vanish():
     np.testing.assert_allclose(Layout(1, 4, weights=[1e308] * 4).weight, 0.25)
     with pytest.raises(ConfigurationError, match="too far apart"):
         Layout(1, 2, weights=[1e-300, 1])
+
+
+@pytest.mark.parametrize("name", ["local_sgd", "data_parallel"])
+def test_a_gradient_function_of_ones_own_may_report_nothing(name):
+    own = lambda params, model_state, batch, key: (params - batch, model_state, {})
+    round_fn = RoundFn(getattr(jaxlocal, name)(own, optax.sgd(0.5)), Layout(workers_per_hub=2))
+    state = round_fn.init(jnp.zeros(()), jax.random.key(0))
+    state, info = round_fn(state, jnp.ones((1, 1, 2)))
+    np.testing.assert_array_equal(state.params, 0.5)
+    assert list(info.worker) == ["active"]
