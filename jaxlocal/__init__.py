@@ -2,14 +2,16 @@
 
 from jaxlocal import mixing, periods, topology
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.local import gradients, scale_by_tick
+from jaxlocal.local import accumulate, gradients, scale_by_tick
 from jaxlocal.methods import (
     cooperative_sgd,
     data_parallel,
+    diloco,
     hl_sgd,
     local_sgd,
     mll_sgd,
     post_local_sgd,
+    slowmo,
     swap,
 )
 from jaxlocal.rounds import RoundFn
@@ -21,8 +23,10 @@ __all__ = [
     "ConfigurationError",
     "Layout",
     "RoundFn",
+    "accumulate",
     "cooperative_sgd",
     "data_parallel",
+    "diloco",
     "gradients",
     "hl_sgd",
     "local_sgd",
@@ -32,6 +36,7 @@ __all__ = [
     "periods",
     "post_local_sgd",
     "scale_by_tick",
+    "slowmo",
     "swap",
     "topology",
 ]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxlocal.errors import lookup
+from jaxlocal.errors import ConfigurationError, lookup
 from jaxlocal.types import Info, Messages, Mixer, Stage, Tree
 from jaxlocal.workers import (
     GRADIENT,
@@ -52,6 +52,51 @@ def gradients(loss: Callable, stateful: bool = False) -> GradFn:
         return grads, model_state, {"loss": value, **metrics}
 
     return grad_fn
+
+
+def accumulate(grad_fn: GradFn, micro_batches: int) -> GradFn:
+    """The gradient of a worker's batch taken in so many parts, one after another, to save memory.
+
+    Gradients and metrics are means over the parts; where the loss is a mean over examples they are
+    those of the whole batch. What the model keeps is handed from part to part, and each part has a
+    random key of its own. Batches lead with the examples, in a number that the parts divide.
+
+    >>> grad_fn = gradients(lambda w, batch, key: jnp.mean((w - batch) ** 2))
+    >>> batch, key = jnp.array([1.0, 2.0, 3.0, 6.0]), jax.random.key(0)
+    >>> [float(f(0.0, {}, batch, key)[0]) for f in (grad_fn, accumulate(grad_fn, 2))]
+    [-6.0, -6.0]
+    """
+    if micro_batches < 1:
+        raise ConfigurationError(f"micro-batches must be at least 1, got {micro_batches}")
+
+    def accumulated(params, model_state, batch, key):
+        parts = jax.tree.map(lambda x: _parts(x, micro_batches), batch)
+
+        def add(carry, part):
+            sums, state = carry
+            number, examples = part
+            part_key = jax.random.fold_in(key, number)
+            grads, state, metrics = grad_fn(params, state, examples, part_key)
+            sums = jax.tree.map(lambda s, x: s + jnp.asarray(x, s.dtype), sums, (grads, metrics))
+            return vary((sums, state)), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        grads, _, metrics = jax.eval_shape(grad_fn, params, model_state, first, key)
+        wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+        start = vary((jax.tree.map(wide, (grads, metrics)), model_state))
+        (sums, model_state), _ = lax.scan(add, start, (jnp.arange(micro_batches), parts))
+        mean = lambda total, x: (total / micro_batches).astype(x.dtype)
+        grads, metrics = jax.tree.map(mean, sums, (grads, metrics))
+        return grads, model_state, metrics
+
+    return grad_fn if micro_batches == 1 else accumulated
+
+
+def _parts(examples: jax.Array, count: int) -> jax.Array:
+    if examples.ndim == 0 or len(examples) % count:
+        size = len(examples) if examples.ndim else "one value without a batch axis"
+        raise ConfigurationError(f"a batch of {size} does not divide into {count} micro-batches")
+    return examples.reshape(count, -1, *examples.shape[1:])
 
 
 def scale_by_tick(schedule: optax.ScalarOrSchedule) -> optax.GradientTransformation:

@@ -6,7 +6,9 @@ that it takes its step at a tick; η the learning rate; H the ticks of a round; 
 hub averages and q the hub averages between two mixings of hubs.
 
 Each takes `grad_fn` (see `local.gradients`) and any optax optimizer, of which every worker runs its
-own. `options` are those of the tick: `worker_map`.
+own. At a synchronisation `optimizer_state` says whether the workers' optimizer states are kept,
+averaged or reset, and `model_state` whether what models keep besides parameters, such as batch
+statistics, is kept or averaged. `options` are those of the tick: `worker_map`.
 """
 
 import numpy as np
@@ -15,18 +17,22 @@ import optax
 from jaxlocal import mixing, periods, topology
 from jaxlocal.compose import repeat, sequence
 from jaxlocal.local import GradFn, tick
-from jaxlocal.syncing import NOTHING, sync
+from jaxlocal.syncing import outer_step, sync, sync_model_state
 from jaxlocal.types import Period, Rounds
 from jaxlocal.workers import Layout
 
 
-def data_parallel(grad_fn: GradFn, optimizer: optax.GradientTransformation, **options) -> Rounds:
+def data_parallel(
+    grad_fn: GradFn, optimizer: optax.GradientTransformation, model_state: str = "keep", **options
+) -> Rounds:
     """Data parallelism: gradients are averaged at every tick, before the optimizer.
 
     every tick:  g ← Σ a_i g_i;  x ← optimizer(x, g), the same on every worker
     """
     step = tick(grad_fn, optimizer, gradient_mixer=mixing.mean(), **options)
-    return Rounds(step, NOTHING, optimizer, periods.constant(1))
+    return Rounds(
+        step, sync_model_state(mixing.mean(), model_state), optimizer, periods.constant(1)
+    )
 
 
 def local_sgd(
@@ -34,6 +40,7 @@ def local_sgd(
     optimizer: optax.GradientTransformation,
     period: Period | int = 1,
     optimizer_state: str = "keep",
+    model_state: str = "keep",
     **options,
 ) -> Rounds:
     """Local SGD, or Local OPT with any optimizer: steps of one's own, then the average.
@@ -44,12 +51,12 @@ def local_sgd(
     Args:
       period: H, or a rule for it: `periods.quadratic` makes this the Quadratic Synchronization
         Rule.
-      optimizer_state: "keep", "average" or "reset" at the averages.
 
     Source: Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019, https://arxiv.org/abs/1805.09767.
     """
     step = tick(grad_fn, optimizer, **options)
-    return Rounds(step, sync(mixing.mean(), optimizer_state, optimizer), optimizer, _period(period))
+    average = sync(mixing.mean(), optimizer_state, optimizer, model_state)
+    return Rounds(step, average, optimizer, _period(period))
 
 
 def post_local_sgd(
@@ -83,6 +90,7 @@ def mll_sgd(
     local_steps: int,
     hub_period: int | Period,
     optimizer_state: str = "keep",
+    model_state: str = "keep",
     **options,
 ) -> Rounds:
     """Multi-Level Local SGD: workers average in their hub, hubs mix with their neighbours.
@@ -100,7 +108,7 @@ def mll_sgd(
     released code, whose hubs mix in place, one after another; here they mix at once, as in the
     paper's Algorithm 1.
     """
-    state = (optimizer_state, optimizer)
+    state = (optimizer_state, optimizer, model_state)
     inner = sequence(
         repeat(tick(grad_fn, optimizer, **options), local_steps), sync(mixing.hub_mean(), *state)
     )
@@ -127,6 +135,7 @@ def cooperative_sgd(
     matrix: np.ndarray,
     period: int | Period,
     optimizer_state: str = "keep",
+    model_state: str = "keep",
     **options,
 ) -> Rounds:
     """Cooperative SGD, decentralised: every worker is a hub, and mixes with its neighbours after
@@ -142,8 +151,83 @@ def cooperative_sgd(
     Source: Wang, Joshi, "Cooperative SGD", JMLR 2021, https://arxiv.org/abs/1808.07576.
     """
     step = tick(grad_fn, optimizer, **options)
-    mix = sync(mixing.hub_diffusion(matrix, workers_per_hub=1), optimizer_state, optimizer)
+    mixer = mixing.hub_diffusion(matrix, workers_per_hub=1)
+    mix = sync(mixer, optimizer_state, optimizer, model_state)
     return Rounds(step, mix, optimizer, _period(period))
+
+
+def slowmo(
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    period: Period | int = 1,
+    outer_optimizer: optax.GradientTransformation | None = None,
+    optimizer_state: str = "keep",
+    model_state: str = "keep",
+    **options,
+) -> Rounds:
+    """SlowMo: Local SGD whose averages are smoothed by a slow momentum u.
+
+        every tick:     x_i ← optimizer_i(x_i, g_i)
+        every H ticks:  u ← β u + (y − Σ_j a_j x_j) / η;  y ← y − α η u;  x_i ← y
+
+    y is the anchor, the model from which all workers started the round; α is the slow learning
+    rate and β the slow momentum.
+
+    Args:
+      learning_rate: η, as the optimizer follows it; read at the last tick of the round.
+      period: H, or a rule for it.
+      outer_optimizer: what makes −α u of the pseudo-gradient (y − Σ a_j x_j) / η; by default
+        `optax.sgd(1.0, momentum=0.7)`, α = 1 and β = 0.7.
+      optimizer_state: "reset", "keep" and "average" are the paper's three buffer strategies.
+
+    Source: Wang, Tantia, Ballas, Rabbat, "SlowMo: Improving Communication-Efficient Distributed SGD
+    with Slow Momentum", ICLR 2020, https://arxiv.org/abs/1910.00643. Differs from the paper in: η
+    may change inside a round.
+    """
+    outer = optax.sgd(1.0, momentum=0.7) if outer_optimizer is None else outer_optimizer
+    state = (optimizer_state, optimizer, model_state)
+    return Rounds(
+        tick(grad_fn, optimizer, **options),
+        outer_step(mixing.mean(), outer, learning_rate, *state),
+        optimizer,
+        _period(period),
+    )
+
+
+def diloco(
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    period: Period | int = 1,
+    outer_optimizer: optax.GradientTransformation | None = None,
+    optimizer_state: str = "keep",
+    model_state: str = "keep",
+    **options,
+) -> Rounds:
+    """DiLoCo: many local steps, then one step of an outer optimizer on how far workers came.
+
+        every tick:     x_i ← optimizer_i(x_i, g_i)
+        every H ticks:  d ← y − Σ_j a_j x_j;  y ← outer(y, d);  x_i ← y
+
+    y is the anchor, the model from which all workers started the round.
+
+    Args:
+      period: H, or a rule for it; 500 in the paper.
+      outer_optimizer: by default `optax.sgd(0.7, momentum=0.9, nesterov=True)`, the paper's. With
+        `optax.sgd(1.0)` this is Local SGD.
+
+    Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models",
+    2023, https://arxiv.org/abs/2311.08105; its optimizer is AdamW.
+    """
+    outer = optax.sgd(0.7, momentum=0.9, nesterov=True)
+    outer = outer if outer_optimizer is None else outer_optimizer
+    state = (optimizer_state, optimizer, model_state)
+    return Rounds(
+        tick(grad_fn, optimizer, **options),
+        outer_step(mixing.mean(), outer, None, *state),
+        optimizer,
+        _period(period),
+    )
 
 
 def _period(period: int | Period) -> Period:

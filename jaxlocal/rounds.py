@@ -98,7 +98,7 @@ class RoundFn:
             stacked = stack(params)
             opt_state = jax.vmap(jax.vmap(self.rounds.optimizer.init))(stacked)
             anchored = self.rounds.inner.anchored or self.rounds.outer.anchored
-            anchor = jax.tree.map(jnp.asarray, params) if anchored else ()
+            anchor = jax.tree.map(_wide, params) if anchored else ()
             state = TrainState(
                 stacked, opt_state, stack(model_state), anchor, (), key, jnp.int32(0)
             )
@@ -215,6 +215,13 @@ def _compile(stage: Stage, mesh: Mesh, specs: TrainState, part: int):
 
     mapped = over_mesh(run, mesh, (specs, BATCHES, WORLD), (specs, INFO))
     return jax.jit(mapped, donate_argnums=0)
+
+
+def _wide(x: Any) -> jax.Array:
+    """What an anchor holds of a parameter: half precision would lose what workers differ by."""
+    x = jnp.asarray(x)
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float else x
 
 
 def _strong(x: jax.Array) -> jax.Array:

@@ -1,12 +1,15 @@
 """What ends a round: stages that take no ticks and make workers alike."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxlocal.errors import ConfigurationError, lookup
 from jaxlocal.local import bits
-from jaxlocal.types import Info, Messages, Mixer, Stage
+from jaxlocal.types import Info, Memory, Messages, Mixer, Stage, TrainState, World
 from jaxlocal.workers import AXES, over_workers, spread, vary
 
 # The end of a round at which nobody says anything.
@@ -18,12 +21,16 @@ NOTHING = Stage(
 )
 
 OPTIMIZER_STATES = ("keep", "average", "reset")
+MODEL_STATES = ("keep", "average")
+# The least learning rate that a pseudo-gradient is divided by.
+_LEAST_RATE = 1e-12
 
 
 def sync(
     mixer: Mixer,
     optimizer_state: str = "keep",
     optimizer: optax.GradientTransformation | None = None,
+    model_state: str = "keep",
 ) -> Stage:
     """x_i ← Σ_j W_ji x_j for every worker; an anchor that exists moves along where the mixer makes
     all workers common.
@@ -35,15 +42,10 @@ def sync(
         optimizer. The count of `optax.scale_by_schedule`, by which `optax.sgd` and others follow a
         learning rate, survives a reset; that of `optax.inject_hyperparams` starts again.
       optimizer: needed for a reset.
+      model_state: "keep" every worker's own (batch statistics, say), or "average" its
+        floating-point values, which is said to others and counted.
     """
-    treat = lookup(
-        "optimizer state option",
-        optimizer_state,
-        dict(zip(OPTIMIZER_STATES, (_keep, _average, _reset), strict=True)),
-    )
-
-    if optimizer_state == "reset" and optimizer is None:
-        raise ConfigurationError("a sync that resets optimizer states needs the optimizer")
+    others = _others(optimizer_state, optimizer, model_state)
 
     def apply(state, memory, batches, world):
         params = mixer.average(state.params, world)
@@ -51,34 +53,132 @@ def sync(
         if jax.tree.leaves(anchor) and set(mixer.axes) == set(AXES):
             anchor = jax.tree.map(lambda x, a: x[0, 0].astype(a.dtype), params, anchor)
         state = state._replace(params=spread(params, state.params), anchor=anchor)
-        return state._replace(opt_state=treat(state, mixer, optimizer, world)), memory, Info()
+        return others.treat(state, mixer, world), memory, Info()
 
     def traffic(state, layout):
-        said = mixer.messages(bits(state.params), layout)
-        if optimizer_state == "average":
-            said = said.plus(mixer.messages(bits(_floats(state.opt_state)), layout))
-        return said
+        return mixer.messages(bits((state.params, others.said(state))), layout)
 
     return Stage(lambda state: (), apply, 0, traffic)
 
 
-def _keep(state, mixer, optimizer, world):
-    return state.opt_state
+def outer_step(
+    mixer: Mixer,
+    outer_optimizer: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    optimizer_state: str = "keep",
+    optimizer: optax.GradientTransformation | None = None,
+    model_state: str = "keep",
+) -> Stage:
+    """The anchor y takes an optimizer step on the pseudo-gradient, and all workers restart from it.
+
+        d ← (y − Σ a_i x_i) / η;  y ← y + η · outer(d);  x_i ← y
+
+    Args:
+      mixer: one that makes all workers common.
+      outer_optimizer: any optax transformation; its state exists once, for all workers. It is told
+        the run's tick, for `scale_by_tick`; a schedule of its own counts rounds.
+      learning_rate: η, the workers' own, read at the last tick of the round; without it, η = 1.
+      optimizer_state, optimizer, model_state: what happens to the workers' own, as in `sync`.
+
+    Raises:
+      ConfigurationError: the mixer leaves workers unlike, so that there is no anchor.
+    """
+    if set(mixer.axes) != set(AXES):
+        raise ConfigurationError(
+            f"an outer step needs a mixer that makes all workers common, over the axes {AXES}; "
+            f"this one does over {mixer.axes}"
+        )
+    others = _others(optimizer_state, optimizer, model_state)
+    update = optax.with_extra_args_support(outer_optimizer).update
+
+    def apply(state, memory, batches, world):
+        rate = _rate(learning_rate, state.tick - 1)
+        mean = mixer.average(state.params, world)
+        pseudo_gradient = jax.tree.map(
+            lambda y, u: ((y - u[0, 0]) / rate).astype(y.dtype), state.anchor, mean
+        )
+        updates, outer_state = update(
+            pseudo_gradient, memory.single, state.anchor, tick=state.tick - 1
+        )
+        anchor = jax.tree.map(lambda y, u: (y + rate * u).astype(y.dtype), state.anchor, updates)
+        params = spread(jax.tree.map(lambda y: y[None, None], anchor), state.params)
+        state = state._replace(params=params, anchor=anchor)
+        return others.treat(state, mixer, world), Memory(single=outer_state), Info()
+
+    def traffic(state, layout):
+        return mixer.messages(bits((state.params, others.said(state))), layout)
+
+    def init(state):
+        return Memory(single=outer_optimizer.init(state.anchor))
+
+    return Stage(init, apply, 0, traffic, anchored=True)
+
+
+def sync_model_state(mixer: Mixer, model_state: str = "average") -> Stage:
+    """Averages what models keep besides parameters, for methods whose parameters are alike."""
+    others = _others("keep", None, model_state)
+    if model_state == "keep":
+        return NOTHING
+
+    def apply(state, memory, batches, world):
+        return others.treat(state, mixer, world), memory, Info()
+
+    def traffic(state, layout):
+        return mixer.messages(bits(others.said(state)), layout)
+
+    return Stage(lambda state: (), apply, 0, traffic)
+
+
+def _rate(learning_rate, tick):
+    if learning_rate is None:
+        return 1.0
+    rate = learning_rate(tick) if callable(learning_rate) else learning_rate
+    return jnp.maximum(rate, _LEAST_RATE)
+
+
+class _Others(NamedTuple):
+    """What a synchronisation does to the workers' state besides their parameters."""
+
+    treat: Callable[[TrainState, Mixer, World], TrainState]
+    said: Callable[[TrainState], list]  # what of it is said to others
+
+
+def _others(optimizer_state, optimizer, model_state) -> _Others:
+    lookup("optimizer state option", optimizer_state, dict.fromkeys(OPTIMIZER_STATES))
+    lookup("model state option", model_state, dict.fromkeys(MODEL_STATES))
+    if optimizer_state == "reset" and optimizer is None:
+        raise ConfigurationError("a sync that resets optimizer states needs the optimizer")
+
+    def treat(state, mixer, world):
+        if optimizer_state == "average":
+            state = state._replace(opt_state=_average(state.opt_state, mixer, world))
+        elif optimizer_state == "reset":
+            state = state._replace(opt_state=_reset(optimizer, state))
+        if model_state == "average":
+            state = state._replace(model_state=_average(state.model_state, mixer, world))
+        return state
+
+    def said(state):
+        averaged = [state.opt_state] * (optimizer_state == "average")
+        return _floats(averaged + [state.model_state] * (model_state == "average"))
+
+    return _Others(treat, said)
 
 
 def _floats(tree):
     return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
-def _average(state, mixer, optimizer, world):
-    leaves, structure = jax.tree.flatten(state.opt_state)
+def _average(tree, mixer, world):
+    """The floating-point values averaged, the others every worker's own."""
+    leaves, structure = jax.tree.flatten(tree)
     floats = _floats(leaves)
     averaged = iter(spread(mixer.average(floats, world), floats))
     new = [next(averaged) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in leaves]
     return jax.tree.unflatten(structure, new)
 
 
-def _reset(state, mixer, optimizer, world):
+def _reset(optimizer, state):
     def fresh(params, old):
         counts = lambda node: isinstance(node, optax.ScaleByScheduleState)
         return jax.tree.map(

@@ -185,10 +185,12 @@ def over_mesh(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callab
 
 def vary(tree: Tree, axes: Sequence[str] = AXES) -> Tree:
     """The tree, typed as differing over the mesh axes, as `shard_map` asks of what meets
-    per-worker values."""
+    per-worker values; outside of `shard_map` as it is."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
 
     def one(x):
-        missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
+        varying = jax.typeof(x).manual_axis_type.varying
+        missing = tuple(a for a in axes if a in manual and a not in varying)
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(one, tree) if _TYPED.get() else tree

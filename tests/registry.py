@@ -14,10 +14,8 @@ import numpy as np
 import optax
 
 import jaxlocal
-from jaxlocal import Layout, mixing, topology
-from jaxlocal.local import tick
-from jaxlocal.types import Info, Memory, Rounds, Stage
-from jaxlocal.workers import spread
+from jaxlocal import Layout, topology
+from jaxlocal.types import Rounds
 
 BATCH = 4
 
@@ -32,37 +30,6 @@ def matrix(graph: str, of: Layout) -> np.ndarray:
     return topology.mixing_matrix(topology.hub_graph(graph, of.hubs), of.hub_weight)
 
 
-def outer_step(mixer, optimizer) -> Stage:
-    """What a user may write: the anchor takes an optax step on anchor − mean, and workers restart
-    from it (SlowMo, DiLoCo)."""
-
-    def init(state):
-        return Memory(single=optimizer.init(state.anchor))
-
-    def apply(state, memory, batches, world):
-        assert state.memory == (), "a stage is handed its own memory only"
-        mean = jax.tree.map(lambda x: x[0, 0], mixer.average(state.params, world))
-        pseudo_gradient = jax.tree.map(
-            lambda a, m: (a - m).astype(a.dtype), state.anchor, mean
-        )  # a mean may come back wider
-        updates, inner = optimizer.update(pseudo_gradient, memory.single, state.anchor)
-        anchor = optax.apply_updates(state.anchor, updates)
-        params = spread(jax.tree.map(lambda a: a[None, None], anchor), state.params)
-        moved = optax.tree.norm(updates).astype(jnp.float32)
-        info = Info(common={"moved": moved[None]})
-        return state._replace(params=params, anchor=anchor), Memory(single=inner), info
-
-    def traffic(state, layout):
-        return mixer.messages(jaxlocal.local.bits(state.params), layout)
-
-    return Stage(init, apply, 0, traffic, anchored=True)
-
-
-def outer_momentum(grad_fn, optimizer) -> Rounds:
-    outer = outer_step(mixing.mean(), optax.sgd(0.7, momentum=0.9, nesterov=True))
-    return Rounds(tick(grad_fn, optimizer), outer, optimizer, jaxlocal.periods.constant(4))
-
-
 class Entry(NamedTuple):
     build: Callable[[Callable, optax.GradientTransformation], Rounds]
     layout: Layout
@@ -73,6 +40,9 @@ FLAT, HUBS, PAIRS, ALONE = layout(1, 8), layout(4, 2), layout(2, 4), layout(8, 1
 
 METHODS = {
     "data_parallel": Entry(jaxlocal.data_parallel, FLAT, ticks=1),
+    "data_parallel-average": Entry(
+        lambda g, o: jaxlocal.data_parallel(g, o, "average"), FLAT, ticks=1
+    ),
     "local_sgd": Entry(lambda g, o: jaxlocal.local_sgd(g, o, 4), FLAT),
     "local_sgd-average": Entry(lambda g, o: jaxlocal.local_sgd(g, o, 4, "average"), FLAT),
     "local_sgd-reset": Entry(lambda g, o: jaxlocal.local_sgd(g, o, 4, "reset"), FLAT),
@@ -86,7 +56,11 @@ METHODS = {
     "cooperative_sgd": Entry(
         lambda g, o: jaxlocal.cooperative_sgd(g, o, matrix("path", ALONE), 4), ALONE
     ),
-    "outer_momentum": Entry(outer_momentum, FLAT),
+    "slowmo": Entry(
+        lambda g, o: jaxlocal.slowmo(g, o, lambda t: 0.1 / (1 + t), 4, None, "reset", "average"),
+        FLAT,
+    ),
+    "diloco": Entry(lambda g, o: jaxlocal.diloco(g, o, 4, optax.adam(0.1), "average"), FLAT),
 }
 OPTIMIZERS = {
     "momentum": optax.chain(optax.trace(0.9), jaxlocal.scale_by_tick(lambda t: 0.1 / (1 + t))),
@@ -97,6 +71,7 @@ OPTIMIZERS = {
 # A compilation takes a second: every method once, the plain one with both optimizers.
 CASES = [
     ("data_parallel", "momentum"),
+    ("data_parallel-average", "adamw"),
     ("local_sgd", "momentum"),
     ("local_sgd", "adamw"),
     ("local_sgd-average", "adamw"),
@@ -107,7 +82,8 @@ CASES = [
     ("mll_sgd-average", "adamw"),
     ("hl_sgd", "adamw"),
     ("cooperative_sgd", "momentum"),
-    ("outer_momentum", "adamw"),
+    ("slowmo", "momentum"),
+    ("diloco", "adamw"),
 ]
 
 
