@@ -31,7 +31,8 @@ from experiments.recording import CURVES, FLAGS, METRICS, SUMMARY, Recorder
 from jaxlocal import ConfigurationError, RoundFn
 from jaxlocal.data import make_batches
 from jaxlocal.models.supervised import evaluation_metrics
-from jaxlocal.training import Diverged, Evaluation, Step, run, schedule
+from jaxlocal.evaluation import Evaluation
+from jaxlocal.training import Diverged, Step, run, schedule
 
 
 def train(config: Config) -> int:

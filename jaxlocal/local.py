@@ -243,10 +243,14 @@ def _advance(state, memory, params, opt_state, model_state, metrics):
 
 def fetch(data: Tree, batch: Tree) -> Tree:
     """The examples of a batch: the batch itself, or, where there is a pool, those that its
-    indices point to."""
+    indices point to. A dictionary has them as its "index", and its other entries stay beside the
+    examples."""
     if not jax.tree.leaves(data):
         return batch
-    return jax.tree.map(lambda pool: pool[batch], data)
+    if not isinstance(batch, dict):
+        return jax.tree.map(lambda pool: pool[batch], data)
+    beside = {name: value for name, value in batch.items() if name != "index"}
+    return {**jax.tree.map(lambda pool: pool[batch["index"]], data), **beside}
 
 
 def bits(stacked: Any) -> int:

@@ -85,9 +85,20 @@ class RoundFn:
         return self._init(params, {} if model_state is None else model_state, key)
 
     def shapes(self, params: Tree, model_state: Tree = None) -> TrainState:
-        """The shapes of the state that `init` makes, of parameters or their shapes."""
+        """The shapes, dtypes and shardings of the state that `init` makes, of parameters or their
+        shapes."""
         model_state = {} if model_state is None else model_state
-        return self._init.eval_shape(params, model_state, jax.random.key(0))
+        shapes = self._init.eval_shape(params, model_state, jax.random.key(0))
+        return jax.tree.map(
+            lambda spec, part: jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(
+                    x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec)
+                ),
+                part,
+            ),
+            _specs(shapes),
+            shapes,
+        )
 
     @functools.cached_property
     def _init(self):

@@ -1,23 +1,17 @@
-"""The host's side of a run: which ticks are dispatched when, what was said by then, and how good
-the average model is."""
+"""The host's side of a run: which ticks are dispatched when, and what was said by then."""
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from jaxlocal import periods, workers
+from jaxlocal import periods
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.rounds import WORLD, RoundFn
+from jaxlocal.rounds import RoundFn
 from jaxlocal.types import Info, Messages, Rounds, TrainState, Tree
-from jaxlocal.workers import AXES, STACKED
 
 # Dispatches that may be under way before the host looks at what the oldest of them reported.
 _AHEAD = 2
@@ -43,6 +37,7 @@ class Step(NamedTuple):
     messages: Messages  # said so far
     loss: float  # mean over workers and ticks of the newest losses that have come back; NaN before
     due: bool  # whether a measurement is due
+    save: bool  # whether a checkpoint is due; its losses have come back then and are finite
     distance: float  # if so, the consensus distance; before the synchronisation, if one took place
 
 
@@ -79,9 +74,11 @@ def _in_whole_stages(lengths: Iterator[int], inner: int) -> Iterator[int]:
         yield length
 
 
-def dispatches(round_fn: RoundFn, ticks: int, measure_every: int = 0) -> Iterator[Dispatch]:
+def dispatches(
+    round_fn: RoundFn, ticks: int, measure_every: int = 0, start: int = 0
+) -> Iterator[Dispatch]:
     """The pieces in which a run goes to the device: rounds, cut where measurements are due, in
-    chunks."""
+    chunks; from a tick on, where a piece may begin in the middle of a round."""
     inner, tick = round_fn.rounds.inner.ticks, 0
     if measure_every < 0:
         raise ConfigurationError(f"ticks between measurements must be ≥ 0, got {measure_every}")
@@ -89,8 +86,13 @@ def dispatches(round_fn: RoundFn, ticks: int, measure_every: int = 0) -> Iterato
     def due(tick: int, end: int) -> bool:
         return tick == ticks or (tick % measure_every < inner if measure_every else tick == end)
 
+    if not 0 <= start <= ticks or start % inner:
+        raise ConfigurationError(
+            f"a run of {ticks} ticks, {inner} between hub averages, cannot go on from tick {start}"
+        )
     for length in schedule(round_fn.rounds, ticks):
         end = tick + length
+        tick = min(max(tick, start), end)
         while tick < end:
             stop = next(t for t in range(tick + inner, end + 1, inner) if t == end or due(t, end))
             for size in round_fn.chunks(stop - tick):
@@ -104,9 +106,13 @@ def run(
     batches: Callable[[int, int], Tree],
     ticks: int,
     measure_every: int = 0,
+    save_every: int = 0,
 ) -> Iterator[Step]:
-    """Train for some ticks; yields before the first and after every dispatch. Stop by no longer
-    asking.
+    """Train from the state's tick to that of the end; yields before tick 0 and after every
+    dispatch. Stop by no longer asking.
+
+    The state of a step, saved and given again, goes on as if it had never stopped: where a run
+    stands follows from its tick.
 
     Args:
       batches: `batches(start_tick, ticks)` → leaves [ticks, hubs, workers, ...]; called while the
@@ -114,17 +120,24 @@ def run(
       ticks: of the whole run, which ends on a synchronisation.
       measure_every: ticks between measurements. A step is due at tick 0, at every multiple (on
         hubs: at the first hub average from there on) and at the end; with 0, at the end of every
-          round.
+        round.
+      save_every: ticks between checkpoints. One is due at the first dispatch from every multiple
+        on and at the end; with 0, never. It cuts no round.
 
     Raises:
       Diverged: a worker's loss is NaN or infinite; known at most two dispatches later, and before
-        any measurement.
+        any measurement and any checkpoint.
     """
     inner, outer = round_fn.traffic(state)
-    said, rounds, losses = Messages(), 0, _Losses(round_fn)
-    first = next(schedule(round_fn.rounds, ticks))
-    yield Step(state, 0, 0, first, said, math.nan, True, 0.0)
-    for start, size, length, ends_round, due in dispatches(round_fn, ticks, measure_every):
+    begin, losses = int(state.tick), _Losses(round_fn)
+    pieces = dispatches(round_fn, ticks, measure_every, begin)
+    ends = itertools.accumulate(schedule(round_fn.rounds, ticks))
+    rounds = sum(1 for _ in itertools.takewhile(lambda end: end <= begin, ends))
+    said = Messages().plus(inner, begin // round_fn.rounds.inner.ticks).plus(outer, rounds)
+    if begin == 0:
+        first = next(schedule(round_fn.rounds, ticks))
+        yield Step(state, 0, 0, first, said, math.nan, True, False, 0.0)
+    for start, size, length, ends_round, due in pieces:
         state, info = round_fn.local_steps(state, batches(start, size))
         losses.add(start, info)
         said = said.plus(inner, size // round_fn.rounds.inner.ticks)
@@ -132,8 +145,10 @@ def run(
         if ends_round:
             state, _ = round_fn.end_round(state)
             said, rounds = said.plus(outer), rounds + 1
-        losses.check(0 if due else _AHEAD)
-        yield Step(state, start + size, rounds, length, said, losses.mean, due, distance)
+        now = start + size
+        save = bool(save_every) and (now == ticks or now // save_every > start // save_every)
+        losses.check(0 if due or save else _AHEAD)
+        yield Step(state, now, rounds, length, said, losses.mean, due, save, distance)
 
 
 class _Losses:
@@ -168,72 +183,3 @@ class _Losses:
             weight = active * self._weight
             if weight.sum() > 0:
                 self.mean = float((losses * weight).sum() / weight.sum())
-
-
-class Evaluation:
-    """Means of per-example metrics of the average model u = Σ a_i x_i; `evaluation(state)` → dict
-    of floats.
-
-    Every device takes its part of the examples.
-
-    Args:
-      round_fn: whose states are evaluated.
-      metrics: `metrics(params, model_state, batch)` → dict of [batch].
-      data: a pool of examples, a tree of arrays [examples, ...]; by default the pool of the rounds.
-      examples: which of them, int [n]; by default all.
-      batch_size: examples that a device takes at once.
-    """
-
-    def __init__(
-        self,
-        round_fn: RoundFn,
-        metrics: Callable[[Tree, Tree, Tree], dict[str, jax.Array]],
-        data: Tree = None,
-        examples: np.ndarray | None = None,
-        batch_size: int = 500,
-    ):
-        mesh = round_fn.mesh
-        self._data = (
-            round_fn.world.data if data is None else jax.device_put(data, NamedSharding(mesh, P()))
-        )
-        leaves = jax.tree.leaves(self._data)
-        if examples is None:
-            examples = np.arange(len(leaves[0]) if leaves else 0)
-        if not len(examples):
-            raise ConfigurationError("an evaluation needs at least 1 example, got 0")
-        self._round_fn = round_fn
-        per_device = -(-len(examples) // mesh.size)
-        size = min(batch_size, per_device)
-        shape = (mesh.size, -(-per_device // size), size)
-        places = np.arange(math.prod(shape))
-        index = np.asarray(examples, np.int32)[places % len(examples)].reshape(shape)
-        counts = (places < len(examples)).reshape(shape)
-        self._index, self._counts = jax.device_put((index, counts), NamedSharding(mesh, P(AXES)))
-        specs = (STACKED, WORLD, P(), P(AXES), P(AXES))
-        mapped = workers.over_mesh(_mean_metrics(metrics), mesh, specs, P())
-        self._program = jax.jit(mapped)
-
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        model = (state.params, state.model_state)
-        means = self._program(model, self._round_fn.world, self._data, self._index, self._counts)
-        return {name: float(value) for name, value in jax.device_get(means).items()}
-
-
-def _mean_metrics(metrics):
-    def program(model, world, data, index, counts):
-        params, model_state = workers.mean(model, world)
-
-        def one_batch(carry, batch):
-            rows, mask = batch
-            values = metrics(params, model_state, jax.tree.map(lambda pool: pool[rows], data))
-            return carry, {name: _sum(jnp.where(mask, value, 0)) for name, value in values.items()}
-
-        _, sums = lax.scan(one_batch, (), (index[0], counts[0]))
-        total = lax.psum(counts.sum(), AXES)
-        return {name: lax.psum(value.sum(), AXES) / total for name, value in sums.items()}
-
-    return program
-
-
-def _sum(values: jax.Array) -> jax.Array:
-    return values.sum(dtype=jnp.promote_types(values.dtype, jnp.float32))

@@ -22,7 +22,7 @@ FLOORS = (
     ("local",),
     ("syncing",),
     ("methods",),
-    ("rounds", "training"),
+    ("rounds", "training", "evaluation", "checkpoints"),
 )
 # Beside the floors: a package, and what of the rest it may import.
 BESIDE = {
@@ -120,7 +120,7 @@ def test_importing_jaxlocal_brings_neither_flax_nor_anything_of_the_experiments(
 
 def test_importing_all_of_it_brings_nothing_of_the_experiments():
     # Flax itself brings rich.
-    everything = "import jaxlocal.data, jaxlocal.models.supervised, jaxlocal.training"
+    everything = "import jaxlocal.data, jaxlocal.models.supervised, jaxlocal.evaluation"
     modules = brought_along(everything)
     assert {"jaxlocal.rounds", "jaxlocal.nn", "flax"} <= modules
     assert not modules & HEAVY

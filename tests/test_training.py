@@ -17,7 +17,8 @@ from jaxlocal import ConfigurationError, Layout, RoundFn, mixing, training
 from jaxlocal.compose import repeat
 from jaxlocal.local import tick
 from jaxlocal.syncing import sync
-from jaxlocal.training import Diverged, Evaluation
+from jaxlocal.evaluation import Evaluation
+from jaxlocal.training import Diverged
 from jaxlocal.types import Messages, Period, Rounds
 
 PARAMS = {"weight": np.zeros(3, np.float32), "bias": jnp.zeros((), jnp.bfloat16)}

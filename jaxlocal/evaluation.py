@@ -1,0 +1,208 @@
+"""How good the average model is, and what statistics it would have gathered itself."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlocal import workers
+from jaxlocal.errors import ConfigurationError
+from jaxlocal.local import fetch
+from jaxlocal.rounds import BATCHES, WORLD, RoundFn
+from jaxlocal.types import TrainState, Tree
+from jaxlocal.workers import AXES, STACKED, over_mesh, over_workers, spread
+
+# Examples are moved to the devices, or looked up there, in pieces of about so many bytes.
+CHUNK_BYTES = 64 << 20
+_MODEL = (STACKED, WORLD)
+
+
+class Evaluation:
+    """Means of per-example metrics of the average model u = Σ a_i x_i; `evaluation(state)` → dict
+    of floats.
+
+    Every device takes its part of the examples.
+
+    Args:
+      round_fn: whose states are evaluated.
+      metrics: `metrics(params, model_state, batch)` → dict of [batch].
+      data: a pool of examples, a tree of arrays [examples, ...]; by default the pool of the rounds.
+      examples: which of them, int [n]; by default all.
+      batch_size: examples that a device takes at once.
+      source: instead of a pool, what is too large for the device: a sequence of examples, trees of
+        arrays, which are read at every evaluation.
+    """
+
+    def __init__(
+        self,
+        round_fn: RoundFn,
+        metrics: Callable[[Tree, Tree, Tree], dict[str, jax.Array]],
+        data: Tree = None,
+        examples: np.ndarray | None = None,
+        batch_size: int = 500,
+        source: Sequence | None = None,
+    ):
+        mesh = round_fn.mesh
+        self._round_fn, self._source = round_fn, source
+        pool = round_fn.world.data if data is None else data
+        self._data = jax.device_put(pool if source is None else (), NamedSharding(mesh, P()))
+        leaves = jax.tree.leaves(self._data)
+        have = len(leaves[0]) if leaves else len(source or ())
+        self._examples = np.arange(have) if examples is None else np.asarray(examples)
+        if not len(self._examples):
+            raise ConfigurationError("an evaluation needs at least 1 example, got 0")
+        one = [x[0] for x in leaves] if source is None else source[0]
+        self._shape = _chunk_shape(len(self._examples), mesh.size, batch_size, _size_of(one))
+        # The lookup is a program of its own, so that a pool and a source give the same bits.
+        self._lookup = jax.jit(over_mesh(fetch, mesh, (P(), P(AXES)), P(AXES)))
+        specs = (*_MODEL, P(AXES), P(AXES))
+        self._program = jax.jit(over_mesh(_sums_of(metrics), mesh, specs, P()))
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        model, world = (state.params, state.model_state), self._round_fn.world
+        world = world._replace(data=())
+        parts = [
+            self._program(model, world, examples, counts) for examples, counts in self._chunks()
+        ]
+        totals: dict[str, float] = {}
+        for part in jax.device_get(parts):
+            for name, value in part.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        return {name: value / len(self._examples) for name, value in totals.items()}
+
+    def _chunks(self) -> Iterator[tuple[Tree, jax.Array]]:
+        """Examples [devices, batches, batch, ...], and which of them count: the last chunk is
+        filled up with some that do not."""
+        sharding = NamedSharding(self._round_fn.mesh, P(AXES))
+        total, size = len(self._examples), math.prod(self._shape)
+        for start in range(0, total, size):
+            places = np.arange(start, start + size).reshape(self._shape)
+            rows = self._examples.astype(np.int32)[places % total]
+            batches = rows if self._source is None else _read(self._source, rows)
+            batches, counts = jax.device_put((batches, places < total), sharding)
+            yield (self._lookup(self._data, batches), counts)
+
+
+class Reestimation:
+    """The batch statistics that the average model would have; `reestimation(state)` → the state
+    with those in place of its model state, to be evaluated.
+
+    Every worker runs u = Σ a_i x_i on batches of its own. Statistics that move as
+    s ← μ s + (1 − μ) b give b, what the batch says of itself, whatever μ is and wherever they
+    stood; the result is the mean of b over the batches, and Σ a_i over workers. Values that do not
+    move so stay as the average of the workers has them.
+
+    Args:
+      round_fn: whose states are re-estimated.
+      apply: `apply(params, model_state, batch)` → model_state, as in training.
+      batches: leaves [batches, hubs, workers, batch, ...], indices where the rounds have a pool.
+
+    Source: as Gu et al., ICLR 2024, https://arxiv.org/abs/2310.14423, evaluate models with batch
+    normalisation.
+    """
+
+    def __init__(self, round_fn: RoundFn, apply: Callable[[Tree, Tree, Tree], Tree], batches: Tree):
+        self._world = round_fn.world
+        self._batches = jax.device_put(batches, NamedSharding(round_fn.mesh, BATCHES))
+        specs = (*_MODEL, BATCHES)
+        self._program = jax.jit(over_mesh(_statistics_of(apply), round_fn.mesh, specs, STACKED))
+
+    def __call__(self, state: TrainState) -> TrainState:
+        model = (state.params, state.model_state)
+        return state._replace(model_state=self._program(model, self._world, self._batches))
+
+
+def _statistics_of(apply):
+    def program(model, world, batches):
+        params, model_state = workers.mean(model, world)
+        floats, rest = _split(model_state)
+
+        def one_worker(batches):
+            def one_batch(sums, batch):
+                examples = fetch(world.data, batch)
+                after = lambda floats: _split(apply(params, _join(floats, rest), examples))[0]
+                said = jax.tree.map(_own_statistic, floats, after(floats), after(_aside(floats)))
+                return workers.vary(jax.tree.map(jnp.add, sums, said)), None
+
+            zeros = workers.vary(jax.tree.map(jnp.zeros_like, floats))
+            sums, _ = lax.scan(one_batch, zeros, batches)
+            return jax.tree.map(lambda x: x / len(jax.tree.leaves(batches)[0]), sums)
+
+        per_worker = jax.tree.map(lambda b: jnp.moveaxis(b, 0, 2), batches)
+        estimates = workers.mean(over_workers(one_worker, "map")(per_worker), world)
+        common = jax.tree.map(lambda x: x[None, None], _join(estimates, rest))
+        return spread(common, model[1])
+
+    return program
+
+
+def _aside(floats: list) -> list:
+    """Other values, about as large."""
+    return jax.tree.map(lambda s: s + jnp.maximum(1, jnp.abs(s)), floats)
+
+
+def _own_statistic(before, after, after_aside):
+    """b of s ← μ s + (1 − μ) b, from what becomes of s and of a value aside."""
+    kept = (after_aside - after) / (_aside([before])[0] - before)  # μ
+    moves = jnp.abs(1 - kept) > 1e-5
+    return jnp.where(moves, (after - kept * before) / jnp.where(moves, 1 - kept, 1), before)
+
+
+def _split(tree: Tree) -> tuple[list, Tree]:
+    """The floating-point leaves, and the tree without them."""
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    floats = [x for x in jax.tree.leaves(tree) if is_float(x)]
+    return floats, jax.tree.map(lambda x: _FLOAT if is_float(x) else x, tree)
+
+
+def _join(floats: list, rest: Tree) -> Tree:
+    left = iter(floats)
+    return jax.tree.map(lambda x: next(left) if x is _FLOAT else x, rest)
+
+
+_FLOAT = object()
+
+
+def _chunk_shape(examples: int, devices: int, batch_size: int, nbytes: int) -> tuple[int, int, int]:
+    """[devices, batches, batch] of equal chunks that together take all examples."""
+    per_device = -(-examples // devices)
+    batch = min(batch_size, per_device)
+    batches = -(-per_device // batch)
+    fit = max(1, CHUNK_BYTES // max(1, nbytes * devices * batch))
+    chunks = -(-batches // fit)
+    return devices, -(-batches // chunks), batch
+
+
+def _size_of(example: Tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(example))
+
+
+def _read(source: Sequence, rows: np.ndarray) -> Tree:
+    examples = [source[int(row)] for row in rows.reshape(-1)]
+    stack = lambda *parts: np.stack(parts).reshape(rows.shape + np.shape(parts[0]))
+    return jax.tree.map(stack, *examples)
+
+
+def _sums_of(metrics):
+    def program(model, world, batches, counts):
+        params, model_state = workers.mean(model, world)
+
+        def one_batch(carry, batch):
+            examples, mask = batch
+            values = metrics(params, model_state, examples)
+            return carry, {name: _sum(jnp.where(mask, value, 0)) for name, value in values.items()}
+
+        mine = jax.tree.map(lambda x: x[0], (batches, counts))
+        _, sums = lax.scan(one_batch, (), mine)
+        return {name: lax.psum(value.sum(), AXES) for name, value in sums.items()}
+
+    return program
+
+
+def _sum(values: jax.Array) -> jax.Array:
+    return values.sum(dtype=jnp.promote_types(values.dtype, jnp.float32))
