@@ -50,6 +50,17 @@ def test_the_metrics_of_examples_are_those_of_numpy(outputs, targets, classes):
         np.testing.assert_allclose(value, expected[name], **CLOSE)
 
 
+def test_the_metrics_of_a_sequence_are_the_means_over_its_places():
+    logits = RANDOM.normal(size=(3, 7, 5)).astype(np.float32)
+    targets = RANDOM.integers(0, 5, (3, 7)).astype(np.int32)
+    got = example_metrics(jnp.asarray(logits), jnp.asarray(targets), 5)
+    places = [numpy_metrics(logits[:, place], targets[:, place], 5) for place in range(7)]
+    assert got.keys() == {"loss", "accuracy"}
+    for name, value in got.items():
+        assert value.shape == (3,) and value.dtype == jnp.float32
+        np.testing.assert_allclose(value, np.mean([p[name] for p in places], axis=0), **CLOSE)
+
+
 def test_large_logits_overflow_nowhere():
     logits, targets = jnp.array([1e4, -1e4, -1e4]), jnp.array([1, 1, 0])
     np.testing.assert_array_equal(example_metrics(logits, targets, 2)["loss"], [0, 1e4, 0])

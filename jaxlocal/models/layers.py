@@ -1,4 +1,5 @@
-"""What the models share: their convolution, their last layer and the check of their input."""
+"""What the models share: their convolution, batch norm and last layer, and the check of their
+input."""
 
 from functools import partial
 
@@ -9,6 +10,20 @@ from jaxlocal.errors import ConfigurationError
 from jaxlocal.nn import conv_general_dilated
 
 Conv = partial(nnx.Conv, conv_general_dilated=conv_general_dilated)
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Batch normalisation whose outputs have the type of its inputs: its statistics are float32,
+    and would make float32 of all that follows."""
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        return super().__call__(x, use_running_average, mask=mask).astype(x.dtype)
 
 
 class Logits(nnx.Linear):

@@ -1,14 +1,21 @@
-"""ResNet-18 for small images, with a normalisation that knows no batch."""
+"""Residual networks for small images: ResNet-18, and one small enough for two CPU cores."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 from flax import nnx
 
 from jaxlocal.errors import ConfigurationError, lookup
 from jaxlocal.models.adapters import Model, from_nnx
-from jaxlocal.models.layers import Conv, Logits, image_sides
+from jaxlocal.models.layers import BatchNorm, Conv, Logits, image_sides
 
-STAGES = (1, 2, 4, 8)  # channels of each stage, in widths
-NORM_GROUPS = {"layer": 1, "group": 32}
+GROUPS = 32
+NORMS: dict[str, Callable[..., nnx.Module]] = {
+    "layer": partial(nnx.GroupNorm, num_groups=1),
+    "group": partial(nnx.GroupNorm, num_groups=GROUPS),
+    "batch": partial(BatchNorm, momentum=0.9, epsilon=1e-5),
+}
 
 
 def _conv(ins: int, outs: int, side: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
@@ -27,15 +34,15 @@ def _conv(ins: int, outs: int, side: int, stride: int, rngs: nnx.Rngs) -> nnx.Co
 class Block(nnx.Module):
     """Two 3x3 convolutions around which the input is added, projected where its shape changes."""
 
-    def __init__(self, ins: int, outs: int, stride: int, groups: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, ins: int, outs: int, stride: int, norm: str, rngs: nnx.Rngs) -> None:
         self.conv1 = _conv(ins, outs, 3, stride, rngs)
-        self.norm1 = nnx.GroupNorm(outs, groups, rngs=rngs)
+        self.norm1 = NORMS[norm](outs, rngs=rngs)
         self.conv2 = _conv(outs, outs, 3, 1, rngs)
-        self.norm2 = nnx.GroupNorm(outs, groups, rngs=rngs)
+        self.norm2 = NORMS[norm](outs, rngs=rngs)
         self.projects = stride != 1 or ins != outs
         if self.projects:
             self.conv_around = _conv(ins, outs, 1, stride, rngs)
-            self.norm_around = nnx.GroupNorm(outs, groups, rngs=rngs)
+            self.norm_around = NORMS[norm](outs, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         inner = nnx.relu(self.norm1(self.conv1(images)))
@@ -44,21 +51,27 @@ class Block(nnx.Module):
         return nnx.relu(inner + around)
 
 
-class ResNet18(nnx.Module):
-    """A 3x3 stem without pooling, four stages of two blocks, a mean over pixels, a dense layer."""
+class ResNet(nnx.Module):
+    """A 3x3 stem without pooling, stages of blocks, a mean over pixels, a dense layer."""
 
     def __init__(
-        self, channels: int, outputs: int, width: int, groups: int, rngs: nnx.Rngs
+        self,
+        channels: int,
+        outputs: int,
+        widths: Sequence[int],
+        blocks: int,
+        norm: str,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.stem = _conv(channels, width, 3, 1, rngs)
-        self.norm = nnx.GroupNorm(width, groups, rngs=rngs)
-        blocks, ins = [], width
-        for stage, widths in enumerate(STAGES):
-            outs = widths * width
-            blocks.append(Block(ins, outs, 2 if stage else 1, groups, rngs))
-            blocks.append(Block(outs, outs, 1, groups, rngs))
-            ins = outs
-        self.blocks = nnx.List(blocks)
+        ins = widths[0]
+        self.stem = _conv(channels, ins, 3, 1, rngs)
+        self.norm = NORMS[norm](ins, rngs=rngs)
+        made = []
+        for stage, outs in enumerate(widths):
+            for number in range(blocks):
+                made.append(Block(ins, outs, 2 if stage and not number else 1, norm, rngs))
+                ins = outs
+        self.blocks = nnx.List(made)
         self.logits = Logits(ins, outputs, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -74,15 +87,16 @@ def resnet18(
     """ResNet-18 with the stem for CIFAR, 3x3 with stride 1 and no pooling.
 
     Stages of 1, 2, 4 and 8 widths of channels, two blocks each; convolutions have no bias and start
-    from He's normal distribution. Batch normalisation is replaced by one that treats each example
-    on its own, since workers that train apart would disagree on batch statistics: "layer" takes
-    mean and variance over height, width and channels, "group" over height, width and each of 32
-    groups of channels; both then scale and shift each channel.
+    from He's normal distribution. Workers that train apart disagree on batch statistics, so that
+    two of the norms treat each example on its own: "layer" takes mean and variance over height,
+    width and channels, "group" over height, width and each of 32 groups of channels. "batch" is the
+    paper's, over height, width and the worker's own batch; its running statistics, 0.9 old and 0.1
+    new at every step, are the model's state. All then scale and shift each channel.
 
     Args:
       input_shape: `(height, width, channels)` of one image.
       outputs: number of logits; with 1, outputs have shape `[batch]`.
-      norm: "layer" or "group".
+      norm: "layer", "group" or "batch".
       width: channels of the first stage, 64 in the paper.
 
     Raises:
@@ -94,8 +108,41 @@ def resnet18(
     https://arxiv.org/abs/1803.08494. With "layer" norm for Local SGD: T. Qin, S. R. Etesami, C. A.
     Uribe, TMLR 2024, https://arxiv.org/abs/2201.12719.
     """
-    _, _, channels = image_sides("resnet18", input_shape)
-    groups = lookup("norm", norm, NORM_GROUPS)
-    if width % groups:
-        raise ConfigurationError(f"{groups} groups do not divide a width of {width} channels")
-    return from_nnx(lambda rngs: ResNet18(channels, outputs, width, groups, rngs))
+    widths = (width, 2 * width, 4 * width, 8 * width)
+    return _resnet("resnet18", input_shape, outputs, widths, 2, norm)
+
+
+def small_resnet(
+    input_shape: tuple[int, ...], outputs: int, norm: str = "layer", width: int = 16
+) -> Model:
+    """The paper's ResNet for CIFAR at its smallest, 8 layers: three stages of one block with 1, 2
+    and 4 widths of channels.
+
+    Args:
+      input_shape, outputs, norm: see `resnet18`.
+      width: channels of the first stage, 16 in the paper.
+
+    Raises:
+      ConfigurationError: see `resnet18`.
+
+    Reference: He et al. 2016, see `resnet18`, section 4.2 with n = 1.
+
+    Differs from the paper in: the input of a block is projected where its shape changes, not padded
+    with zeros.
+    """
+    return _resnet("small_resnet", input_shape, outputs, (width, 2 * width, 4 * width), 1, norm)
+
+
+def _resnet(
+    model: str,
+    input_shape: tuple[int, ...],
+    outputs: int,
+    widths: Sequence[int],
+    blocks: int,
+    norm: str,
+) -> Model:
+    _, _, channels = image_sides(model, input_shape)
+    lookup("norm", norm, NORMS)
+    if norm == "group" and widths[0] % GROUPS:
+        raise ConfigurationError(f"{GROUPS} groups do not divide a width of {widths[0]} channels")
+    return from_nnx(lambda rngs: ResNet(channels, outputs, widths, blocks, norm, rngs))

@@ -14,11 +14,12 @@ Tree = Any
 
 
 def example_metrics(outputs: jax.Array, targets: jax.Array, classes: int) -> dict[str, jax.Array]:
-    """Loss, and for classes accuracy, of each example.
+    """Loss, and for classes accuracy, of each example; of a sequence, the means over its places.
 
     Args:
-      outputs: logits [batch, classes], [batch] for two classes, or predictions [batch].
-      targets: [batch], classes or values.
+      outputs: logits [batch, classes], [batch] for two classes, or predictions [batch]; logits
+        [batch, length, classes] of sequences.
+      targets: [batch], classes or values; classes [batch, length] of sequences.
       classes: 0 for regression, whose loss is half the squared error; for two classes with one
         logit the sigmoid cross-entropy, otherwise the softmax cross-entropy.
 
@@ -32,7 +33,8 @@ def example_metrics(outputs: jax.Array, targets: jax.Array, classes: int) -> dic
         loss = optax.sigmoid_binary_cross_entropy(outputs, targets)
         return {"loss": loss, "accuracy": (outputs > 0) == (targets == 1)}
     loss = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
-    return {"loss": loss, "accuracy": outputs.argmax(-1) == targets}
+    metrics = {"loss": loss, "accuracy": outputs.argmax(-1) == targets}
+    return metrics if loss.ndim == 1 else {name: v.mean(1) for name, v in metrics.items()}
 
 
 def training_loss(
@@ -43,8 +45,9 @@ def training_loss(
     Args:
       model: what gives the outputs.
       normalize: from stored inputs (uint8 images, say) to what enters the model; it runs in the
-        tick, so that what is stored and moved stays small.
-      classes: see `example_metrics`. Batches are {"inputs": [batch, ...], "targets": [batch]}.
+        tick, so that what is stored and moved stays small. Tokens it has to leave alone.
+      classes: see `example_metrics`. Batches are {"inputs": [batch, ...], "targets": [batch]}, of
+        sequences [batch, length].
     """
 
     def loss(params: Tree, model_state: Tree, batch: Tree, key: jax.Array):

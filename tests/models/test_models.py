@@ -10,10 +10,11 @@ from jax import lax
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models import MODELS, build, outputs_for
 from jaxlocal.models.mll_cnn import mll_cnn
-from jaxlocal.models.resnet import Block, resnet18
+from jaxlocal.models.resnet import Block, resnet18, small_resnet
 
 KEY = jax.random.key(0)
-CLASSIFIERS = [name for name in MODELS if name != "linear"]
+ONE_OUTPUT = [name for name in MODELS if "transformer" not in name]
+CLASSIFIERS = [name for name in ONE_OUTPUT if name != "linear"]
 
 
 def count(tree):
@@ -32,7 +33,7 @@ def outputs_of(model, params, inputs):
 
 
 @pytest.mark.parametrize(
-    ("name", "outputs"), [(name, 1) for name in MODELS] + [(name, 10) for name in CLASSIFIERS]
+    ("name", "outputs"), [(name, 1) for name in ONE_OUTPUT] + [(name, 10) for name in CLASSIFIERS]
 )
 def test_every_model_has_the_shapes_it_promises(name, outputs):
     model = build(name, (8, 8, 3), outputs)
@@ -43,8 +44,10 @@ def test_every_model_has_the_shapes_it_promises(name, outputs):
             lambda *args, train=train: model.apply(*args, train), params, model_state, inputs, KEY
         )
         assert values.shape == ((4,) if outputs == 1 else (4, outputs))
-        assert after == model_state == {}
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+        assert after == model_state
+    assert bool(model_state) == name.endswith("batch_norm")
+    leaves = jax.tree.leaves((params, model_state))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("name", ["logistic", "linear", "mlp"])
@@ -73,8 +76,9 @@ def test_mistakes_are_named(arguments, sentence):
 def test_mistakes_in_a_norm_are_named():
     with pytest.raises(ConfigurationError, match="did you mean 'layer'"):
         resnet18((8, 8, 3), 10, norm="layers")
-    with pytest.raises(ConfigurationError, match="32 groups do not divide a width of 8"):
-        resnet18((8, 8, 3), 10, norm="group", width=8)
+    for build_one in (resnet18, small_resnet):
+        with pytest.raises(ConfigurationError, match="32 groups do not divide a width of 8"):
+            build_one((8, 8, 3), 10, norm="group", width=8)
 
 
 def test_two_classes_take_one_logit():
@@ -133,65 +137,111 @@ def test_mll_cnn_counts_on_emnist():
     assert count(params) == convolutions + (7 * 7 * 20 * 100 + 100) + (100 * 62 + 62)
 
 
-def resnet18_count(width, channels, outputs):
+def resnet_count(widths, blocks, channels, outputs):
     """Convolutions without bias, and two numbers a channel for each norm that follows one."""
     conv = lambda side, ins, outs: side * side * ins * outs + 2 * outs
-    total, ins = conv(3, channels, width), width
-    for outs in (width, 2 * width, 4 * width, 8 * width):
-        total += conv(3, ins, outs) + 3 * conv(3, outs, outs)
+    total, ins = conv(3, channels, widths[0]), widths[0]
+    for outs in widths:
+        total += conv(3, ins, outs) + (2 * blocks - 1) * conv(3, outs, outs)
         total += conv(1, ins, outs) if ins != outs else 0
         ins = outs
     return total + ins * outputs + outputs
 
 
-@pytest.mark.parametrize("name", ["resnet18_layer_norm", "resnet18_group_norm"])
-def test_resnet18_counts_on_cifar10(name):
-    params, _ = jax.eval_shape(build(name, (32, 32, 3), 10).init, KEY)
-    assert count(params) == resnet18_count(64, 3, 10) == 11_173_962
+def test_resnets_count_on_cifar10():
+    for norm in ("layer", "group", "batch"):
+        params, _ = jax.eval_shape(build(f"resnet18_{norm}_norm", (32, 32, 3), 10).init, KEY)
+        assert count(params) == resnet_count((64, 128, 256, 512), 2, 3, 10) == 11_173_962
+    for norm in ("layer", "batch"):
+        params, _ = jax.eval_shape(build(f"small_resnet_{norm}_norm", (32, 32, 3), 10).init, KEY)
+        assert count(params) == resnet_count((16, 32, 64), 1, 3, 10)
 
 
-def norm(images, layer, groups):
+def group_norm(groups):
     """Mean and variance of one example over height, width and the channels of a group."""
-    batch, height, width, channels = images.shape
-    split = images.reshape(batch, height, width, groups, channels // groups)
-    centred = split - split.mean((1, 2, 4), keepdims=True)
-    deviation = jnp.sqrt((centred**2).mean((1, 2, 4), keepdims=True) + 1e-6)
-    return (centred / deviation).reshape(images.shape) * layer["scale"] + layer["bias"]
+
+    def norm(images, layer, _):
+        batch, height, width, channels = images.shape
+        split = images.reshape(batch, height, width, groups, channels // groups)
+        centred = split - split.mean((1, 2, 4), keepdims=True)
+        deviation = jnp.sqrt((centred**2).mean((1, 2, 4), keepdims=True) + 1e-6)
+        return (centred / deviation).reshape(images.shape) * layer["scale"] + layer["bias"]
+
+    return norm
 
 
-def resnet18_by_hand(params, images, groups):
-    images = nnx.relu(
-        norm(convolve(images, params["stem"]["kernel"], 1, 1), params["norm"], groups)
-    )
-    for number in range(8):
+def batch_norm(train):
+    """Mean and variance of a channel over the batch, or those that are kept."""
+
+    def norm(images, layer, kept):
+        mean, var = kept["mean"], kept["var"]
+        if train:
+            mean, var = images.mean((0, 1, 2)), images.var((0, 1, 2))
+        return (images - mean) / jnp.sqrt(var + 1e-5) * layer["scale"] + layer["bias"]
+
+    return norm
+
+
+def resnet_by_hand(norm, params, state, images):
+    def normed(images, tree, kept, name):
+        return norm(images, tree[name], kept.get(name))
+
+    images = convolve(images, params["stem"]["kernel"], 1, 1)
+    images = nnx.relu(normed(images, params, state, "norm"))
+    for number in range(len(params["blocks"])):
         block = params["blocks"][str(number)]
-        stride = 2 if number in (2, 4, 6) else 1
-        inner = norm(convolve(images, block["conv1"]["kernel"], stride, 1), block["norm1"], groups)
-        inner = convolve(nnx.relu(inner), block["conv2"]["kernel"], 1, 1)
-        inner = norm(inner, block["norm2"], groups)
+        kept = state.get("blocks", {}).get(str(number), {})
+        stride = 2 if "conv_around" in block else 1
+        inner = convolve(images, block["conv1"]["kernel"], stride, 1)
+        inner = nnx.relu(normed(inner, block, kept, "norm1"))
+        inner = normed(convolve(inner, block["conv2"]["kernel"], 1, 1), block, kept, "norm2")
         if stride == 2:
             images = convolve(images, block["conv_around"]["kernel"], stride, 0)
-            images = norm(images, block["norm_around"], groups)
+            images = normed(images, block, kept, "norm_around")
         images = nnx.relu(inner + images)
     return dense(images.mean((1, 2)), params["logits"])
 
 
-@pytest.mark.parametrize(("kind", "width", "groups"), [("layer", 4, 1), ("group", 32, 32)])
-def test_resnet18_is_the_papers(kind, width, groups):
+@pytest.mark.parametrize(
+    ("model", "norm", "train"),
+    [
+        (resnet18((9, 8, 3), 10, "layer", width=4), group_norm(1), True),
+        (small_resnet((9, 8, 3), 10, "group", width=32), group_norm(32), True),
+        (small_resnet((9, 8, 3), 10, "batch", width=4), batch_norm(True), True),
+        (small_resnet((9, 8, 3), 10, "batch", width=4), batch_norm(False), False),
+    ],
+    ids=["layer", "group", "batch", "batch at rest"],
+)
+def test_resnets_are_the_papers(model, norm, train):
     inputs = jax.random.normal(KEY, (2, 9, 8, 3))
-    model = resnet18((9, 8, 3), 10, kind, width)
     params = drawn(model)
+    shapes = jax.eval_shape(model.init, KEY)[1]
+    state = jax.tree.map(lambda leaf: jnp.linspace(0.5, 2, leaf.size, dtype=leaf.dtype), shapes)
     values, expected = jax.jit(  # together, since what they share is compiled once
-        lambda params, inputs: (
-            model.apply(params, {}, inputs, None, True)[0],
-            resnet18_by_hand(params, inputs, groups),
+        lambda params, state, inputs: (
+            model.apply(params, state, inputs, None, train)[0],
+            resnet_by_hand(norm, params, state, inputs),
         )
-    )(params, inputs)
-    np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4)  # 18 layers of float32
+    )(params, state, inputs)
+    # Up to 18 layers of float32, and variances of as few as 8 numbers.
+    np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_batch_statistics_are_nine_parts_old_and_one_part_new():
+    inputs = jax.random.normal(KEY, (4, 8, 8, 3))
+    model = small_resnet((8, 8, 3), 10, "batch", width=4)
+    params = drawn(model)
+    state = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 2.0), jax.eval_shape(model.init, KEY)[1])
+    for train, share in ((True, 0.1), (False, 0.0)):
+        after = jax.jit(lambda train=train: model.apply(params, state, inputs, None, train)[1])()
+        stem = np.asarray(convolve(inputs, params["stem"]["kernel"], 1, 1), np.float64)
+        for name, new in (("mean", stem.mean((0, 1, 2))), ("var", stem.var((0, 1, 2)))):
+            expected = (1 - share) * 2.0 + share * new
+            np.testing.assert_allclose(after["norm"][name], expected, rtol=1e-5)
 
 
 def test_resnet18_starts_as_he():
-    block = Block(64, 32, 1, 1, nnx.Rngs(0))
+    block = Block(64, 32, 1, "layer", nnx.Rngs(0))
     kernel = block.conv1.kernel[...]
     assert kernel.std() == pytest.approx(np.sqrt(2 / (9 * 64)), rel=0.02)  # of 18432 draws: 0.5 %
     assert (block.norm1.scale[...] == 1).all() and (block.norm1.bias[...] == 0).all()

@@ -1,0 +1,185 @@
+"""Augmentation: random crops and flips of images, drawn on the host, applied where the images are.
+
+| spec | what |
+|---|---|
+| `none` | nothing |
+| `flip` | mirrored left to right with probability 1/2 |
+| `crop`, `crop:PAD` | a window of the image's own size, uniform in the image padded by PAD zeros |
+| `crop,flip`, `crop:PAD,flip` | both |
+
+Draws are a pure function of (seed, tick), so that a run on a resident pool and a streamed one see
+the same images, wherever they start. Workers are numbered hub by hub; grouping them into other hubs
+changes no number.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlocal.errors import ConfigurationError, unknown
+
+AUGMENTATIONS = ("none", "flip", "crop")
+
+# The purposes of random numbers are distinct over this package: up to 4 they are those of others.
+_AUGMENTATION = 5
+_LARGEST_PAD = 127  # shifts are int8
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """A random crop of images padded with zeros, and a random horizontal flip.
+
+    Args:
+      pad: how far the window may move in each direction, 0 to 127 pixels; 0 for no crop.
+      flip: whether half of the images are mirrored.
+
+    Raises:
+      ConfigurationError: a pad that is out of range.
+
+    >>> draws = CropFlip(pad=4).draw(0, 10, 3, 2, 4, 32)
+    >>> draws["shift"].shape, draws["flip"].shape
+    ((3, 2, 4, 32, 2), (3, 2, 4, 32))
+    """
+
+    pad: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.pad <= _LARGEST_PAD:
+            raise ConfigurationError(
+                f"the padding of a crop must be 0 to {_LARGEST_PAD} pixels, got {self.pad}"
+            )
+
+    def draw(
+        self,
+        seed: int,
+        start_tick: int,
+        ticks: int,
+        hubs: int,
+        workers_per_hub: int,
+        batch_size: int,
+    ) -> dict[str, NDArray]:
+        """What `crop_and_flip` does to each image of some ticks.
+
+        Returns:
+          shift: int8 [ticks, hubs, workers_per_hub, batch_size, 2], pixels by which the window
+            moves down and right, -pad to pad.
+          flip: bool [ticks, hubs, workers_per_hub, batch_size].
+        """
+        shape = (ticks, hubs * workers_per_hub, batch_size)
+        shift, flip = np.zeros((*shape, 2), np.int8), np.zeros(shape, bool)
+        for tick, (down_right, mirrored) in enumerate(zip(shift, flip, strict=True), start_tick):
+            generator = np.random.default_rng((seed, _AUGMENTATION, tick))
+            down_right[:] = generator.integers(
+                -self.pad, self.pad, size=down_right.shape, dtype=np.int8, endpoint=True
+            )
+            if self.flip:
+                mirrored[:] = generator.integers(2, size=mirrored.shape, dtype=np.uint8)
+        grid = (ticks, hubs, workers_per_hub, batch_size)
+        return {"shift": shift.reshape(*grid, 2), "flip": flip.reshape(grid)}
+
+
+def parse_augmentation(spec: str) -> CropFlip | None:
+    """The augmentation that a spec names, or None.
+
+    Raises:
+      ConfigurationError: an unknown name, one given twice, or a padding that is not 1 to 127.
+
+    >>> parse_augmentation("crop:2,flip")
+    CropFlip(pad=2, flip=True)
+    >>> parse_augmentation("none")
+    """
+    names, pad = [], 0
+    for part in spec.split(","):
+        name, colon, argument = part.strip().partition(":")
+        if name not in AUGMENTATIONS:
+            raise unknown("augmentation", name, AUGMENTATIONS)
+        if colon and name != "crop":
+            raise ConfigurationError(f"augmentation {name!r} takes no argument, got {part!r}")
+        if name == "crop":
+            pad = _padding(spec, argument) if colon else CropFlip.pad
+        names.append(name)
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"augmentation {spec!r} names {_repeated(names)!r} more than once")
+    if "none" in names and len(names) > 1:
+        raise ConfigurationError(f"augmentation 'none' stands alone, got {spec!r}")
+    return None if names == ["none"] else CropFlip(pad, "flip" in names)
+
+
+def crop_and_flip(images: Any, shift: Any, flip: Any) -> jax.Array:
+    """Move each image's window, zeros beyond its edges, then mirror where asked; compiles anywhere.
+
+    out[y, x] = image[y + down, x' + right], with x' = W - 1 - x where flipped, else x.
+
+    Args:
+      images: [..., H, W, C], of any dtype.
+      shift: whole numbers [..., 2], pixels down and right.
+      flip: bool [...].
+
+    >>> image = np.arange(1, 7).reshape(2, 3, 1)
+    >>> print(crop_and_flip(image, np.array([0, 1]), np.array(False))[..., 0])
+    [[2 3 0]
+     [5 6 0]]
+    """
+    images, shift, flip = jnp.asarray(images), jnp.asarray(shift, jnp.int32), jnp.asarray(flip)
+    height, width = images.shape[-3:-1]
+    rows = jnp.arange(height) + shift[..., :1]
+    columns = jnp.arange(width)
+    columns = jnp.where(flip[..., None], columns[::-1], columns) + shift[..., 1:]
+    # One axis after the other: two gathers of lines are faster than one of pixels.
+    rows, columns = rows[..., :, None, None], columns[..., None, :, None]
+    moved = _take(_take(images, rows, -3), columns, -2)
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    return jnp.where(inside, moved, jnp.zeros((), images.dtype))
+
+
+def _take(images: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    near = jnp.clip(index, 0, images.shape[axis] - 1)
+    return jnp.take_along_axis(images, near, axis, mode="promise_in_bounds")
+
+
+def crop_and_flip_on_host(images: NDArray, shift: NDArray, flip: NDArray) -> NDArray:
+    """`crop_and_flip` in numpy, without JAX; the values are the same.
+
+    >>> image = np.arange(1, 7).reshape(2, 3, 1)
+    >>> print(crop_and_flip_on_host(image, np.array([0, 1]), np.array(True))[..., 0])
+    [[0 3 2]
+     [0 6 5]]
+    """
+    out = np.zeros_like(images)
+    size = images.shape[-3:]
+    for image, result, (down, right), mirrored in zip(
+        images.reshape(-1, *size),
+        out.reshape(-1, *size),
+        shift.reshape(-1, 2).tolist(),
+        flip.ravel().tolist(),
+        strict=True,
+    ):
+        rows, columns = _overlap(size[0], down), _overlap(size[1], right)
+        window = result[:, ::-1] if mirrored else result
+        window[rows[1], columns[1]] = image[rows[0], columns[0]]
+    return out
+
+
+def _overlap(size: int, shift: int) -> tuple[slice, slice]:
+    """What a moved window sees: where that lies in the image, and where in the window."""
+    length = max(0, size - abs(shift))
+    source, target = max(0, shift), max(0, -shift)
+    return slice(source, source + length), slice(target, target + length)
+
+
+def _padding(spec: str, text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= _LARGEST_PAD:
+        raise ConfigurationError(
+            f"the padding of a crop must be a whole number from 1 to {_LARGEST_PAD}, got {text!r} "
+            f"in {spec!r}"
+        )
+    return int(text)
+
+
+def _repeated(names: list[str]) -> str:
+    return next(name for name in names if names.count(name) > 1)

@@ -1,0 +1,129 @@
+"""Text that every machine has: the documentation strings of Python's own standard library.
+
+They are read from its sources and nothing is imported or downloaded. A character is a token: the 95
+printable ones of ASCII in their order, the newline, and one token for all others.
+"""
+
+import ast
+import functools
+import numbers
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlocal.errors import ConfigurationError
+
+Examples = dict[str, NDArray]
+
+ALPHABET = "".join(map(chr, range(32, 127))) + "\n" + "\N{REPLACEMENT CHARACTER}"
+VOCABULARY = len(ALPHABET)
+_NEWLINE, _OTHER = 95, 96
+
+# Not everywhere installed, not of the library itself, or long files with hardly any documentation.
+_LEFT_OUT = {
+    *("test", "tests", "site-packages", "dist-packages", "__pycache__", "lib-dynload"),
+    *("idlelib", "tkinter", "turtle.py", "turtledemo", "lib2to3", "distutils", "ensurepip"),
+    *("encodings", "pydoc_data", "msilib", "_pyrepl"),
+}
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def load_docstrings(length: int = 128) -> tuple[Examples, Examples]:
+    """Sequences of characters and, at each place, the next character.
+
+    A string that stands in several places is taken once, every tenth module is held out for the
+    test, and each side is joined by empty lines and cut, so that no sequence is part of both. The
+    text follows the version of Python alone: about 1.2 million characters for training and 0.1
+    million for the test.
+
+    Args:
+      length: characters in a sequence.
+
+    Returns:
+      Training and test examples, {"inputs", "targets"}: int32 tokens [n, length] below
+      `VOCABULARY`.
+
+    Raises:
+      ConfigurationError: the length is no positive integer or longer than the text, or this Python
+        comes without the sources of its library.
+
+    >>> train, test = load_docstrings(64)
+    >>> train["inputs"].shape[1], bool((train["inputs"][:, 1:] == train["targets"][:, :-1]).all())
+    (64, True)
+    """
+    if not isinstance(length, numbers.Integral) or length < 1:
+        raise ConfigurationError(f"the length of a sequence must be 1 or more, got {length!r}")
+    train, test = _tokens()
+    if length >= len(test):
+        raise ConfigurationError(
+            f"sequences of {length} characters do not fit the {len(test)} of the test text"
+        )
+    return _cut(train, int(length)), _cut(test, int(length))
+
+
+def encode(text: str) -> NDArray[np.int32]:
+    """The tokens of a text, [characters].
+
+    >>> encode("Hi\\n").tolist()
+    [40, 73, 95]
+    """
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.int32)
+    printable = (codes >= 32) & (codes < 127)
+    return np.where(printable, codes - 32, np.where(codes == 10, _NEWLINE, _OTHER)).astype(np.int32)
+
+
+def decode(tokens: NDArray) -> str:
+    """The text of tokens [characters]; what `encode` had no token for reads as U+FFFD.
+
+    >>> decode(encode("π is 3.14"))
+    '� is 3.14'
+    """
+    return "".join(ALPHABET[token] for token in np.asarray(tokens))
+
+
+def _cut(tokens: NDArray, length: int) -> Examples:
+    whole = len(tokens) // (length + 1) * (length + 1)
+    sequences = tokens[:whole].reshape(-1, length + 1)
+    return {"inputs": sequences[:, :-1].copy(), "targets": sequences[:, 1:].copy()}
+
+
+@functools.cache
+def _tokens() -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The text for training and the one for the test."""
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = list(_modules(root))
+    if not modules:
+        raise ConfigurationError(
+            f"docstrings come from the sources of Python's own library, and {root} holds none"
+        )
+    seen: set[str] = set()
+    texts: tuple[list[str], list[str]] = ([], [])
+    for number, module in enumerate(modules):
+        for text in _docstrings(ast.parse(module.read_bytes())):
+            if text not in seen:
+                seen.add(text)
+                texts[number % 10 == 9].append(text)
+    train, test = (encode("\n\n".join(part)) for part in texts)
+    return train, test
+
+
+def _modules(folder: Path) -> Iterator[Path]:
+    """The source files of a folder's modules and packages, in an order that is always the same."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name in _LEFT_OUT or path.name.startswith("_sysconfigdata"):
+            continue
+        if path.suffix == ".py":
+            yield path
+        elif (path / "__init__.py").is_file():
+            yield from _modules(path)
+
+
+def _docstrings(definition: ast.AST) -> Iterator[str]:
+    """Those of a module, class or function, and of the definitions in its body."""
+    if isinstance(definition, _DOCUMENTED):
+        yield from filter(None, [ast.get_docstring(definition)])
+        for statement in definition.body:
+            yield from _docstrings(statement)

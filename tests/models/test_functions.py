@@ -1,0 +1,83 @@
+"""Plain functions become a model; those that cannot be called are refused at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlocal.errors import ConfigurationError
+from jaxlocal.models import from_functions
+
+KEY = jax.random.key(0)
+INPUTS = jnp.arange(6.0).reshape(2, 3)
+
+
+def start(key):
+    return (jnp.ones(3), jnp.zeros(()))  # a pair, which is no model state
+
+
+def affine(params, inputs):
+    weight, bias = params
+    return inputs @ weight + bias
+
+
+def test_two_functions_are_a_model_without_state():
+    model = from_functions(start, affine)
+    params, model_state = model.init(KEY)
+    outputs, after = jax.jit(model.apply, static_argnames="train")(
+        params, model_state, INPUTS, KEY, train=True
+    )
+    assert model_state == after == {}
+    np.testing.assert_array_equal(outputs, INPUTS.sum(1))
+
+
+def test_key_and_train_are_told_where_they_are_asked_for():
+    def noisy(params, inputs, *, key, train):
+        return inputs + params * jax.random.normal(key, inputs.shape) if train else inputs
+
+    model = from_functions(lambda key: jnp.ones(()), noisy)
+    expected = INPUTS + jax.random.normal(KEY, INPUTS.shape)
+    np.testing.assert_array_equal(model.apply(1.0, {}, INPUTS, KEY, True)[0], expected)
+    np.testing.assert_array_equal(model.apply(1.0, {}, INPUTS, None, False)[0], INPUTS)
+
+
+@pytest.mark.parametrize("keyword", ["key", "train"])
+def test_either_may_be_asked_for_alone(keyword):
+    scope = {}
+    exec(f"def apply(params, inputs, {keyword}=None): return {keyword}", scope)
+    model = from_functions(start, scope["apply"])
+    assert model.apply(1.0, {}, INPUTS, "told", "told")[0] == "told"
+
+
+def test_model_state_is_carried_where_it_is_asked_for():
+    def counting(params, inputs, model_state):
+        return inputs * params, {"calls": model_state["calls"] + 1}
+
+    model = from_functions(lambda key: (jnp.ones(()), {"calls": jnp.zeros((), int)}), counting)
+    params, state = model.init(KEY)
+    _, state = model.apply(params, state, INPUTS, None, True)
+    assert state["calls"] == 1
+
+
+def test_partial_and_jitted_functions_will_do():
+    scaled = functools.partial(lambda scale, params, inputs: inputs * scale * params, 2.0)
+    model = from_functions(lambda key: 1.0, jax.jit(scaled))
+    np.testing.assert_array_equal(model.apply(1.0, {}, INPUTS, None, True)[0], 2 * INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("init", "apply", "sentence"),
+    [
+        (lambda: 1, affine, r"cannot be called as init\(key\): too many positional"),
+        (lambda key, shape: 1, affine, r"init\(key\): missing a required argument: 'shape'"),
+        (start, lambda params: 1, r"apply\(params, inputs\), .* key, train, model_state: too many"),
+        (start, lambda params, inputs, rng: 1, "missing a required argument: 'rng'"),
+        (start, lambda params, model_state, inputs: 1, "multiple values for argument"),
+        (start, "affine", "'affine' cannot be called as apply"),
+    ],
+)
+def test_functions_that_do_not_fit_are_refused_when_the_model_is_made(init, apply, sentence):
+    with pytest.raises(ConfigurationError, match=sentence):
+        from_functions(init, apply)
