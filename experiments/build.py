@@ -14,20 +14,31 @@ import jaxlocal
 from experiments.config import Config
 from experiments.schedules import (
     HUB_METHODS,
+    OUTER_DEFAULTS,
     count_ticks,
     make_optimizer,
+    make_outer_optimizer,
     make_period,
     make_schedule,
 )
 from jaxlocal import ConfigurationError, Layout, RoundFn, periods, topology
-from jaxlocal.data import Dataset, load, plan_batches
+from jaxlocal.data import (
+    CropFlip,
+    Dataset,
+    crop_and_flip,
+    load,
+    parse_augmentation,
+    plan_batches,
+)
 from jaxlocal.errors import lookup
 from jaxlocal.local import GradFn
-from jaxlocal.models import Model, build, outputs_for
+from jaxlocal.models import Model, build, in_precision, outputs_for
 from jaxlocal.models.supervised import training_loss
 from jaxlocal.types import Period, Rounds
 
-MEASUREMENTS = 25
+MEASUREMENTS, CHECKPOINTS = 25, 10  # about so many a run
+MODEL_STATES = ("keep", "average", "reestimate")
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 NETWORKED = (*HUB_METHODS, "cooperative_sgd")
 CHUNK_TICKS, CHUNK_BYTES = 256, 64 << 20  # the most that is dispatched at once, of index batches
 
@@ -53,6 +64,7 @@ class Job(NamedTuple):
     ticks: int
     learning_rate: Callable[[int], float]  # η by tick, in float64
     zeta: float | None  # of the hub network, where there is one
+    augmentation: CropFlip | None  # of the training images
 
 
 def build_job(config: Config) -> Job:
@@ -61,13 +73,11 @@ def build_job(config: Config) -> Job:
     layout_shape = _grid(config)
     dataset = model = None
     grad_fn: GradFn = lambda *_: ({}, {}, {})
+    augmentation = parse_augmentation(config.augment)
     if config.parameters is None:
         dataset = load(config.dataset, config.data_dir, config.seed)
         model = build_model(config, dataset)
-        normalize = dataset.normalize
-        grad_fn = jaxlocal.gradients(
-            training_loss(model, normalize, dataset.classes), stateful=True
-        )
+        grad_fn = _gradients(config, dataset, model, augmentation)
     layout = _layout(config, layout_shape, dataset)
     ticks = count_ticks(config)
     if config.warmup_ticks > ticks:
@@ -79,7 +89,28 @@ def build_job(config: Config) -> Job:
     matrix = _mixing_matrix(config, layout)
     rounds = make_method(config, grad_fn, make_optimizer(config, schedule), layout, period, matrix)
     zeta = topology.zeta(matrix) if config.method in NETWORKED else None
-    return Job(config, dataset, model, layout, rounds, ticks, periods.rates(schedule), zeta)
+    rates = periods.rates(schedule)
+    return Job(config, dataset, model, layout, rounds, ticks, rates, zeta, augmentation)
+
+
+def _gradients(
+    config: Config, dataset: Dataset, model: Model, augmentation: CropFlip | None
+) -> GradFn:
+    """The gradient of a worker's batch, augmented where it comes from the pool: a stream's is."""
+    loss = training_loss(model, dataset.normalize, dataset.classes)
+    if augmentation is not None and len(dataset.input_shape) != 3:
+        raise ConfigurationError(
+            f"--augment={config.augment} is for images; the examples of {config.dataset} have "
+            f"shape {dataset.input_shape}"
+        )
+
+    def augmented(params, model_state, batch, key):
+        inputs = crop_and_flip(batch["inputs"], batch["shift"], batch["flip"])
+        return loss(params, model_state, {**batch, "inputs": inputs}, key)
+
+    resident = augmentation is not None and not config.stream
+    grad_fn = jaxlocal.gradients(augmented if resident else loss, stateful=True)
+    return jaxlocal.accumulate(grad_fn, config.accumulation)
 
 
 def make_round_fn(job: Job, data: Any = ()) -> RoundFn:
@@ -94,6 +125,12 @@ def measure_every(job: Job) -> int:
     return max(1, job.ticks // MEASUREMENTS) if every is None else every
 
 
+def save_every(job: Job) -> int:
+    """Ticks between checkpoints; 0 for none."""
+    every = job.config.checkpoint_every
+    return max(1, job.ticks // CHECKPOINTS) if every is None else every
+
+
 def build_model(config: Config, dataset: Dataset) -> Model:
     """The model, started where the dataset says if it says so."""
     outputs = outputs_for(dataset.classes) if dataset.classes else 1
@@ -102,6 +139,8 @@ def build_model(config: Config, dataset: Dataset) -> Model:
             f"linear is a regression, and {config.dataset} has {dataset.classes} classes"
         )
     model = build(config.model, dataset.input_shape, outputs)
+    if lookup("precision", config.precision, PRECISIONS) != jnp.float32:
+        model = in_precision(model, PRECISIONS[config.precision])
     if dataset.start is None:
         return model
     if config.model != "linear":
@@ -126,9 +165,14 @@ def make_method(
     matrix: np.ndarray,
 ) -> Rounds:
     """The method of the flags, with the period of the flags."""
-    options: dict[str, Any] = {"worker_map": config.worker_map}
+    synced = "average" if config.model_state == "average" else "keep"
+    options: dict[str, Any] = {"worker_map": config.worker_map, "model_state": synced}
     kept = options | {"optimizer_state": config.optimizer_state}
     local = lambda: jaxlocal.local_sgd(grad_fn, optimizer, period, **kept)
+
+    def outer(make: Callable[..., Rounds], *rate: Any) -> Rounds:
+        return make(grad_fn, optimizer, *rate, period, make_outer_optimizer(config), **kept)
+
     table: dict[str, Callable[[], Rounds]] = {
         "data_parallel": lambda: jaxlocal.data_parallel(grad_fn, optimizer, **options),
         **dict.fromkeys(("local_sgd", "post_local_sgd", "swap"), local),
@@ -141,6 +185,8 @@ def make_method(
         "cooperative_sgd": lambda: jaxlocal.cooperative_sgd(
             grad_fn, optimizer, matrix, period, **kept
         ),
+        "slowmo": lambda: outer(jaxlocal.slowmo, make_schedule(config, count_ticks(config))),
+        "diloco": lambda: outer(jaxlocal.diloco),
     }
     return lookup("method", config.method, table)()
 
@@ -183,9 +229,8 @@ def _grid(config: Config) -> tuple[int, int]:
 def _layout(config: Config, shape: tuple[int, int], dataset: Dataset | None) -> Layout:
     per_hub = config.workers if config.method == "cooperative_sgd" else shape[1]
     if dataset is not None:
-        held = plan_batches(
-            config.partition, dataset.train_examples, *shape, config.batch_size
-        ).shard_sizes
+        sizes = (dataset.train_examples, *shape, config.batch_size)
+        held = plan_batches(config.partition, *sizes, dataset.targets, config.seed).shard_sizes
     if config.worker_weights == "uniform":
         weights: Any = 1.0
     elif config.worker_weights == "data":
@@ -221,6 +266,9 @@ def _check_numbers(config: Config) -> None:
         "batch_size": 1,
         "ticks": 1,
         "rounds": 1,
+        "accumulation": 1,
+        "seeds": 1,
+        "keep": 1,
     }
     least |= {
         "warmup_ticks": 0,
@@ -229,13 +277,22 @@ def _check_numbers(config: Config) -> None:
         "switch_tick": 0,
         "parameters": 1,
         "seed": 0,
+        "checkpoint_every": 0,
+        "stream_workers": 0,
+        "test_eval_examples": 0,
     }
-    if config.seed >= 1 << 32:
+    if config.seed + config.seeds > 1 << 32:
         raise ConfigurationError(f"--seed must be less than 2^32, got {config.seed}")
     for name, bound in least.items():
         value = getattr(config, name)
         if value is not None and value < bound:
             raise ConfigurationError(f"--{name} must be at least {bound}, got {value}")
+    if config.batch_size % config.accumulation:
+        raise ConfigurationError(
+            f"--accumulation={config.accumulation} does not divide --batch_size={config.batch_size}"
+        )
+    lookup("model state option", config.model_state, dict.fromkeys(MODEL_STATES))
+    _check_outer(config)
     if not 0 < config.learning_rate < math.inf:
         raise ConfigurationError(
             f"--learning_rate must be a number > 0, got {config.learning_rate}"
@@ -248,3 +305,22 @@ def _check_numbers(config: Config) -> None:
         raise ConfigurationError(
             f"--stop_train_loss must be a number, got {config.stop_train_loss}"
         )
+
+
+def _check_outer(config: Config) -> None:
+    given = [n for n in ("optimizer", "learning_rate", "momentum") if _outer(config, n) is not None]
+    if given and config.method not in OUTER_DEFAULTS:
+        name = given[0]
+        raise ConfigurationError(
+            f"--outer_{name}={_outer(config, name)} is for {' and '.join(OUTER_DEFAULTS)}; "
+            f"{config.method} has no outer optimizer"
+        )
+    rate, beta = config.outer_learning_rate, config.outer_momentum
+    if rate is not None and not 0 < rate < math.inf:
+        raise ConfigurationError(f"--outer_learning_rate must be a number > 0, got {rate}")
+    if beta is not None and not 0 <= beta < 1:
+        raise ConfigurationError(f"--outer_momentum must be in [0, 1), got {beta}")
+
+
+def _outer(config: Config, name: str) -> Any:
+    return getattr(config, f"outer_{name}")

@@ -1,27 +1,22 @@
-"""What a run is: its flags, their groups and their meaning; from the command line to one frozen
-record and back."""
+"""What a run is: its flags, their groups and their meaning, as one frozen record."""
 
 import dataclasses
 import hashlib
-import os
-import sys
-import textwrap
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
-
-from absl import app, flags, logging
-from absl.flags import FLAGS
-
-from jaxlocal import ConfigurationError
-
-# Exit statuses: what the machine or the training did, a user's mistake, Ctrl-C.
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+from typing import Any
 
 
-def _flag(group: str, default: Any, text: str, kind: type | None = None) -> Any:
-    """A field that is also a flag; `kind` where the default, None, does not tell the type."""
-    metadata = {"group": group, "help": " ".join(text.split()), "kind": kind or type(default)}
+def _flag(
+    group: str, default: Any, text: str, kind: type | None = None, identity: bool = True
+) -> Any:
+    """A field that is also a flag; `kind` where the default, None, does not tell the type;
+    `identity` says whether it makes a run another one."""
+    metadata = {
+        "group": group,
+        "help": " ".join(text.split()),
+        "kind": kind or type(default),
+        "identity": identity,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -32,7 +27,8 @@ class Config:
     method: str = _flag(
         "method",
         "local_sgd",
-        "data_parallel, local_sgd, post_local_sgd, swap, mll_sgd, hl_sgd or cooperative_sgd.",
+        """data_parallel, local_sgd, post_local_sgd, swap, mll_sgd, hl_sgd, cooperative_sgd, slowmo
+        or diloco.""",
     )
     local_steps: int = _flag(
         "method",
@@ -68,6 +64,31 @@ class Config:
         "keep",
         "What averages do to the workers' optimizer states: keep, average or reset.",
     )
+    model_state: str = _flag(
+        "method",
+        "keep",
+        """What models keep besides parameters, such as batch statistics: keep every worker's own
+        (the average model is evaluated with their mean), average them whenever models are averaged,
+        or reestimate: keep, and estimate them anew on the average model for every evaluation.""",
+    )
+    outer_optimizer: str | None = _flag(
+        "method",
+        None,
+        """slowmo, diloco: what steps on the difference of averages; one of --optimizer. By default
+        sgd in slowmo, nesterov in diloco.""",
+        str,
+    )
+    outer_learning_rate: float | None = _flag(
+        "method", None, "Its learning rate. By default 1 in slowmo, 0.7 in diloco.", float
+    )
+    outer_momentum: float | None = _flag(
+        "method", None, "Its momentum. By default 0.7 in slowmo, 0.9 in diloco.", float
+    )
+    accumulation: int = _flag(
+        "method",
+        1,
+        "Parts into which a worker's batch is split, one gradient after another, to save memory.",
+    )
     workers: int = _flag("workers", 8, "Workers in all.")
     hubs: int = _flag("workers", 1, "Hubs that the workers are spread over evenly.")
     hub_graph: str = _flag(
@@ -98,27 +119,55 @@ class Config:
     dataset: str = _flag(
         "data",
         "digits",
-        "digits, mnist, mnist_binary, cifar10, least_squares, perceptron or two_quadratics:ROUNDS.",
+        """digits, docstrings[:LENGTH], mnist_binary, least_squares, perceptron,
+        two_quadratics:ROUNDS, or any image set of TensorFlow Datasets that is prepared: mnist,
+        cifar10, cifar100, fashion_mnist, emnist/letters, ….""",
     )
     data_dir: str | None = _flag(
-        "data", None, "Folder of prepared TensorFlow Datasets; else TFDS_DATA_DIR.", str
+        "data",
+        None,
+        "Folder of prepared TensorFlow Datasets; else TFDS_DATA_DIR.",
+        str,
+        identity=False,
     )
     partition: str = _flag(
         "data",
         "iid",
         """Who holds what: iid (a shuffle an epoch, disjoint shards), fresh (draws from the whole
-        set), sorted or
-        sorted:OFFSET (shards of the set sorted by label, shifted by a part of a shard), unequal or
-        unequal:FRACTIONS.""",
+        set), sorted or sorted:OFFSET (shards of the set sorted by label, shifted by a part of a
+        shard), dirichlet or dirichlet:ALPHA (every label spread over workers by a Dirichlet draw),
+        unequal or unequal:FRACTIONS.""",
+    )
+    plot_partition: bool = _flag(
+        "data", False, "Draw who holds what, as partition.png.", identity=False
+    )
+    augment: str = _flag("data", "none", "Of images: none, or of crop[:PAD] and flip, by commas.")
+    stream: bool = _flag(
+        "data",
+        False,
+        """Read examples while training, by processes of their own, instead of keeping the training
+        set on the device. The numbers are the same.""",
+    )
+    stream_workers: int = _flag(
+        "data", 2, "Processes that read; 0: threads of this one.", identity=False
     )
     batch_size: int = _flag("data", 16, "Examples in a worker's batch.")
     train_eval_examples: int = _flag(
         "data", 0, "Training loss over a fixed sample of so many examples; 0: over all."
     )
+    test_eval_examples: int = _flag(
+        "data", 0, "Test metrics over a fixed sample of so many examples; 0: over all."
+    )
     model: str = _flag(
         "model",
         "mll_cnn",
-        "logistic, linear, mlp, mll_cnn, resnet18_layer_norm or resnet18_group_norm.",
+        """logistic, linear, mlp, mll_cnn, small_resnet_NORM or resnet18_NORM with layer_norm or
+        batch_norm for NORM, resnet18_group_norm, small_transformer or transformer.""",
+    )
+    precision: str = _flag(
+        "model",
+        "float32",
+        "What the model computes in: float32 or bfloat16; parameters and averages are float32.",
     )
     parameters: int | None = _flag(
         "model",
@@ -162,109 +211,54 @@ class Config:
         int,
     )
     seed: int = _flag("run", 0, "Seeds the model, the data order and the workers' rates.")
+    seeds: int = _flag(
+        "run", 1, "Runs with so many seeds from --seed on: their mean and its standard error."
+    )
+    checkpoint_every: int | None = _flag(
+        "run",
+        None,
+        """Ticks between checkpoints, from which the same command goes on; 0: none. By default about
+        10 a run.""",
+        int,
+        identity=False,
+    )
+    keep: int = _flag("run", 2, "How many checkpoints stay, the newest.", identity=False)
+    export: bool = _flag(
+        "run",
+        False,
+        "Write the average model at the end, as a Flax checkpoint and as safetensors.",
+        identity=False,
+    )
     workdir: str | None = _flag(
         "run",
         None,
-        "Folder for metrics.jsonl, summary.json, curves.png and flags.txt. By default one under "
-        "runs/.",
+        "Folder for all that the run leaves. By default one under runs/.",
         str,
+        identity=False,
     )
 
     def flag_lines(self) -> list[str]:
         """The flags that make this run again, defaults that are None left out."""
         values = dataclasses.asdict(self)
-        return [f"--{name}={value}" for name, value in values.items() if value is not None]
+        return [_line(name, value) for name, value in values.items() if value is not None]
+
+    def identity_lines(self) -> list[str]:
+        """Those flags that make this run another one than a run without them: where it lies and
+        how often it is saved do not."""
+        return [line for line in self.flag_lines() if line.split("=")[0] not in PLACE]
 
 
-def define_flags(values: flags.FlagValues = FLAGS) -> None:
-    """Register a flag for every field."""
-    define: dict[type, Callable] = {
-        int: flags.DEFINE_integer,
-        float: flags.DEFINE_float,
-        str: flags.DEFINE_string,
-    }
-    for field in dataclasses.fields(Config):
-        kind, text = field.metadata["kind"], field.metadata["help"]
-        define[kind](field.name, field.default, text, flag_values=values)
+def _line(name: str, value: Any) -> str:
+    """A flag as it stands in a file, where booleans are written as absl reads them."""
+    return f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def from_flags(values: flags.FlagValues = FLAGS) -> Config:
-    """The config that the flags hold."""
-    chosen: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Config)}
-    return Config(**chosen)
-
-
-def help_text(about: str) -> str:
-    """The flags by groups."""
-    lines = [about.strip(), "", "Flags, of which --flagfile=FILE reads more from a file:"]
-    group = None
-    for field in dataclasses.fields(Config):
-        if field.metadata["group"] != group:
-            group = field.metadata["group"]
-            lines += ["", f"{group}:"]
-        default = "" if field.default is None else f" [{field.default}]"
-        text = field.metadata["help"] + default
-        lines += textwrap.wrap(
-            text, 100, initial_indent=f"  --{field.name}: ", subsequent_indent="      "
-        )
-    return "\n".join(lines)
-
-
-def run_binary(main: Callable[[Config], int | None], about: str) -> None:
-    """Run main on the command line's config.
-
-    A user's mistake ends in one sentence and exit status 2.
-    """
-
-    def parse(argv: list[str]) -> list[str]:
-        if {"-h", "--help", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
-            print(help_text(about) + _extra_help())
-            sys.exit(0)
-        try:
-            rest = FLAGS(argv)
-        except flags.Error as error:
-            fail(str(error))
-        if not FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.ERROR)  # what libraries say of themselves is noise here
-        if rest[1:]:
-            fail(f"what is {rest[1]!r}? flags look like --name=value")
-        return rest
-
-    def guarded(argv: list[str]) -> int | None:
-        try:
-            status = main(from_flags())
-        except ConfigurationError as error:
-            fail(str(error))
-        except OSError as error:
-            status = _say(f"{error.filename or 'writing'}: {error.strerror}", FAILED)
-        except KeyboardInterrupt:
-            status = _say("interrupted", INTERRUPTED)
-        if status == INTERRUPTED:
-            sys.stdout.flush()
-            os._exit(status)  # a compilation that goes on in the background would crash at exit
-        return status
-
-    app.run(guarded, flags_parser=parse)
-
-
-def _extra_help() -> str:
-    own = FLAGS.get_key_flags_for_module(sys.modules["__main__"].__file__ or "")
-    lines = [f"  --{flag.name}: {flag.help} [{flag.default}]" for flag in own]
-    return "\n\nthis binary:\n" + "\n".join(lines) if lines else ""
-
-
-def fail(sentence: str) -> NoReturn:
-    """Say what is wrong and end with the status of a user's mistake."""
-    sys.exit(_say(sentence, USAGE))
-
-
-def _say(sentence: str, status: int) -> int:
-    print("error: " + " ".join(sentence.split()), file=sys.stderr, flush=True)
-    return status
+# The flags that do not.
+PLACE = {f"--{f.name}" for f in dataclasses.fields(Config) if not f.metadata["identity"]}
 
 
 def default_workdir(config: Config) -> Path:
     """A folder of its own for every choice of flags."""
-    lines = dataclasses.replace(config, workdir=None).flag_lines()
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
-    return Path("runs") / f"{config.method}-{config.dataset.replace(':', '_')}-{digest}"
+    digest = hashlib.sha256("\n".join(config.identity_lines()).encode()).hexdigest()[:8]
+    dataset = config.dataset.replace(":", "_").replace("/", "_")
+    return Path("runs") / f"{config.method}-{dataset}-{digest}"

@@ -13,7 +13,8 @@ from absl import flags
 from rich.console import Console
 
 from experiments.build import Job, build_job, make_round_fn, measure_every
-from experiments.config import Config, define_flags, run_binary
+from experiments.command_line import define_flags, run_binary
+from experiments.config import Config
 from experiments.display import data_size, number, show_table
 from jaxlocal import RoundFn
 from jaxlocal.errors import unknown
@@ -82,7 +83,7 @@ def _memory(job: Job, round_fn: RoundFn, state: Any) -> dict[str, int]:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // round_fn.mesh.size
 
     examples = 0
-    if job.dataset is not None:
+    if job.dataset is not None and not job.config.stream:
         item = 1 if len(job.dataset.input_shape) == 3 else 4  # images are kept as uint8
         one = int(np.prod(job.dataset.input_shape)) * item + 4
         examples = (job.dataset.train_examples + job.dataset.test_examples) * one

@@ -1,20 +1,16 @@
-"""The picture of a run."""
+"""The picture of a run, and of several seeds of one."""
 
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 MEGABYTE = 8e6  # bits
 
 
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Loss and accuracy over ticks and over communication, H over ticks, and consensus distance."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    figure.suptitle(title)
+    figure, axes = _figure(2, 3, title)
     ticks = [line["tick"] for line in lines]
     said = [(line["bits_workers"] + line["bits_hubs"]) / MEGABYTE for line in lines]
     for row, (x, label) in enumerate(
@@ -24,6 +20,58 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         _accuracy(axes[row, 1], x, lines, label)
     _local_steps(axes[0, 2], ticks, lines)
     _distance(axes[1, 2], ticks, lines)
+    _save(figure, path)
+
+
+def plot_several(runs: list[list[dict[str, Any]]], path: Path, title: str) -> None:
+    """Losses and accuracy of the average model over ticks and over communication: the mean of the
+    seeds, with a band of its standard error."""
+    figure, axes = _figure(2, 2, f"{title}: mean and standard error")
+    lines = min(runs, key=len)  # a run may have stopped early; bands end where the first does
+    said = [(line["bits_workers"] + line["bits_hubs"]) / MEGABYTE for line in lines]
+    labels = ("ticks", "communication: MB sent by a worker and its hub")
+    for row, x in enumerate(([line["tick"] for line in lines], said)):
+        for key, name, column in (
+            ("train_loss", "train", 0),
+            ("eval_loss", "test", 0),
+            ("eval_accuracy", "test", 1),
+        ):
+            values = [[_number(line[key]) for line in run[: len(lines)]] for run in runs]
+            color = "tab:green" if column else None
+            band(axes[row, column], x, values, name, color)
+        axes[row, 0].set(xlabel=labels[row], ylabel="loss of the average model")
+        axes[row, 1].set(xlabel=labels[row], ylabel="test accuracy of the average model")
+        axes[row, 0].legend()
+        for axis in axes[row]:
+            axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def band(axis: Any, x: list[float], ys: list[list[float]], label: str, color: Any = None) -> None:
+    """The mean of several curves [curves][len(x)], in a band of one standard error of it."""
+    values = np.asarray(ys, float)
+    mean = values.mean(axis=0)
+    (line,) = axis.plot(x, mean, label=label, color=color, marker=".", markersize=4)
+    if len(values) > 1:
+        error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+        axis.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.25, lw=0)
+
+
+def _figure(rows: int, columns: int, title: str) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    size = (13 * columns / 3, 3.5 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
+    figure.suptitle(title)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
     part = path.with_name(path.stem + ".part.png")
     figure.savefig(part, dpi=110)
     plt.close(figure)

@@ -3,14 +3,16 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from experiments.config import Config
+from experiments.config import PLACE, Config
 from jaxlocal import ConfigurationError
 
 METRICS, SUMMARY, FLAGS, CURVES = "metrics.jsonl", "summary.json", "flags.txt", "curves.png"
-PREVIOUS = "metrics.previous.jsonl"  # of the run that a rerun replaces, until that has ended
+PREVIOUS = "metrics.previous.jsonl"  # of a run that starts anew, until that has ended
+CHECKPOINTS, TENSORBOARD, PARTITION = "checkpoints", "tensorboard", "partition.png"
 
 
 class Recorder:
@@ -24,37 +26,85 @@ class Recorder:
     def __init__(self, folder: Path, config: Config):
         self.folder = folder
         self.lines: list[dict[str, Any]] = []
-        _check_same_run(folder, config)
+        check_same_run(folder, config)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / FLAGS, "\n".join(config.flag_lines()) + "\n")
-            (folder / SUMMARY).unlink(missing_ok=True)
-            if (folder / METRICS).exists():
-                os.replace(folder / METRICS, folder / PREVIOUS)
-            self._file: TextIO = (folder / METRICS).open("w")
         except OSError as error:
             raise ConfigurationError(
                 f"the workdir {folder} cannot be written: {error.strerror}"
             ) from None
 
+    def begin(self, tick: int) -> None:
+        """Go on from a tick with the measurements that were made by then, or, at 0, anew."""
+        metrics = self.folder / METRICS
+        if tick and not metrics.exists():
+            raise ConfigurationError(
+                f"the workdir {self.folder} has a checkpoint of tick {tick} but no {METRICS}; "
+                f"delete {self.folder / CHECKPOINTS} to start anew"
+            )
+        if tick:
+            self.lines = [line for line in read_metrics(self.folder) if line["tick"] <= tick]
+        elif metrics.exists():
+            os.replace(metrics, self.folder / PREVIOUS)
+        write_whole(metrics, "".join(map(_as_line, self.lines)))
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        self._file = metrics.open("a")
+        self._board = _Board(self.folder / TENSORBOARD)
+        for line in self.lines:
+            self._board.add(line)
+
     def measured(self, line: dict[str, Any]) -> None:
         """One more measurement, on disk when this returns."""
         self.lines.append(line)
-        self._file.write(json.dumps(finite(line)) + "\n")
+        self._file.write(_as_line(line))
         self._file.flush()
+        self._board.add(line)
+
+    def settle(self) -> None:
+        """Return when no crash of the machine could lose a measurement: before a checkpoint that
+        is newer than it."""
+        os.fsync(self._file.fileno())
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._file.close()
+        self._board.close()
         if summary["ended"] != "interrupted":
             (self.folder / PREVIOUS).unlink(missing_ok=True)
-        write_whole(
-            self.folder / SUMMARY, json.dumps(finite(summary), indent=2, ensure_ascii=False) + "\n"
-        )
+        write_json(self.folder / SUMMARY, summary)
+
+
+class _Board:
+    """The measurements for TensorBoard: a scalar for every number of a line, by ticks."""
+
+    def __init__(self, folder: Path):
+        from tensorboardX import SummaryWriter
+
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer = SummaryWriter(str(folder))
+
+    def add(self, line: dict[str, Any]) -> None:
+        for name, value in line.items():
+            if name != "tick" and isinstance(value, int | float) and math.isfinite(value):
+                self._writer.add_scalar(name, value, line["tick"])
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The measurements of a run's folder."""
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    """The measurements of a run's folder; a last line that a killed run left torn is no line.
+
+    Raises:
+      ConfigurationError: a line that is not JSON before others.
+    """
+    lines = (folder / METRICS).read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"{folder / METRICS} is damaged: {error}") from None
 
 
 def finite(values: Any) -> Any:
@@ -73,7 +123,16 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _check_same_run(folder: Path, config: Config) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(finite(values), indent=2, ensure_ascii=False) + "\n")
+
+
+def check_same_run(folder: Path, config: Config) -> None:
+    """Whether the folder is free for this run, or holds it.
+
+    Raises:
+      ConfigurationError: it holds a run with other flags, or something else.
+    """
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"the workdir {folder} is a file")
     if not (folder / FLAGS).exists():
@@ -82,8 +141,9 @@ def _check_same_run(folder: Path, config: Config) -> None:
                 f"the workdir {folder} holds a {METRICS} but no {FLAGS}: not a run of this program"
             )
         return
-    ours = _without_place(config.flag_lines())
-    theirs = _without_place((folder / FLAGS).read_text(errors="replace").splitlines())
+    lines = (folder / FLAGS).read_text(errors="replace").splitlines()
+    theirs = {line for line in lines if line and line.split("=")[0] not in PLACE}
+    ours = set(config.identity_lines())
     if ours != theirs:
         its = " ".join(sorted(theirs - ours)[:3]) or "none of them"
         asked = " ".join(sorted(ours - theirs)[:3]) or "none of them"
@@ -92,5 +152,5 @@ def _check_same_run(folder: Path, config: Config) -> None:
         )
 
 
-def _without_place(lines: list[str]) -> set[str]:
-    return {line for line in lines if line and not line.startswith("--workdir=")}
+def _as_line(line: dict[str, Any]) -> str:
+    return json.dumps(finite(line)) + "\n"

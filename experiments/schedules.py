@@ -18,6 +18,8 @@ FLOOR = 1e-6
 DEFAULT_TICKS = 440
 HUB_METHODS = ("mll_sgd", "hl_sgd")
 OWN_PERIODS = {"data_parallel": "constant", "post_local_sgd": "post_local", "swap": "swap"}
+# By method: outer optimizer, its learning rate and its momentum.
+OUTER_DEFAULTS = {"slowmo": ("sgd", 1.0, 0.7), "diloco": ("nesterov", 0.7, 0.9)}
 EXPONENTS = {"linear": 1, "quadratic": 2, "cubic": 3}
 
 
@@ -47,8 +49,27 @@ def make_schedule(config: Config, ticks: int) -> Callable[[int], Any]:
 
 def make_optimizer(config: Config, schedule: Callable) -> optax.GradientTransformation:
     """The optimizer of the flags, whose learning rate follows the run's ticks."""
-    plain, beta = optax.identity(), config.momentum
-    decay = optax.add_decayed_weights(config.weight_decay) if config.weight_decay else plain
+    chain = _directions(config.optimizer, config.momentum, config.weight_decay)
+    return optax.chain(*chain, jaxlocal.scale_by_tick(schedule))
+
+
+def make_outer_optimizer(config: Config) -> optax.GradientTransformation:
+    """What slowmo and diloco step with; the papers' where the flags are silent."""
+    name, rate, beta = OUTER_DEFAULTS[config.method]
+    name = config.outer_optimizer or name
+    rate = rate if config.outer_learning_rate is None else config.outer_learning_rate
+    beta = beta if config.outer_momentum is None else config.outer_momentum
+    if config.outer_momentum is not None and name not in ("sgd", "nesterov"):
+        raise ConfigurationError(
+            f"--outer_momentum={beta} is for sgd and nesterov; --outer_optimizer={name} has its own"
+        )
+    return optax.chain(*_directions(name, beta, 0.0), optax.scale(-rate))
+
+
+def _directions(name: str, beta: float, weight_decay: float) -> tuple:
+    """What an optimizer makes of a gradient before the learning rate."""
+    plain = optax.identity()
+    decay = optax.add_decayed_weights(weight_decay) if weight_decay else plain
     momentum = optax.trace(beta) if beta else plain
     table = {
         "sgd": (decay, momentum),
@@ -60,8 +81,7 @@ def make_optimizer(config: Config, schedule: Callable) -> optax.GradientTransfor
         "lion": (optax.scale_by_lion(), decay),
         "lamb": (optax.scale_by_adam(), decay, optax.scale_by_trust_ratio()),
     }
-    chain = lookup("optimizer", config.optimizer, table)
-    return optax.chain(*chain, jaxlocal.scale_by_tick(schedule))
+    return lookup("optimizer", name, table)
 
 
 def make_period(config: Config, schedule: Callable, ticks: int) -> Period:

@@ -75,8 +75,12 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._manager.close()
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self._guarded(self._manager.close)
+        except SavingError:
+            if error is None:  # else what is under way already tells more
+                raise
 
     @property
     def ticks(self) -> list[int]:

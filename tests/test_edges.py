@@ -9,7 +9,8 @@ import pytest
 
 import jaxlocal
 from jaxlocal import ConfigurationError, Layout, RoundFn, periods
-from jaxlocal.training import Evaluation, dispatches
+from jaxlocal.evaluation import Evaluation
+from jaxlocal.training import dispatches
 
 grad_fn = jaxlocal.gradients(lambda w, batch, key: jnp.square(jnp.tanh(w) - batch).mean())
 

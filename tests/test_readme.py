@@ -1,12 +1,13 @@
 """The README's own program, as it stands there, and what it promises of it."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-PROGRAM, WITH_NNX = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PROGRAM, WITH_NNX, WITH_CHECKPOINTS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_program_of_the_readme_finds_its_target(capsys):
@@ -22,6 +23,19 @@ def test_the_second_program_goes_on_from_the_first_and_learns():
     exec(compile(PROGRAM + WITH_NNX, "README.md", "exec"), names)
     assert names["info"].worker["loss"].mean() < 0.5 < np.log(4)
     assert int(names["state"].tick) == 200
+
+
+def test_the_third_program_saves_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    program = compile(PROGRAM + WITH_NNX + WITH_CHECKPOINTS, "README.md", "exec")
+    exec(program, {})
+    *_, last = capsys.readouterr().out.splitlines()
+    tick, accuracy, bits = last.split()
+    assert (int(tick), int(bits) > 0) == (200, True) and float(accuracy) > 0.9
+    assert sorted(path.name for path in (tmp_path / "my_run").iterdir()) == ["150", "200"]
+    shutil.rmtree(tmp_path / "my_run" / "200")
+    exec(program, {})
+    assert capsys.readouterr().out.splitlines()[-1] == last  # of ticks 150 to 200 only
 
 
 def test_the_program_is_a_loop_of_fifteen_lines():

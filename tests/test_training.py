@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import jaxlocal
 from jaxlocal import ConfigurationError, Layout, RoundFn, mixing, training
 from jaxlocal.compose import repeat
+from jaxlocal.evaluation import Evaluation
 from jaxlocal.local import tick
 from jaxlocal.syncing import sync
-from jaxlocal.evaluation import Evaluation
 from jaxlocal.training import Diverged
 from jaxlocal.types import Messages, Period, Rounds
 

@@ -1,9 +1,10 @@
 """Data: where examples come from, who holds them, and which of them make each batch.
 
-Everything here is numpy on the host. TensorFlow Datasets, Pillow and scikit-learn are imported only
-when a dataset that needs them is asked for.
+Everything here is numpy on the host, but for `crop_and_flip`, which runs in the compiled tick.
+Grain, TensorFlow Datasets, Pillow and scikit-learn are imported only when they are needed.
 """
 
+from jaxlocal.data.augment import AUGMENTATIONS, CropFlip, crop_and_flip, parse_augmentation
 from jaxlocal.data.batches import Batches, BatchPlan, make_batches, plan_batches
 from jaxlocal.data.partitions import (
     PARTITIONS,
@@ -13,19 +14,30 @@ from jaxlocal.data.partitions import (
     parse_partition,
     shard_sizes,
 )
-from jaxlocal.data.sources import DATASETS, Dataset, load
+from jaxlocal.data.reading import StreamError, Transform
+from jaxlocal.data.sources import DATASETS, ArraySource, Dataset, ExampleSource, load
+from jaxlocal.data.streaming import Stream
 
 __all__ = [
+    "AUGMENTATIONS",
     "DATASETS",
     "PARTITIONS",
     "UNEQUAL_FRACTIONS",
+    "ArraySource",
     "BatchPlan",
     "Batches",
+    "CropFlip",
     "Dataset",
+    "ExampleSource",
     "Partition",
+    "Stream",
+    "StreamError",
+    "Transform",
     "assign",
+    "crop_and_flip",
     "load",
     "make_batches",
+    "parse_augmentation",
     "parse_partition",
     "plan_batches",
     "shard_sizes",

@@ -36,18 +36,31 @@ class Batches(NamedTuple):
     """indices(start_tick, ticks): example numbers, [ticks, hubs, workers_per_hub, batch_size]."""
     shard_sizes: NDArray[np.int64]  # [hubs, workers_per_hub], examples each worker holds
     epoch_ticks: int  # ticks in which all workers together take each example about once
+    shards: list[NDArray[np.int32]]
+    """The examples that each worker holds, hub by hub; empty where no one holds any for good."""
 
 
 def plan_batches(
-    spec: str, examples: int, hubs: int, workers_per_hub: int, batch_size: int
+    spec: str,
+    examples: int,
+    hubs: int,
+    workers_per_hub: int,
+    batch_size: int,
+    targets: Callable[[], NDArray] | None = None,
+    seed: int = 0,
 ) -> BatchPlan:
-    """Shard sizes and the length of an epoch, before any data are read.
+    """Shard sizes and the length of an epoch, before any inputs are read.
 
     An epoch is floor(examples / (workers * batch_size)) ticks, and at least one.
 
+    Args:
+      targets: reads the labels [examples]; called for `dirichlet` alone, whose sizes depend on
+        them.
+      seed: that of the run, on which the sizes of `dirichlet` depend too.
+
     Raises:
-      ConfigurationError: a spec that is wrong, a size that is not positive, or a batch larger
-        than the shard of a worker.
+      ConfigurationError: a spec that is wrong, a size that is not positive, a negative seed, a
+        batch larger than the shard of a worker, or labels that are needed and not given.
 
     >>> plan_batches("iid", examples=60_000, hubs=2, workers_per_hub=4, batch_size=16).epoch_ticks
     468
@@ -56,8 +69,14 @@ def plan_batches(
     for name, value in sizes.items():
         if value < 1:
             raise ConfigurationError(f"{name} must be at least 1, got {value}")
+    if seed < 0:
+        raise ConfigurationError(f"seed must not be negative, got {seed}")
     partition, workers = parse_partition(spec), hubs * workers_per_hub
-    held = shard_sizes(partition, examples, workers)
+    if partition.labelled and targets is not None:
+        shards = assign(partition, targets(), workers, seed, least=batch_size)
+        held = np.array([len(shard) for shard in shards])
+    else:
+        held = shard_sizes(partition, examples, workers)
     if partition.kind != "fresh" and batch_size > held.min():
         worker = int(held.argmin())
         raise ConfigurationError(
@@ -81,12 +100,13 @@ def make_batches(
     - `iid`: one permutation of all examples an epoch, without repeats; what does not fill a tick is
       left out, a different remainder each epoch.
     - `fresh`: uniform draws from the whole set, with replacement.
-    - `sorted`, `unequal`: each worker reshuffles its own shard at each pass of its own; what does
-      not fill a batch is left out of that pass.
+    - `sorted`, `unequal`, `dirichlet`: each worker reshuffles its own shard at each pass of its
+      own; what does not fill a batch is left out of that pass.
 
     Args:
       spec: see `jaxlocal.data.partitions`.
-      targets: [examples] labels; `sorted` sorts by them, the others need their number only.
+      targets: [examples] labels; `sorted` and `dirichlet` go by them, the others need their number
+        only.
       hubs, workers_per_hub, batch_size: sizes, all at least 1.
       seed: of every random choice here, not negative.
 
@@ -94,7 +114,7 @@ def make_batches(
       Batches; its `indices` may be called from any thread.
 
     Raises:
-      ConfigurationError: see `plan_batches`; or a negative seed.
+      ConfigurationError: see `plan_batches`.
 
     >>> batches = make_batches("iid", np.zeros(100), 2, 3, 4, seed=0)
     >>> batches.indices(0, 10).shape
@@ -102,30 +122,35 @@ def make_batches(
     >>> bool((batches.indices(0, 10)[7:] == batches.indices(7, 3)).all())
     True
     """
-    plan = plan_batches(spec, len(targets), hubs, workers_per_hub, batch_size)
-    if seed < 0:
-        raise ConfigurationError(f"seed must not be negative, got {seed}")
-    workers = hubs * workers_per_hub
-    fill = _fill(parse_partition(spec), targets, workers, batch_size, seed)
+    grid = (hubs, workers_per_hub)
+    plan = plan_batches(spec, len(targets), *grid, batch_size, lambda: targets, seed)
+    partition, workers = parse_partition(spec), hubs * workers_per_hub
+    shards = assign(partition, targets, workers, seed, batch_size) if partition.fixed else []
+    fill = _fill(partition, len(targets), workers, shards, batch_size, seed)
 
     def indices(start_tick: int, ticks: int) -> NDArray[np.int32]:
         if start_tick < 0 or ticks < 0:
             raise ValueError(f"start_tick and ticks must not be negative: {start_tick}, {ticks}")
         out = np.empty((ticks, workers, batch_size), np.int32)
         fill(start_tick, out)
-        return out.reshape(ticks, hubs, workers_per_hub, batch_size)
+        return out.reshape(ticks, *grid, batch_size)
 
-    return Batches(indices, *plan)
+    return Batches(indices, *plan, shards)
 
 
 def _fill(
-    partition: Partition, targets: NDArray, workers: int, batch_size: int, seed: int
+    partition: Partition,
+    examples: int,
+    workers: int,
+    shards: list[NDArray[np.int32]],
+    batch_size: int,
+    seed: int,
 ) -> _Fill:
     if partition.kind == "iid":
-        return _fill_iid(len(targets), workers, batch_size, seed)
+        return _fill_iid(examples, workers, batch_size, seed)
     if partition.kind == "fresh":
-        return _fill_fresh(len(targets), seed)
-    return _fill_shards(assign(partition, targets, workers, seed), batch_size, seed)
+        return _fill_fresh(examples, seed)
+    return _fill_shards(shards, batch_size, seed)
 
 
 def _fill_iid(examples: int, workers: int, batch_size: int, seed: int) -> _Fill:

@@ -6,6 +6,7 @@
 | `fresh` | every batch is drawn from the whole set, uniformly with replacement |
 | `sorted`, `sorted:OFFSET` | examples sorted by label, one contiguous shard per worker |
 | `unequal`, `unequal:F1,F2,...` | groups of workers that hold these fractions of a shuffled set |
+| `dirichlet`, `dirichlet:ALPHA` | each class spread over workers by shares drawn from a Dirichlet |
 """
 
 from typing import NamedTuple
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 
 from jaxlocal.errors import ConfigurationError, unknown
 
-PARTITIONS = ("iid", "fresh", "sorted", "unequal")
+PARTITIONS = ("iid", "fresh", "sorted", "unequal", "dirichlet")
 UNEQUAL_FRACTIONS = (0.05, 0.1, 0.2, 0.25, 0.4)  # released with MLL-SGD
 
 # The purposes of random numbers are distinct over this package: here 1, sources 0, batches 2 to 4.
 _ASSIGNMENT = 1
+_DRAWS = 1000  # of a Dirichlet partition, before it is given up
 
 
 class Partition(NamedTuple):
@@ -28,24 +30,32 @@ class Partition(NamedTuple):
     kind: str  # one of PARTITIONS
     offset: float = 0.0  # sorted: rotation, in shards
     fractions: tuple[float, ...] = ()  # unequal: of the examples, one per group of workers
+    alpha: float = 0.0  # dirichlet: its concentration
 
     @property
     def fixed(self) -> bool:
         """Whether a worker keeps the same examples over the whole run."""
-        return self.kind in ("sorted", "unequal")
+        return self.kind in ("sorted", "unequal", "dirichlet")
+
+    @property
+    def labelled(self) -> bool:
+        """Whether how much each worker holds depends on the labels."""
+        return self.kind == "dirichlet"
 
 
 def parse_partition(spec: str) -> Partition:
     """The partition that a spec names.
 
     Raises:
-      ConfigurationError: an unknown kind, an offset outside [0, 1), or fractions that are not
-        positive or do not sum to 1 within 1e-6.
+      ConfigurationError: an unknown kind, an offset outside [0, 1), fractions that are not positive
+        or do not sum to 1 within 1e-6, or an alpha outside [1e-6, 1e6].
 
-    >>> parse_partition("sorted:0.5")
-    Partition(kind='sorted', offset=0.5, fractions=())
+    >>> parse_partition("sorted:0.5").offset
+    0.5
     >>> parse_partition("unequal:0.25,0.75").fractions
     (0.25, 0.75)
+    >>> parse_partition("dirichlet").alpha
+    0.5
     """
     kind, colon, argument = spec.partition(":")
     if kind not in PARTITIONS:
@@ -55,6 +65,8 @@ def parse_partition(spec: str) -> Partition:
     if kind == "unequal":
         fractions = _fractions(spec, argument) if colon else UNEQUAL_FRACTIONS
         return Partition(kind, fractions=fractions)
+    if kind == "dirichlet":
+        return Partition(kind, alpha=_alpha(spec, argument) if colon else 0.5)
     if colon:
         raise ConfigurationError(f"partition {kind!r} takes no argument, got {spec!r}")
     return Partition(kind)
@@ -66,11 +78,17 @@ def shard_sizes(partition: Partition, examples: int, workers: int) -> NDArray[np
     Under `iid` that is its share of an epoch; under `fresh` everyone holds everything.
 
     Raises:
-      ConfigurationError: a worker would hold nothing, or the groups do not divide the workers.
+      ConfigurationError: a worker would hold nothing, the groups do not divide the workers, or the
+        sizes depend on labels.
 
     >>> shard_sizes(parse_partition("unequal:0.25,0.75"), examples=80, workers=4)
     array([10, 10, 30, 30])
     """
+    if partition.labelled:
+        raise ConfigurationError(
+            f"what workers hold under partition {partition.kind!r} depends on the labels of the "
+            f"{examples} examples, and only their number is given"
+        )
     if partition.kind == "fresh":
         return np.full(workers, examples)
     if examples < workers:
@@ -83,18 +101,19 @@ def shard_sizes(partition: Partition, examples: int, workers: int) -> NDArray[np
 
 
 def assign(
-    partition: Partition, targets: NDArray, workers: int, seed: int
+    partition: Partition, targets: NDArray, workers: int, seed: int, least: int = 1
 ) -> list[NDArray[np.int32]]:
     """The examples that each worker holds for the whole run: every example exactly once.
 
     Args:
-      partition: a `sorted` or `unequal` one; the others assign nothing for good.
-      targets: [examples] labels, or anything that sorts.
+      partition: a `sorted`, `unequal` or `dirichlet` one; the others assign nothing for good.
+      targets: [examples] labels, or for `sorted` anything that sorts.
       workers: how many, over all hubs.
-      seed: of the shuffle that `unequal` deals from; `sorted` uses none.
+      seed: of `unequal` and `dirichlet`; `sorted` uses none.
+      least: examples that a worker needs, e.g. a batch; only `dirichlet` can choose by it.
 
     Returns:
-      One array of example numbers per worker, of the lengths that `shard_sizes` gives.
+      One array of example numbers per worker, of the lengths that `shard_sizes` gives where it can.
 
     >>> for shard in assign(parse_partition("sorted"), np.array([1, 0, 1, 0]), workers=2, seed=0):
     ...     print(shard)
@@ -103,9 +122,16 @@ def assign(
     """
     if not partition.fixed:
         raise ConfigurationError(f"partition {partition.kind!r} gives no worker a fixed shard")
+    if partition.kind == "unequal":
+        return unequal_shards(len(targets), workers, partition.fractions, seed)
+    if targets.ndim != 1:
+        raise ConfigurationError(
+            f"partition {partition.kind!r} goes by one label of each example, and the targets are "
+            f"{list(targets.shape)}"
+        )
     if partition.kind == "sorted":
         return sorted_shards(targets, workers, partition.offset)
-    return unequal_shards(len(targets), workers, partition.fractions, seed)
+    return dirichlet_shards(targets, workers, partition.alpha, seed, least)
 
 
 def sorted_shards(targets: NDArray, workers: int, offset: float = 0.0) -> list[NDArray[np.int32]]:
@@ -136,6 +162,73 @@ def unequal_shards(
     sizes = _unequal_sizes(fractions, examples, workers)
     order = np.random.default_rng((seed, _ASSIGNMENT)).permutation(examples).astype(np.int32)
     return _deal(order, sizes)
+
+
+def dirichlet_shards(
+    targets: NDArray, workers: int, alpha: float, seed: int, least: int = 1
+) -> list[NDArray[np.int32]]:
+    """Shards with a skew of labels: each class is spread over the workers by shares of its own.
+
+        for each class:  shares over workers ~ Dirichlet(alpha, ..., alpha)
+
+    As alpha grows every worker comes to hold the mix of the whole set, as it shrinks each class
+    goes to one worker. Shares are rounded to examples, and those of all classes are drawn anew
+    until every worker holds `least`, 1000 times at most.
+
+    Args:
+      targets: int [examples] labels.
+      alpha: concentration, positive.
+      least: examples that every worker must hold.
+
+    Raises:
+      ConfigurationError: targets that are no labels, too few examples for `least`, or no draw that
+        gives it to everyone.
+
+    Reference: Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks",
+    ICML 2019, https://arxiv.org/abs/1905.12022; Hsu, Qi, Brown, "Measuring the Effects of
+    Non-Identical Data Distribution for Federated Visual Classification", 2019,
+    https://arxiv.org/abs/1909.06335, draws shares of classes for each worker instead.
+    """
+    if not np.issubdtype(targets.dtype, np.integer):
+        raise ConfigurationError(
+            f"partition 'dirichlet' goes by class, and the targets are {targets.dtype} values of a "
+            "regression"
+        )
+    if len(targets) < workers * least:
+        raise ConfigurationError(
+            f"{len(targets)} examples are too few for {workers} workers that need {least} each"
+        )
+    generator = np.random.default_rng((seed, _ASSIGNMENT))
+    counts = _dirichlet_counts(generator, np.unique_counts(targets).counts, workers, alpha, least)
+    shuffled = generator.permutation(len(targets)).astype(np.int32)
+    by_class = shuffled[np.argsort(targets[shuffled], kind="stable")]
+    owners = np.repeat(np.tile(np.arange(workers), len(counts)), counts.ravel())
+    return _deal(by_class[np.argsort(owners, kind="stable")], counts.sum(0))
+
+
+def _dirichlet_counts(
+    generator: np.random.Generator,
+    sizes: NDArray[np.int64],
+    workers: int,
+    alpha: float,
+    least: int,
+) -> NDArray[np.int64]:
+    """How many examples of each class each worker holds, [classes, workers]."""
+    most = -1, -1  # what the worker with the least holds in the best draw, and who that is
+    for _ in range(_DRAWS):
+        shares = generator.dirichlet(np.full(workers, alpha), size=len(sizes))
+        bounds = np.rint(shares.cumsum(1) * sizes[:, None]).astype(np.int64)
+        bounds[:, -1] = sizes  # the shares' sum is 1 only up to rounding
+        counts = np.diff(bounds, axis=1, prepend=0)
+        held = counts.sum(0)
+        if held.min() >= least:
+            return counts
+        most = max(most, (int(held.min()), int(held.argmin())))
+    raise ConfigurationError(
+        f"no draw of {_DRAWS} with alpha {alpha:g} gives each of {workers} workers its {least} of "
+        f"the {sizes.sum()} examples: in the best of them worker {most[1]} holds {most[0]}; a "
+        "larger alpha, fewer workers or smaller batches would help"
+    )
 
 
 def _deal(order: NDArray[np.int32], sizes: NDArray[np.int64]) -> list[NDArray[np.int32]]:
@@ -181,6 +274,15 @@ def _fractions(spec: str, text: str) -> tuple[float, ...]:
             f"the fractions in partition {spec!r} must sum to 1, they sum to {total:.7g}"
         )
     return fractions
+
+
+def _alpha(spec: str, text: str) -> float:
+    alpha = _number(spec, text)
+    if not 1e-6 <= alpha <= 1e6:  # beyond, a worker has all or the same, and draws lose precision
+        raise ConfigurationError(
+            f"the alpha in partition {spec!r} must be from 1e-6 to 1e6, got {alpha}"
+        )
+    return alpha
 
 
 def _number(spec: str, text: str) -> float:

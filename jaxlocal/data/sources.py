@@ -3,7 +3,9 @@
 | name | what |
 |---|---|
 | `digits` | scikit-learn's 8x8 digits, nothing to download |
+| `docstrings`, `docstrings:LENGTH` | Python's documentation strings, in sequences of characters |
 | `mnist`, `cifar10` | as TensorFlow Datasets prepared them, in array_record files |
+| `NAME`, `NAME/CONFIG` | another set of TensorFlow Datasets, of images of one size with labels |
 | `mnist_binary` | MNIST with class 1 for the digits 0 to 4 and class 0 for 5 to 9 |
 | `least_squares` | Gaussian inputs, a linear target with noise |
 | `perceptron` | two linearly separable classes with a margin |
@@ -12,14 +14,15 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlocal.errors import ConfigurationError, lookup
+from jaxlocal.data.prepared import find, require
+from jaxlocal.errors import ConfigurationError, unknown
 
 Examples = dict[str, NDArray]
 
@@ -30,14 +33,62 @@ _SYNTHETIC_TRAIN, _SYNTHETIC_TEST, _SYNTHETIC_FEATURES = 4096, 1024, 32
 _NOISE = 0.1
 _MARGIN = 0.5
 
+# Mean and standard deviation of each channel over the training pixels, in units of 255.
+_PIXELS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+class ExampleSource(Protocol):
+    """Examples by number, {"inputs": array, "targets": scalar}; crosses to other processes."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> dict[str, Any]: ...
+    def __getitems__(self, numbers: Sequence[int], /) -> list[dict[str, Any]]: ...
+
+    def examples(self) -> Examples:
+        """All of them, in two arrays."""
+
+    def targets(self) -> NDArray:
+        """All targets [n], read without the inputs where they lie apart."""
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Examples that are in memory.
+
+    >>> source = ArraySource({"inputs": np.eye(3), "targets": np.arange(3)})
+    >>> len(source), source[2]
+    (3, {'inputs': array([0., 0., 1.]), 'targets': np.int64(2)})
+    """
+
+    arrays: Examples
+
+    def __len__(self) -> int:
+        return len(self.arrays["targets"])
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {key: values[number] for key, values in self.arrays.items()}
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        return [self[number] for number in numbers]
+
+    def examples(self) -> Examples:
+        return self.arrays
+
+    def targets(self) -> NDArray:
+        return self.arrays["targets"]
+
 
 class Dataset(NamedTuple):
     """A dataset: its sizes, and how to read it."""
 
     name: str
-    train: Callable[[], Examples]
-    """Reads {"inputs": [n, *input_shape] uint8 or float32, "targets": [n] int32 or float32}."""
-    test: Callable[[], Examples]
+    train_source: Callable[[], ExampleSource]
+    """Training examples by number: inputs [*input_shape] uint8 or float32, targets int32 or
+    float32. What lies in files stays there until it is asked for."""
+    test_source: Callable[[], ExampleSource]
     train_examples: int
     test_examples: int
     input_shape: tuple[int, ...]
@@ -46,11 +97,26 @@ class Dataset(NamedTuple):
     scale: tuple[float, ...] = (1.0,)  # over channels
     start: NDArray[np.float32] | None = None  # [features], where its linear model starts
 
+    def train(self) -> Examples:
+        """Reads all training examples: {"inputs": [n, *input_shape], "targets": [n]}."""
+        return self.train_source().examples()
+
+    def test(self) -> Examples:
+        """Reads all test examples."""
+        return self.test_source().examples()
+
+    def targets(self) -> NDArray:
+        """Reads the training targets [n] alone: no image is decoded."""
+        return self.train_source().targets()
+
     def normalize(self, inputs: Any) -> Any:
         """What enters the model, float32: (inputs / 255 if they are uint8, less mean) / scale.
+        Tokens, integers of another type, enter as they are.
 
         Inputs may be a numpy or a JAX array; the result is of the same kind.
         """
+        if inputs.dtype == np.int32:
+            return inputs
         values = inputs.astype(np.float32)
         if inputs.dtype == np.uint8:
             values = values / np.float32(255)
@@ -65,35 +131,45 @@ class _Request(NamedTuple):
 
 
 def load(spec: str, data_dir: str | os.PathLike[str] | None = None, seed: int = 0) -> Dataset:
-    """The dataset of a name; its `train` and `test` read it, anew at each call.
+    """The dataset of a name; `train` and `test` read it, anew at each call.
 
     Args:
-      spec: one of DATASETS, `two_quadratics` with an argument if wanted.
+      spec: one of DATASETS, `two_quadratics` with an argument if wanted; or the NAME or NAME/CONFIG
+        of another set of TensorFlow Datasets, whose test set is its split test, else validation,
+        and whose label is its feature label, else the only one.
       data_dir: where TensorFlow Datasets keeps what it prepared; by default TFDS_DATA_DIR, or
         its own default.
       seed: of a synthetic problem; not of the real ones nor of their splits.
 
     Raises:
-      ConfigurationError: an unknown name, a dataset that is not prepared, a package that is not
-        installed. `train` and `test` raise it for files that are damaged.
+      ConfigurationError: an unknown name, a dataset that is not prepared or not of images of one
+        size with labels, a package that is not installed. What reads examples raises it for files
+        that are damaged.
 
     >>> data = load("least_squares", seed=1)
     >>> data.train_examples, data.input_shape, data.train()["targets"].shape
     (4096, (32,), (4096,))
     """
-    name, colon, argument = spec.partition(":")
-    source = lookup("dataset", name, _SOURCES)
-    if colon and name != "two_quadratics":
-        raise ConfigurationError(f"dataset {name!r} takes no argument, got {spec!r}")
     if seed < 0:
         raise ConfigurationError(f"seed must not be negative, got {seed}")
-    return source(_Request(spec, argument if colon else None, data_dir, seed))
+    name, colon, argument = spec.partition(":")
+    request = _Request(spec, argument if colon else None, data_dir, seed)
+    if name not in _SOURCES:
+        if not importlib.util.find_spec("tensorflow_datasets"):
+            raise ConfigurationError(
+                f"{unknown('dataset', spec, DATASETS)}, and with tensorflow-datasets, which is not "
+                "installed, those that it has"
+            )
+        return _prepared(request)
+    if colon and name not in ("docstrings", "two_quadratics"):
+        raise ConfigurationError(f"dataset {name!r} takes no argument, got {spec!r}")
+    return _SOURCES[name](request)
 
 
 def _digits(request: _Request) -> Dataset:
-    _require("digits", "scikit-learn", "sklearn")
+    require("digits", "scikit-learn", "sklearn")
 
-    def read(held_out: bool) -> Examples:
+    def read(held_out: bool) -> ArraySource:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -102,119 +178,60 @@ def _digits(request: _Request) -> Dataset:
         chosen[np.argsort(digits.target, kind="stable")[::5]] = True
         chosen = chosen == held_out
         images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-        return {"inputs": images[..., None], "targets": digits.target[chosen].astype(np.int32)}
+        return ArraySource(
+            {"inputs": images[..., None], "targets": digits.target[chosen].astype(np.int32)}
+        )
 
     return Dataset(
         request.spec, lambda: read(False), lambda: read(True), 1437, 360, (8, 8, 1), classes=10
     )
 
 
-def _mnist(request: _Request) -> Dataset:
-    return _prepared("mnist", request)
-
-
-def _cifar10(request: _Request) -> Dataset:
-    mean, scale = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    return _prepared("cifar10", request)._replace(mean=mean, scale=scale)
-
-
 def _mnist_binary(request: _Request) -> Dataset:
-    mnist = _prepared("mnist", request)
-
-    def binary(examples: Examples) -> Examples:
-        return examples | {"targets": (examples["targets"] <= 4).astype(np.int32)}
-
-    return mnist._replace(
-        train=lambda: binary(mnist.train()), test=lambda: binary(mnist.test()), classes=2
-    )
+    classes = tuple(int(digit <= 4) for digit in range(10))
+    data = _prepared(request._replace(spec="mnist"), classes)
+    return data._replace(name=request.spec, classes=2)
 
 
-def _prepared(name: str, request: _Request) -> Dataset:
-    """Images from the files that TensorFlow Datasets prepared; reading them needs no TensorFlow."""
-    _require(request.spec, "tensorflow-datasets", "tensorflow_datasets")
-    _require(request.spec, "array_record", "array_record")
-    _require(request.spec, "Pillow", "PIL", "cv2")
-    builder = _find(name, request.data_dir)
-    splits, features = builder.info.splits, builder.info.features
+def _prepared(request: _Request, classes: tuple[int, ...] = ()) -> Dataset:
+    """A set of TensorFlow Datasets, of which `classes` are those of its labels if they are not the
+    labels themselves."""
+    name = request.spec
+    require(name, "tensorflow-datasets", "tensorflow_datasets")
+    require(name, "array_record", "array_record")
+    require(name, "Pillow", "PIL", "cv2")
+    found = find(name, request.data_dir, DATASETS)
+    train, test = replace(found.train, classes=classes), replace(found.test, classes=classes)
+    mean, scale = _PIXELS.get(name, ((0.0,), (1.0,)))
     return Dataset(
-        name=request.spec,
-        train=lambda: _read(name, builder, "train"),
-        test=lambda: _read(name, builder, "test"),
-        train_examples=splits["train"].num_examples,
-        test_examples=splits["test"].num_examples,
-        input_shape=tuple(features["image"].shape),
-        classes=features["label"].num_classes,
+        name,
+        lambda: train,
+        lambda: test,
+        len(train),
+        len(test),
+        found.input_shape,
+        found.classes,
+        mean,
+        scale,
     )
 
 
-def _find(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
-    """The builder of a dataset that is prepared, or one sentence; never a wait on the network."""
-    import tensorflow_datasets as tfds
+def _docstrings(request: _Request) -> Dataset:
+    from jaxlocal.data import text
 
-    # TensorFlow Datasets reads the variable only once, when it is first imported.
-    root = data_dir or os.environ.get("TFDS_DATA_DIR") or None
-    try:
-        builder = tfds.builder(name, data_dir=root)
-    except Exception as error:  # its parsers raise kinds of their own
-        raise _damaged(name, root or "its default folder", error) from error
-    folder = Path(builder.data_path)
-    if not (folder / "dataset_info.json").exists():
-        raise _unprepared(name, folder)
-    kind = builder.info.file_format.value
-    if kind not in ("array_record", "parquet"):
-        raise ConfigurationError(
-            f"{name} in {folder} is prepared as {kind}, which cannot be read without TensorFlow: "
-            + _how_to_prepare(name)
-        )
-    for split in ("train", "test"):
-        if split not in builder.info.splits:
-            raise _damaged(name, folder, LookupError(f"no split {split!r}"))
-        for path in builder.info.splits[split].filepaths:
-            if not path.exists():
-                raise _damaged(name, folder, FileNotFoundError(f"{path.name} is missing"))
-    return builder
-
-
-def _read(name: str, builder: Any, split: str) -> Examples:
-    try:
-        source = builder.as_data_source(split=split)
-        examples = source.__getitems__(range(len(source)))
-        return {
-            "inputs": np.stack([example["image"] for example in examples]),
-            "targets": np.array([example["label"] for example in examples], np.int32),
-        }
-    except Exception as error:  # array_record, protobuf and Pillow raise kinds of their own
-        raise _damaged(name, builder.data_path, error) from error
-
-
-def _require(dataset: str, package: str, *modules: str) -> None:
-    """One sentence, at once, if none of the modules that would serve is installed."""
-    if not any(importlib.util.find_spec(module) for module in modules):
-        raise ConfigurationError(
-            f"dataset {dataset!r} needs {package}, which is not installed: "
-            "pip install 'jaxlocal[experiments]'"
-        )
-
-
-def _how_to_prepare(name: str) -> str:
-    call = f"tfds.builder('{name}', data_dir='FOLDER')"
-    call += ".download_and_prepare(file_format='array_record')"
-    return (
-        "on a machine with a network run pip install tensorflow-datasets tensorflow "
-        f'importlib_resources and python -c "import tensorflow_datasets as tfds; {call}", '
-        "then point --data_dir or TFDS_DATA_DIR at FOLDER"
-    )
-
-
-def _unprepared(name: str, folder: Path) -> ConfigurationError:
-    return ConfigurationError(f"{name} is not prepared in {folder}: {_how_to_prepare(name)}")
-
-
-def _damaged(name: str, folder: Any, error: Exception) -> ConfigurationError:
-    cause = " ".join(str(error).split())[:200] or type(error).__name__
-    return ConfigurationError(
-        f"the files of {name} in {folder} are damaged ({cause}): delete them and prepare them "
-        "anew, or point --data_dir at a folder where they are whole"
+    argument = "128" if request.argument is None else request.argument
+    if not argument.isdecimal():
+        raise ConfigurationError(f"the length in {request.spec!r} must be a positive whole number")
+    length = int(argument)
+    train, test = (ArraySource(part) for part in text.load_docstrings(length))
+    return Dataset(
+        request.spec,
+        lambda: train,
+        lambda: test,
+        len(train),
+        len(test),
+        (length,),
+        classes=text.VOCABULARY,
     )
 
 
@@ -240,18 +257,18 @@ def _synthetic(
 ) -> Dataset:
     """A problem of Gaussian inputs and one unit direction: `make` gives the examples from those."""
 
-    def read(part: slice) -> Examples:
+    def read(part: slice) -> ArraySource:
         generator = np.random.default_rng((request.seed, _SYNTHESIS))
         direction = generator.normal(size=_SYNTHETIC_FEATURES)
         direction /= np.linalg.norm(direction)
         shape = (_SYNTHETIC_TRAIN + _SYNTHETIC_TEST, _SYNTHETIC_FEATURES)
         examples = make(generator, generator.normal(size=shape), direction)
-        return {key: values[part] for key, values in examples.items()}
+        return ArraySource({key: values[part] for key, values in examples.items()})
 
     return Dataset(
         name=request.spec,
-        train=lambda: read(slice(_SYNTHETIC_TRAIN)),
-        test=lambda: read(slice(_SYNTHETIC_TRAIN, None)),
+        train_source=lambda: read(slice(_SYNTHETIC_TRAIN)),
+        test_source=lambda: read(slice(_SYNTHETIC_TRAIN, None)),
         train_examples=_SYNTHETIC_TRAIN,
         test_examples=_SYNTHETIC_TEST,
         input_shape=(_SYNTHETIC_FEATURES,),
@@ -274,8 +291,9 @@ def _two_quadratics(request: _Request) -> Dataset:
     apart = 1 / (int(text) + 0.5)  # 1 - cosine
     along, across = np.sqrt(1 - apart / 2), np.sqrt(apart / 2)
 
-    def read() -> Examples:
-        return _float32(np.array([[along, across], [along, -across]]), np.zeros(2))
+    def read() -> ArraySource:
+        inputs = np.array([[along, across], [along, -across]])
+        return ArraySource(_float32(inputs, np.zeros(2)))
 
     start = np.array([0.0, 1.0], np.float32)
     return Dataset(request.spec, read, read, 2, 2, (2,), classes=0, start=start)
@@ -287,9 +305,10 @@ def _float32(inputs: NDArray, targets: NDArray) -> Examples:
 
 _SOURCES: Mapping[str, Callable[[_Request], Dataset]] = {
     "digits": _digits,
-    "mnist": _mnist,
+    "docstrings": _docstrings,
+    "mnist": _prepared,
     "mnist_binary": _mnist_binary,
-    "cifar10": _cifar10,
+    "cifar10": _prepared,
     "least_squares": _least_squares,
     "perceptron": _perceptron,
     "two_quadratics": _two_quadratics,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxlocal.data import assign, make_batches, parse_partition, plan_batches
 from jaxlocal.errors import ConfigurationError
 
-SPECS = ["iid", "fresh", "sorted", "sorted:0.3", "unequal:0.4,0.6"]
+SPECS = ["iid", "fresh", "sorted", "sorted:0.3", "unequal:0.4,0.6", "dirichlet:5"]
 FIXED = [spec for spec in SPECS if parse_partition(spec).fixed]
 
 
@@ -22,6 +22,8 @@ def runs(draw, specs):
     examples = draw(st.integers(hubs * workers * batch, 200))
     # Two groups of equal size, of which the smaller holds 0.4 up to rounding.
     assume(not spec.startswith("unequal") or 0.4 * examples - 1 >= hubs * batch + hubs)
+    # Shares of 3 classes, of which a quarter is rarely too much to ask of each worker.
+    assume(not spec.startswith("dirichlet") or examples >= 4 * hubs * workers * batch)
     targets = np.random.default_rng(examples).integers(3, size=examples)
     return spec, targets, hubs, workers, batch, draw(st.integers(0, 2**40))
 
@@ -56,7 +58,7 @@ def test_iid_repeats_no_example_within_an_epoch(run, epoch):
 def test_a_worker_passes_over_its_own_shard_without_repeats(run, number):
     spec, targets, hubs, workers, batch, seed = run
     batches = make_batches(*run)
-    shards = assign(parse_partition(spec), targets, hubs * workers, seed)
+    shards = assign(parse_partition(spec), targets, hubs * workers, seed, least=batch)
     for worker, shard in enumerate(shards):
         ticks = len(shard) // batch
         taken = batches.indices(number * ticks, ticks).reshape(ticks, hubs * workers, batch)
@@ -64,14 +66,18 @@ def test_a_worker_passes_over_its_own_shard_without_repeats(run, number):
         assert len(set(mine)) == len(mine) == ticks * batch
         assert set(mine) <= set(shard.tolist())
     assert batches.shard_sizes.ravel().tolist() == [len(shard) for shard in shards]
+    assert all((a == b).all() for a, b in zip(batches.shards, shards, strict=True))
 
 
 @given(runs(SPECS))
-def test_a_plan_needs_no_data(run):
-    spec, targets, hubs, workers, batch, _ = run
-    plan, batches = plan_batches(spec, len(targets), hubs, workers, batch), make_batches(*run)
+def test_a_plan_needs_no_data_but_the_labels_of_dirichlet(run):
+    spec, targets, hubs, workers, batch, seed = run
+    read = lambda: targets if spec.startswith("dirichlet") else pytest.fail("read")
+    plan = plan_batches(spec, len(targets), hubs, workers, batch, read, seed)
+    batches = make_batches(*run)
     np.testing.assert_array_equal(plan.shard_sizes, batches.shard_sizes)
     assert plan.shard_sizes.shape == (hubs, workers)
+    assert bool(batches.shards) == (spec in FIXED)
     assert plan.epoch_ticks == batches.epoch_ticks == len(targets) // (hubs * workers * batch)
 
 
@@ -88,7 +94,7 @@ def test_seeds_workers_and_ticks_differ(spec):
     targets = np.arange(4000) % 7
     one = make_batches(spec, targets, 1, 2, 50, seed=0).indices(0, 60)
     two = make_batches(spec, targets, 1, 2, 50, seed=1).indices(0, 60)
-    # 50 of at least 1600 examples, in order: no two batches drawn apart are equal.
+    # 50 of at least 1000 examples, in order: no two batches drawn apart are equal.
     assert (one != two).any(axis=-1).all()
     assert len({batch.tobytes() for batch in one.reshape(-1, 50)}) == 120
 
@@ -144,12 +150,19 @@ def test_what_is_handed_out_is_the_callers_own():
             "a batch of 8 is larger than the shard of worker 2, which holds 7 of the 30",
         ),
         ("unequal:0.8,0.2", 100, 11, "a batch of 11 .* worker 2, which holds 10 of the 100"),
+        ("dirichlet", 31, 8, "31 examples are too few for 4 workers that need 8 each"),
         ("iid", 30, 0, "batch_size must be at least 1, got 0"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_told(spec, examples, batch, told):
     with pytest.raises(ConfigurationError, match=told):
-        make_batches(spec, np.zeros(examples), 2, 2, batch, seed=0)
+        make_batches(spec, np.zeros(examples, int), 2, 2, batch, seed=0)
+
+
+def test_a_plan_of_dirichlet_says_that_it_needs_labels():
+    told = "under partition 'dirichlet' depends on the labels of the 100 examples"
+    with pytest.raises(ConfigurationError, match=told):
+        plan_batches("dirichlet:0.3", 100, 1, 2, 4)
 
 
 def test_wrong_sizes_seeds_and_ticks_are_told():

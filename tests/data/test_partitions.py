@@ -9,13 +9,17 @@ from jaxlocal.data import UNEQUAL_FRACTIONS, Partition, assign, parse_partition,
 from jaxlocal.errors import ConfigurationError
 
 
+def draw_targets(draw, examples):
+    labels = draw(st.integers(1, 12))
+    return np.random.default_rng(draw(st.integers(0, 99))).integers(labels, size=examples)
+
+
 @st.composite
 def fixed_partitions(draw):
-    """A partition that assigns examples for good, with targets and workers that suit it."""
+    """A partition whose sizes counts tell, with targets and workers that suit it."""
     examples, workers = draw(st.integers(1, 300)), draw(st.integers(1, 24))
     assume(examples >= workers)
-    labels = draw(st.integers(1, 12))
-    targets = np.random.default_rng(draw(st.integers(0, 99))).integers(labels, size=examples)
+    targets = draw_targets(draw, examples)
     if draw(st.booleans()):
         offset = draw(st.floats(0, 1, exclude_max=True))
         return Partition("sorted", offset=offset), targets, workers
@@ -92,6 +96,96 @@ def test_one_hundred_workers_hold_the_released_fractions_mixed():
     assert any((one != two).any() for one, two in zip(shards, other, strict=True))
 
 
+@given(st.data(), st.integers(1, 24), st.floats(0.5, 100), st.integers(0, 9))
+def test_a_dirichlet_partition_holds_every_example_once(data, workers, alpha, seed):
+    targets = draw_targets(data.draw, data.draw(st.integers(30 * workers, 40 * workers)))
+    shards = assign(Partition("dirichlet", alpha=alpha), targets, workers, seed)
+    np.testing.assert_array_equal(np.sort(np.concatenate(shards)), np.arange(len(targets)))
+    assert len(shards) == workers and min(map(len, shards)) >= 1
+    assert all(shard.dtype == np.int32 for shard in shards)
+
+
+def dirichlet_counts(targets, workers, alpha, seed=0):
+    """[classes, workers]"""
+    shards = assign(Partition("dirichlet", alpha=alpha), targets, workers, seed)
+    return np.stack([np.bincount(targets[s], minlength=targets.max() + 1) for s in shards], axis=1)
+
+
+def test_shares_of_a_class_have_the_moments_of_the_dirichlet():
+    classes, workers, alpha = 10_000, 5, 0.5
+    shares = dirichlet_counts(np.repeat(np.arange(classes), 50), workers, alpha) / 50
+    # Var = 1/K (1 - 1/K) / (K alpha + 1). A share is Beta(1/2, 2), whose fourth moment over its
+    # squared variance is 4.3: 10,000 of them tell the variance to sqrt(3.3 / 10,000) = 1.8 %, four
+    # of which are allowed. Rounding to examples adds (1/50)^2 / 6, 0.1 % of it.
+    np.testing.assert_allclose(shares.var(0), 0.2 * 0.8 / 3.5, rtol=0.075)
+    # The mean's own deviation is sqrt(0.0457 / 10,000) = 0.0021.
+    np.testing.assert_allclose(shares.mean(0), 0.2, atol=0.009)
+    # Classes are drawn apart: correlations deviate by 1 / sqrt(10,000).
+    assert abs(np.corrcoef(shares[:-1, 0], shares[1:, 0])[0, 1]) < 0.04
+
+
+def test_a_large_alpha_gives_everyone_the_mix_of_the_whole_set():
+    targets = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 1000))
+    # Shares deviate by sqrt(1/8 7/8 / (8e6 + 1)) = 1.2e-4, an eighth of an example; rounding both
+    # bounds moves a count by one at most.
+    assert abs(dirichlet_counts(targets, 8, alpha=1e6) - 125).max() <= 2
+
+
+def test_a_small_alpha_gives_each_class_to_one_worker_and_everyone_some():
+    counts = dirichlet_counts(np.repeat(np.arange(10), 100), workers=3, alpha=1e-6)
+    assert ((counts == 100).sum(1) == 1).all() and ((counts == 0).sum(1) == 2).all()
+    assert (counts.sum(0) > 0).all()
+
+
+def test_dirichlet_follows_its_seed_and_the_labels_alone():
+    targets = np.random.default_rng(0).integers(6, size=900)
+    partition = parse_partition("dirichlet:0.7")
+    one, again, renamed, other = (
+        assign(partition, labels, 5, seed)
+        for labels, seed in ((targets, 0), (targets, 0), (3 * targets - 7, 0), (targets, 1))
+    )
+    for shard, same, also in zip(one, again, renamed, strict=True):
+        assert shard.tolist() == same.tolist() == also.tolist()
+    assert [len(shard) for shard in one] != [len(shard) for shard in other]
+    # Which examples of a class are a worker's is drawn too: not the first ones.
+    mine = one[0][targets[one[0]] == 0]
+    assert 1 < len(mine) < 150
+    assert set(mine) != set(np.flatnonzero(targets == 0)[: len(mine)])
+
+
+def test_every_worker_of_a_dirichlet_partition_holds_what_it_needs():
+    targets = np.repeat(np.arange(10), 144)
+    partition = parse_partition("dirichlet:0.1")
+    least = lambda **need: [
+        min(map(len, assign(partition, targets, 8, s, **need))) for s in range(8)
+    ]
+    assert min(least(least=16)) >= 16
+    assert min(least()) < 16  # so that the need was the reason
+
+
+def test_what_no_dirichlet_draw_can_give_is_told():
+    targets = np.repeat([0, 1], 50)
+    # Two classes, each with one worker: two of four hold nothing.
+    told = (
+        "no draw of 1000 with alpha 1e-06 gives each of 4 workers its 1 of the 100 examples: in "
+        r"the best of them worker \d holds 0; a larger alpha, fewer workers or smaller batches"
+    )
+    with pytest.raises(ConfigurationError, match=told):
+        assign(parse_partition("dirichlet:1e-6"), targets, 4, seed=0)
+    with pytest.raises(
+        ConfigurationError, match="100 examples are too few for 4 workers that need"
+    ):
+        assign(parse_partition("dirichlet"), targets, 4, seed=0, least=26)
+
+
+def test_dirichlet_and_sorted_need_one_label_an_example():
+    with pytest.raises(ConfigurationError, match="by class, and the targets are float32 values"):
+        assign(parse_partition("dirichlet"), np.zeros(10, np.float32), workers=2, seed=0)
+    for spec in ("dirichlet", "sorted"):
+        with pytest.raises(ConfigurationError, match=r"one label .* the targets are \[10, 3\]"):
+            assign(parse_partition(spec), np.zeros((10, 3), int), workers=2, seed=0)
+
+
 @pytest.mark.parametrize(
     "spec, told",
     [
@@ -107,6 +201,11 @@ def test_one_hundred_workers_hold_the_released_fractions_mixed():
         ("unequal:nan,1", "must all be positive"),
         ("unequal:inf", "sum to inf"),
         ("unequal:", "not a number"),
+        ("dirichlet:", "not a number"),
+        ("dirichlet:0", "from 1e-6 to 1e6, got 0.0"),
+        ("dirichlet:-1", "got -1.0"),
+        ("dirichlet:inf", "got inf"),
+        ("dirichlet:nan", "got nan"),
     ],
 )
 def test_a_wrong_spec_is_told(spec, told):

@@ -1,6 +1,7 @@
 """Datasets: what they hold, that a plan reads none of them, and what a user's mistake is told."""
 
 import importlib.util
+import pickle
 import shutil
 import socket
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlocal.data import DATASETS, load, sources
+from jaxlocal.data import DATASETS, ArraySource, load, prepared
 from jaxlocal.errors import ConfigurationError
 
 PREPARED = Path(__file__).parents[2].parent / "shared" / "data" / "tfds"
@@ -94,6 +95,17 @@ def test_local_sgd_on_two_quadratics_stands_where_theory_puts_it(rate, steps):
     assert loss >= 1 / (4 * np.e * (rounds + 0.5))
 
 
+def test_examples_in_memory_are_a_source_that_crosses_processes():
+    data = load("perceptron", seed=1)
+    train, source = data.train(), pickle.loads(pickle.dumps(data.train_source()))
+    assert len(source) == data.train_examples == 4096 and len(data.test_source()) == 1024
+    for number, example in zip((7, 0), source.__getitems__([7, 0]), strict=True):
+        assert (example["inputs"] == train["inputs"][number]).all()
+        assert example["targets"] == train["targets"][number] and example["targets"].ndim == 0
+    np.testing.assert_array_equal(data.targets(), train["targets"])
+    assert len(list(ArraySource({"targets": np.arange(3)}))) == 3
+
+
 def test_inputs_enter_the_model_scaled():
     data = load("least_squares")._replace(mean=(0.5, 0.25), scale=(0.5, 1.0))
     pixels = np.array([[255, 0], [0, 255]], np.uint8)
@@ -108,7 +120,7 @@ def test_inputs_enter_the_model_scaled():
 @needs_cifar
 @needs_mnist
 def test_a_plan_reads_no_example(monkeypatch):
-    monkeypatch.setattr(sources, "_read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(prepared.PreparedSplit, "_open", lambda *_: pytest.fail("read"))
     data = load("cifar10", data_dir=PREPARED)
     assert (data.train_examples, data.test_examples) == (50_000, 10_000)
     assert (data.input_shape, data.classes) == ((32, 32, 3), 10)
@@ -120,14 +132,15 @@ def test_a_plan_reads_no_example(monkeypatch):
 
 @needs_tfds
 @needs_mnist
-def test_mnist_and_its_two_classes(monkeypatch):
+def test_mnist_and_its_two_classes():
     images = load("mnist", data_dir=PREPARED).test()
     assert images["inputs"].shape == (10_000, 28, 28, 1) and images["inputs"].dtype == np.uint8
     assert np.bincount(images["targets"]).tolist() == MNIST_TEST_COUNTS
-    monkeypatch.setattr(sources, "_read", lambda *_: images)
-    binary = load("mnist_binary", data_dir=PREPARED).test()["targets"]
-    assert binary.dtype == np.int32
-    np.testing.assert_array_equal(binary == 1, images["targets"] < 5)
+    source = load("mnist_binary", data_dir=PREPARED).test_source()
+    assert source.targets().dtype == source[0]["targets"].dtype == np.int32
+    np.testing.assert_array_equal(source.targets() == 1, images["targets"] < 5)
+    np.testing.assert_array_equal(source[-1]["inputs"], images["inputs"][-1])
+    assert source[-1]["targets"] == source.targets()[-1]
 
 
 @needs_tfds
@@ -147,7 +160,7 @@ def test_cifar10_is_centred_by_its_mean_and_scale():
 def test_a_dataset_that_is_not_prepared_is_told_at_once_without_the_network(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("connected"))
     for name in ("mnist", "cifar10", "mnist_binary"):
-        with pytest.raises(ConfigurationError, match="is not prepared in .*download_and_prepare"):
+        with pytest.raises(ConfigurationError, match="is not prepared in .*experiments.prepare"):
             load(name, data_dir=tmp_path / "nowhere")
     (tmp_path / "mnist" / "3.0.1").mkdir(parents=True)
     with pytest.raises(ConfigurationError, match="is not prepared") as caught:
@@ -203,7 +216,9 @@ def test_a_missing_file_and_a_broken_description_are_told_in_one_sentence(folder
 def test_the_other_file_format_is_told_to_need_tensorflow(folder):
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(ConfigurationError, match="prepared as tfrecord.*array_record"):
+    with pytest.raises(
+        ConfigurationError, match="prepared as tfrecord.*another folder.*experiments.prepare"
+    ):
         load("mnist", data_dir=folder.parents[1])
 
 

@@ -7,7 +7,7 @@ import pytest
 import reference
 from absl import flags
 
-from experiments import config as command_line
+from experiments import command_line
 from experiments import train as binary
 from experiments.build import build_job
 from experiments.config import Config

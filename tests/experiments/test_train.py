@@ -7,12 +7,24 @@ import math
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import train as binary
 from experiments.build import build_job, make_round_fn
-from experiments.config import FAILED, INTERRUPTED, Config
-from experiments.recording import CURVES, FLAGS, METRICS, PREVIOUS, SUMMARY, read_metrics
+from experiments.command_line import FAILED, INTERRUPTED
+from experiments.config import Config
+from experiments.recording import (
+    CHECKPOINTS,
+    CURVES,
+    FLAGS,
+    METRICS,
+    PREVIOUS,
+    SUMMARY,
+    TENSORBOARD,
+    read_metrics,
+)
 from jaxlocal import ConfigurationError
+from jaxlocal.models import MODELS, from_nnx
 
 SMALL = Config(
     dataset="least_squares",
@@ -45,11 +57,11 @@ def small(tmp_path_factory):
     return folder, run(SMALL, folder)
 
 
-def test_a_run_leaves_its_four_files_and_a_line_per_measurement(small):
+def test_a_run_leaves_its_files_and_a_line_per_measurement(small):
     folder, (status, lines) = small
     assert status == 0
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [METRICS, SUMMARY, CURVES, FLAGS]
+        [METRICS, SUMMARY, CURVES, FLAGS, CHECKPOINTS, TENSORBOARD]
     )
     assert [line["tick"] for line in lines] == [0, 6, 12, 18, 24]
     assert all(list(line) == KEYS for line in lines)
@@ -188,6 +200,8 @@ def test_every_method_trains(tmp_path):
         "mll_sgd",
         "hl_sgd",
         "cooperative_sgd",
+        "slowmo",
+        "diloco",
     ):
         hubs = 2 if method in ("mll_sgd", "hl_sgd") else 1
         config = dataclasses.replace(
@@ -195,6 +209,92 @@ def test_every_method_trains(tmp_path):
         )
         status, lines = run(config, tmp_path / method)
         assert status == 0 and lines[-1]["train_loss"] < lines[0]["train_loss"], method
+
+
+def tensorboard(folder):
+    """Every scalar by tag and step, as TensorBoard's own records have them."""
+    from tensorboardX.proto import event_pb2
+
+    scalars = {}
+    for path in folder.iterdir():
+        data, place = path.read_bytes(), 0
+        while place < len(data):  # length, its checksum, the event, its checksum
+            size = int.from_bytes(data[place : place + 8], "little")
+            event = event_pb2.Event.FromString(data[place + 12 : place + 12 + size])
+            place += 16 + size
+            for value in event.summary.value:
+                scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return scalars
+
+
+def test_tensorboard_has_the_measurements(small):
+    folder, (_, lines) = small
+    scalars = tensorboard(folder / TENSORBOARD)
+    for name in ("train_loss", "eval_loss", "learning_rate", "bits_workers"):
+        expected = [(line["tick"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+        assert scalars[name] == expected
+    assert "eval_accuracy" not in scalars  # a regression has none
+
+
+def test_streaming_gives_the_numbers_of_the_resident_pool(tmp_path):
+    """Images, augmented, of which an evaluation takes a sample; by threads and by processes."""
+    config = Config(
+        dataset="digits", model="logistic", workers=2, batch_size=4, ticks=6, eval_every=3,
+        augment="crop:1,flip", train_eval_examples=100, test_eval_examples=50, export=True,
+    )  # fmt: skip
+    ends = []
+    for number, stream in enumerate((None, 0, 1)):
+        folder = tmp_path / str(number)
+        streamed = {} if stream is None else {"stream": True, "stream_workers": stream}
+        status, lines = run(dataclasses.replace(config, **streamed), folder)
+        assert status == 0
+        model = (folder / "export" / "model.safetensors").read_bytes()
+        ends.append((without_time(lines), model))
+    assert ends[0] == ends[1] == ends[2]
+
+
+class Normed(nnx.Module):
+    """Logistic regression on normalised pixels, of which statistics are what it keeps."""
+
+    def __init__(self, outputs, rngs):
+        self.norm = nnx.BatchNorm(64, momentum=0.99, rngs=rngs)
+        self.logits = nnx.Linear(64, outputs, rngs=rngs)
+
+    def __call__(self, images):
+        return self.logits(self.norm(images.reshape(len(images), 64)))
+
+
+def test_model_states_are_kept_averaged_or_estimated_anew(tmp_path, monkeypatch):
+    normed = lambda shape, outputs: from_nnx(lambda rngs: Normed(outputs, rngs))
+    monkeypatch.setitem(MODELS, "normed", normed)
+    config = Config(
+        dataset="digits", model="normed", workers=2, ticks=8, eval_every=8, augment="flip"
+    )
+    ends = {}
+    for option in ("keep", "average", "reestimate"):
+        chosen = dataclasses.replace(config, model_state=option)
+        ends[option] = run(chosen, tmp_path / option)[1][-1]
+    # With a memory of 100 ticks, statistics of 8 ticks are nearly the zeros and ones of the start.
+    assert ends["reestimate"]["eval_loss"] < 0.95 * ends["keep"]["eval_loss"]
+    said = {option: end["bits_workers"] for option, end in ends.items()}
+    assert said["average"] - said["keep"] == ends["keep"]["round"] * 32 * 2 * 64
+    assert said["reestimate"] == said["keep"]
+    np.testing.assert_allclose(ends["average"]["eval_loss"], ends["keep"]["eval_loss"], rtol=1e-3)
+
+
+def test_precision_and_accumulation(tmp_path):
+    config = Config(dataset="digits", model="mlp", workers=2, ticks=6, eval_every=6)
+    losses = {}
+    for name, changes in {
+        "plain": {},
+        "parts": {"accumulation": 4},
+        "half": {"precision": "bfloat16"},
+    }.items():
+        losses[name] = run(dataclasses.replace(config, **changes), tmp_path / name)[1][-1]
+    plain, parts, half = (losses[name]["eval_loss"] for name in ("plain", "parts", "half"))
+    np.testing.assert_allclose(parts, plain, rtol=1e-4)
+    assert half != plain and abs(half - plain) < 0.05 * plain  # eight bits of every product
+    assert losses["half"]["bits_workers"] == losses["plain"]["bits_workers"]  # float32 is said
 
 
 def test_weights_can_follow_the_data():
@@ -219,12 +319,13 @@ def test_a_run_whose_last_step_diverges_has_failed(tmp_path):
 
 
 def test_an_interrupted_rerun_keeps_the_metrics_it_was_to_replace(tmp_path, monkeypatch):
-    _, lines = run(SMALL, tmp_path / "run")
+    unsaved = dataclasses.replace(SMALL, checkpoint_every=0)
+    run(unsaved, tmp_path / "run")
     before = (tmp_path / "run" / METRICS).read_text()
 
     def interrupted(self, step):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(binary.Measure, "__call__", interrupted)
-    binary.train(dataclasses.replace(SMALL, workdir=str(tmp_path / "run")))
+    binary.train(dataclasses.replace(unsaved, workdir=str(tmp_path / "run")))
     assert (tmp_path / "run" / PREVIOUS).read_text() == before

@@ -1,0 +1,116 @@
+"""From the command line to a config, and from a user's mistake to one sentence and an exit
+status."""
+
+import dataclasses
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from absl.flags import FLAGS
+
+from experiments.config import Config
+from jaxlocal import ConfigurationError
+from jaxlocal.checkpoints import SavingError
+
+# Exit statuses: what the machine or the training did, a user's mistake, Ctrl-C.
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+def define_flags(values: flags.FlagValues = FLAGS) -> None:
+    """Register a flag for every field."""
+    define: dict[type, Callable] = {
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+        bool: flags.DEFINE_bool,
+    }
+    for field in dataclasses.fields(Config):
+        kind, text = field.metadata["kind"], field.metadata["help"]
+        define[kind](field.name, field.default, text, flag_values=values)
+
+
+def from_flags(values: flags.FlagValues = FLAGS) -> Config:
+    """The config that the flags hold."""
+    chosen: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Config)}
+    return Config(**chosen)
+
+
+def help_text(about: str) -> str:
+    """The flags by groups."""
+    lines = [about.strip(), "", "Flags, of which --flagfile=FILE reads more from a file:"]
+    group = None
+    for field in dataclasses.fields(Config):
+        if field.metadata["group"] != group:
+            group = field.metadata["group"]
+            lines += ["", f"{group}:"]
+        default = "" if field.default is None else f" [{field.default}]"
+        text = field.metadata["help"] + default
+        lines += textwrap.wrap(
+            text, 100, initial_indent=f"  --{field.name}: ", subsequent_indent="      "
+        )
+    return "\n".join(lines)
+
+
+def run_binary(main: Callable[[Config], int | None], about: str) -> None:
+    """Run main on the command line's config.
+
+    A user's mistake ends in one sentence and exit status 2.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        if {"-h", "--help", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
+            print(help_text(about) + _extra_help())
+            sys.exit(0)
+        try:
+            rest = FLAGS(argv)
+        except flags.Error as error:
+            fail(str(error))
+        if not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.FATAL)  # what libraries say of themselves is noise here
+        if rest[1:]:
+            fail(f"what is {rest[1]!r}? flags look like --name=value")
+        return rest
+
+    def guarded(argv: list[str]) -> int | None:
+        sys.unraisablehook = _without_what_follows_a_failed_write
+        try:
+            status = main(from_flags())
+        except ConfigurationError as error:
+            fail(str(error))
+        except SavingError as error:
+            status = _say(str(error), FAILED)
+        except OSError as error:
+            status = _say(f"{error.filename or 'writing'}: {error.strerror}", FAILED)
+        except KeyboardInterrupt:
+            status = _say("interrupted", INTERRUPTED)
+        if status == INTERRUPTED:
+            sys.stdout.flush()
+            os._exit(status)  # a compilation that goes on in the background would crash at exit
+        return status
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _without_what_follows_a_failed_write(unraisable: Any) -> None:
+    """After a write that failed TensorStore still calls the event loop that Orbax has closed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def _extra_help() -> str:
+    own = FLAGS.get_key_flags_for_module(sys.modules["__main__"].__file__ or "")
+    lines = [f"  --{flag.name}: {flag.help} [{flag.default}]" for flag in own]
+    return "\n\nthis binary:\n" + "\n".join(lines) if lines else ""
+
+
+def fail(sentence: str) -> NoReturn:
+    """Say what is wrong and end with the status of a user's mistake."""
+    sys.exit(_say(sentence, USAGE))
+
+
+def _say(sentence: str, status: int) -> int:
+    print("error: " + " ".join(sentence.split()), file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,67 @@
+"""What a run is fed: a resident pool and indices into it, or batches that are streamed; which of
+them makes no difference to the numbers."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.build import Job
+from jaxlocal.data import Batches, Stream, make_batches
+from jaxlocal.types import Tree
+
+
+class Feed:
+    """The batches of a job: `feed(start_tick, ticks)`, what `training.run` asks for."""
+
+    def __init__(self, job: Job):
+        assert job.dataset is not None
+        config, self._grid = job.config, job.layout.shape
+        self.config, self.augmentation, self._dataset = config, job.augmentation, job.dataset
+        self.pool: Tree = () if config.stream else job.dataset.train()
+        self.targets: np.ndarray = (
+            self.pool["targets"] if isinstance(self.pool, dict) else job.dataset.targets()
+        )
+        self.batches: Batches = make_batches(
+            config.partition, self.targets, *self._grid, config.batch_size, config.seed
+        )
+        self._stream = self._make_stream() if config.stream else None
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._stream:
+            self._stream.close()
+
+    def __call__(self, start_tick: int, ticks: int) -> Tree:
+        if self._stream:
+            return self._stream(start_tick, ticks)
+        index = self.batches.indices(start_tick, ticks)
+        if self.augmentation is None:
+            return index
+        config = self.config
+        drawn = self.augmentation.draw(
+            config.seed, start_tick, ticks, *self._grid, config.batch_size
+        )
+        return {"index": index, **drawn}
+
+    def first(self, ticks: int) -> Tree:
+        """The batches of the first ticks as they are stored, without augmentation."""
+        index = self.batches.indices(0, ticks)
+        if not self._stream:
+            return index
+        source = self._dataset.train_source()
+        examples = source.__getitems__(index.reshape(-1).tolist())
+        stack = lambda *parts: np.stack(parts).reshape(index.shape + np.shape(parts[0]))
+        return jax.tree.map(stack, *examples)
+
+    def _make_stream(self) -> Stream:
+        config = self.config
+        return Stream(
+            self._dataset.train_source(),
+            self.batches.indices,
+            config.seed,
+            self.augmentation,
+            processes=config.stream_workers,
+        )

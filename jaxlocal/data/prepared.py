@@ -1,0 +1,265 @@
+"""Prepared sets: labelled images in the files of TensorFlow Datasets, read without TensorFlow.
+
+Nothing is looked for on the network. Files are opened at the first read, and anew in every process
+that a split is sent to.
+"""
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlocal.errors import ConfigurationError, unknown
+
+_AT_ONCE = 4096  # records in memory while labels are read
+
+Folder = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """The examples of one split, by number: {"inputs": image, "targets": int32 label}."""
+
+    name: str
+    folder: str
+    split: str
+    length: int
+    image: str  # the features that are read
+    label: str
+    classes: tuple[int, ...] = ()  # of each label; () for labels that are classes themselves
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        found = [range(self.length)[number] for number in numbers]
+        with _in_one_sentence(self.name, self.folder):
+            return [
+                {"inputs": example[self.image], "targets": self._target(example)}
+                for example in self._images.__getitems__(found)
+            ]
+
+    def examples(self) -> dict[str, NDArray]:
+        """All of them: {"inputs": [n, *shape], "targets": int32 [n]}."""
+        examples = self.__getitems__(range(self.length))
+        return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+
+    def targets(self) -> NDArray[np.int32]:
+        """All labels [n]; no image is decoded."""
+        out = np.empty(self.length, np.int32)
+        with _in_one_sentence(self.name, self.folder):
+            source = self._open({self.image})
+            for start in range(0, self.length, _AT_ONCE):
+                some = source.__getitems__(range(start, min(start + _AT_ONCE, self.length)))
+                out[start : start + len(some)] = [self._target(example) for example in some]
+        return out
+
+    @cached_property
+    def _images(self) -> Any:
+        return self._open(set())
+
+    def _open(self, skipped: set[str]) -> Any:
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(self.folder)
+        features = builder.info.features
+        # Masks and the like take as long to decode as the image itself.
+        others = {key for key, kind in features.items() if isinstance(kind, tfds.features.Image)}
+        skipped = skipped | (others - {self.image})
+        decoders = {key: tfds.decode.SkipDecoding() for key in skipped}
+        return builder.as_data_source(split=self.split, decoders=decoders)
+
+    def _target(self, example: dict[str, Any]) -> np.int32:
+        label = int(example[self.label])
+        if label < 0:
+            raise ConfigurationError(
+                f"examples in the split {self.split!r} of {self.name} have no label: {self.label} "
+                f"is {label}"
+            )
+        return np.int32(self.classes[label] if self.classes else label)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_images"}
+
+
+class Prepared(NamedTuple):
+    """A set of labelled images that lies prepared in a folder."""
+
+    train: PreparedSplit
+    test: PreparedSplit
+    input_shape: tuple[int, ...]
+    classes: int
+
+
+def find(name: str, data_dir: Folder | None, own: Iterable[str] = ()) -> Prepared:
+    """The set of a name in the folder of prepared sets.
+
+    Args:
+      name: NAME or NAME/CONFIG.
+      data_dir: see `root`.
+      own: names that are known besides those of TensorFlow Datasets.
+
+    Raises:
+      ConfigurationError: an unknown name; a set that is not prepared, damaged, prepared in a format
+        that needs TensorFlow, or not of images of one size and their labels.
+    """
+    folder = root(data_dir)
+    builder = located(name, folder)
+    if builder is None:
+        check_known(name, own)
+        raise ConfigurationError(f"{name} is not prepared in {folder}: {_how_to_prepare(name)}")
+    place = str(builder.data_path)
+    with _in_one_sentence(name, place):
+        features = builder.info.features
+        image, label = image_and_label(name, features)
+        train, test = (
+            PreparedSplit(name, place, split, _length(name, builder, split), image, label)
+            for split in ("train", evaluation_split(name, builder.info.splits))
+        )
+        return Prepared(train, test, tuple(features[image].shape), features[label].num_classes)
+
+
+def root(data_dir: Folder | None) -> str:
+    """The folder of prepared sets: the given one, else TFDS_DATA_DIR, else that of TensorFlow
+    Datasets."""
+    from tensorflow_datasets.core import constants
+
+    # TensorFlow Datasets reads the variable only once, when it is first imported.
+    return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or constants.DATA_DIR)
+
+
+def located(name: str, folder: str) -> Any:
+    """The builder of a set that lies in a folder of prepared sets; None if it does not.
+
+    Raises:
+      ConfigurationError: it is damaged, or in a format that needs TensorFlow.
+    """
+    from tensorflow_datasets.core import naming, read_only_builder, registered
+
+    if ":" in name or not naming.is_valid_dataset_name(name):
+        return None
+    with _in_one_sentence(name, folder):
+        try:
+            builder = read_only_builder.builder_from_files(name, data_dir=folder)
+        except registered.DatasetNotFoundError:
+            return None
+        kind = builder.info.file_format.value
+    if kind not in ("array_record", "parquet"):
+        raise ConfigurationError(
+            f"{name} in {builder.data_path} is prepared as {kind}, which cannot be read without "
+            f"TensorFlow; for another folder, {_how_to_prepare(name)}"
+        )
+    return builder
+
+
+def check_known(name: str, own: Iterable[str] = ()) -> None:
+    """Whether TensorFlow Datasets has a set of this name and, where that can be known, of this
+    configuration."""
+    import tensorflow_datasets as tfds
+
+    base, slash, config = name.partition("/")
+    names = tfds.list_builders(with_community_datasets=False)
+    if base not in names:
+        known = dict.fromkeys([*own, *difflib.get_close_matches(base, names)])
+        raise ConfigurationError(
+            f"{unknown('dataset', base, known)}, and the other sets of TensorFlow Datasets"
+        )
+    try:
+        configs = tfds.builder_cls(base).builder_configs
+    except ImportError:  # of what only its preparation needs
+        return
+    if slash and config not in configs:
+        if configs:
+            raise unknown(f"configuration of {base}", config, configs)
+        raise ConfigurationError(f"dataset {base!r} has no configurations, got {name!r}")
+
+
+def image_and_label(name: str, features: Any) -> tuple[str, str]:
+    """The names of the feature that is the image and of the one that is its label."""
+    import tensorflow_datasets as tfds
+
+    def one_of(kind: type, usual: str) -> str:
+        # By its very type: what is made from an image, such as a mask, is a class of its own.
+        found = [key for key, feature in features.items() if type(feature) is kind]
+        if usual not in found and len(found) != 1:
+            raise ConfigurationError(
+                f"dataset {name!r} is not one of images with labels: its features are "
+                f"{', '.join(sorted(features))}, and none is clearly the {usual}"
+            )
+        return usual if usual in found else found[0]
+
+    image = one_of(tfds.features.Image, "image")
+    label = one_of(tfds.features.ClassLabel, "label")
+    shape, dtype = features[image].shape, features[image].np_dtype
+    if None in shape:
+        raise ConfigurationError(
+            f"the images of dataset {name!r} have no fixed size: their shape is {shape}"
+        )
+    if dtype != np.uint8:
+        raise ConfigurationError(f"the images of dataset {name!r} are {dtype}, not uint8")
+    return image, label
+
+
+def evaluation_split(name: str, splits: Iterable[str]) -> str:
+    """The split that is held out: test, else validation."""
+    splits = set(splits)
+    for split in ("test", "validation"):
+        if {"train", split} <= splits:
+            return split
+    raise ConfigurationError(
+        f"dataset {name!r} needs the splits train and test or validation, it has "
+        f"{', '.join(sorted(splits)) or 'none'}"
+    )
+
+
+def require(dataset: str, package: str, *modules: str) -> None:
+    """One sentence, at once, if none of the modules that would serve is installed."""
+    if not any(importlib.util.find_spec(module) for module in modules):
+        raise ConfigurationError(
+            f"dataset {dataset!r} needs {package}, which is not installed: "
+            "pip install 'jaxlocal[experiments]'"
+        )
+
+
+def _length(name: str, builder: Any, split: str) -> int:
+    for path in builder.info.splits[split].filepaths:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path.name} is missing")
+    return builder.info.splits[split].num_examples
+
+
+@contextmanager
+def _in_one_sentence(name: str, folder: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except ImportError as error:
+        raise ConfigurationError(
+            f"dataset {name!r} needs {error.name or error}, which is not installed"
+        ) from error
+    except Exception as error:  # array_record, protobuf and Pillow raise kinds of their own
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigurationError(
+            f"the files of {name} in {folder} are damaged ({cause}): delete them and prepare them "
+            "anew, or point --data_dir at a folder where they are whole"
+        ) from error
+
+
+def _how_to_prepare(name: str) -> str:
+    return (
+        "on a machine with a network run "
+        f"`python -m experiments.prepare --dataset={name} --data_dir=FOLDER`, then point "
+        "--data_dir or TFDS_DATA_DIR at FOLDER"
+    )

@@ -1,0 +1,154 @@
+"""Preparing sets: what is downloaded when, and what a user is told."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_images
+
+from experiments import prepare as binary
+from experiments.prepare import prepare, run
+from jaxlocal.data import load
+from jaxlocal.errors import ConfigurationError
+
+tfds = pytest.importorskip("tensorflow_datasets")
+PROJECT = Path(__file__).parents[2]
+
+
+def command(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.prepare", *flags],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """As if all packages were installed that preparing needs."""
+    monkeypatch.setattr(binary, "NEEDED", ())
+
+
+def downloads(monkeypatch, effect):
+    """Put `effect(builder)` in the place of the download; return the list of its arguments."""
+    calls = []
+
+    def download_and_prepare(builder, **options):
+        calls.append(options)
+        effect(builder)
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", download_and_prepare)
+    return calls
+
+
+def write_kmnist(builder):
+    kinds = tiny_images.features(image=tfds.features.Image(shape=(28, 28, 1)))
+    folder = tiny_images.write(Path(builder.data_path).parents[1], "kmnist", kinds)
+    folder.rename(builder.data_path)
+
+
+def test_a_set_is_prepared_once_in_array_records(tmp_path, packages, monkeypatch):
+    calls = downloads(monkeypatch, write_kmnist)
+    sentence = prepare("kmnist", str(tmp_path))
+    assert f"kmnist is prepared in {tmp_path}: 12 training and 7 test images" in sentence
+    [options] = calls
+    assert options["file_format"] == "array_record"
+    assert not options["download_config"].try_download_gcs
+    assert load("kmnist", tmp_path).targets().tolist() == [n % 3 for n in range(12)]
+    assert f"kmnist is already prepared in {tmp_path}" in prepare("kmnist", str(tmp_path))
+    assert len(calls) == 1
+
+
+def test_what_cannot_be_trained_on_is_told_before_it_is_downloaded(tmp_path, packages, monkeypatch):
+    calls = downloads(monkeypatch, lambda builder: None)
+    for name, told in {
+        "imagenette": "'imagenette' have no fixed size",
+        "ag_news_subset": "none is clearly the image",
+        "digits": "'digits' is not read from files",
+        "cifar": "did you mean 'cifar10' or 'cifar100'",
+        "emnist/lettrs": "did you mean 'letters'",
+    }.items():
+        with pytest.raises(ConfigurationError, match=told):
+            prepare(name, str(tmp_path))
+    assert not calls and not list(tmp_path.iterdir())
+
+
+def test_a_set_made_of_another_is_prepared_as_that(tmp_path):
+    tiny_images.write(tmp_path, "mnist")
+    assert prepare("mnist_binary", str(tmp_path)).startswith("mnist is already prepared")
+
+
+@pytest.mark.parametrize(
+    "error, status, told",
+    [
+        (ConnectionError("no route\nto host"), 1, "ConnectionError: no route to host"),
+        (AssertionError("put the files there yourself"), 1, "put the files there yourself"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ModuleNotFoundError("no scipy", name="scipy"), 2, "needs scipy, not installed here"),
+    ],
+)
+def test_a_failure_is_one_sentence_and_a_status(
+    error, status, told, tmp_path, packages, monkeypatch, capsys
+):
+    def fail(builder):
+        raise error
+
+    downloads(monkeypatch, fail)
+    try:
+        ended = run("kmnist", str(tmp_path))
+    except SystemExit as exit:
+        ended = exit.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert ended == status and len(lines) == 1 and told in lines[0] and "kmnist" in lines[0]
+    with pytest.raises(ConfigurationError, match="is not prepared"):
+        load("kmnist", tmp_path)
+
+
+def test_an_interrupted_preparation_leaves_nothing_that_looks_prepared(tmp_path, monkeypatch):
+    # What TensorFlow Datasets does itself: all is written in a folder of another name.
+    from tensorflow_datasets.core.utils import file_utils
+
+    place = tmp_path / "kmnist" / "3.0.1"
+    with pytest.raises(KeyboardInterrupt), file_utils.incomplete_dir(place) as folder:
+        written = tiny_images.write(tmp_path / "elsewhere", "kmnist")
+        for file in written.iterdir():
+            file.rename(Path(folder) / file.name)
+        with pytest.raises(ConfigurationError, match="is not prepared"):
+            load("kmnist", tmp_path)
+        raise KeyboardInterrupt
+    assert not list(place.parent.iterdir())
+
+
+def test_missing_packages_are_named_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(binary, "NEEDED", ("tensorflow_that_is_missing",))
+    calls = downloads(monkeypatch, lambda builder: None)
+    with pytest.raises(ConfigurationError, match="pip install tensorflow_that_is_missing"):
+        prepare("kmnist", str(tmp_path))
+    assert not calls and not list(tmp_path.iterdir())
+
+
+def test_no_name_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(None, None)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --dataset=NAME says what to prepare\n"
+
+
+def test_the_other_format_is_told(tmp_path):
+    info = tiny_images.write(tmp_path) / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ConfigurationError, match="is prepared as tfrecord"):
+        prepare("tiny_images", str(tmp_path))
+
+
+def test_the_command_line(tmp_path):
+    tiny_images.write(tmp_path)
+    done = command("--dataset=tiny_images", f"--data_dir={tmp_path}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "already prepared" in done.stdout
+    done = command("--datset=tiny_images", f"--data_dir={tmp_path}")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == "error: Unknown command line flag 'datset'. Did you mean: dataset ?\n"
