@@ -1,6 +1,5 @@
 """Augmentation: the same numbers however they are asked for, the same images wherever they are."""
 
-import time
 
 import jax
 import jax.numpy as jnp
@@ -130,15 +129,6 @@ def test_draws_are_uniform_and_differ():
 def test_flips_do_not_change_the_crops():
     with_flip, without = (CropFlip(3, flip).draw(0, 5, 4, 1, 2, 8) for flip in (True, False))
     np.testing.assert_array_equal(with_flip["shift"], without["shift"])
-
-
-def test_a_large_call_is_drawn_in_little_time():
-    best = np.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        CropFlip().draw(0, 0, 256, 1, 8, 32)
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.05  # about 6 ms on an idle core
 
 
 @pytest.mark.parametrize(
