@@ -6,6 +6,7 @@ Grain, TensorFlow Datasets, Pillow and scikit-learn are imported only when they 
 
 from jaxlocal.data.augment import AUGMENTATIONS, CropFlip, crop_and_flip, parse_augmentation
 from jaxlocal.data.batches import Batches, BatchPlan, make_batches, plan_batches
+from jaxlocal.data.examples import ArraySource, ExampleSource
 from jaxlocal.data.partitions import (
     PARTITIONS,
     UNEQUAL_FRACTIONS,
@@ -15,7 +16,7 @@ from jaxlocal.data.partitions import (
     shard_sizes,
 )
 from jaxlocal.data.reading import StreamError, Transform
-from jaxlocal.data.sources import DATASETS, ArraySource, Dataset, ExampleSource, load
+from jaxlocal.data.sources import DATASETS, Dataset, load
 from jaxlocal.data.streaming import Stream
 
 __all__ = [

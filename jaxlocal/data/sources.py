@@ -14,19 +14,19 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlocal.data.examples import ArraySource, Examples, ExampleSource
 from jaxlocal.data.prepared import find, require
 from jaxlocal.errors import ConfigurationError, unknown
 
-Examples = dict[str, NDArray]
-
-# The purposes of random numbers are distinct over this package: partitions 1, batches 2 to 4.
+# The purposes of random numbers are distinct over this package: partitions 1, batches 2 to 4,
+# augmentation 5, transformations 6.
 _SYNTHESIS = 0
 
 _SYNTHETIC_TRAIN, _SYNTHETIC_TEST, _SYNTHETIC_FEATURES = 4096, 1024, 32
@@ -38,47 +38,6 @@ _PIXELS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-
-
-class ExampleSource(Protocol):
-    """Examples by number, {"inputs": array, "targets": scalar}; crosses to other processes."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, number: int, /) -> dict[str, Any]: ...
-    def __getitems__(self, numbers: Sequence[int], /) -> list[dict[str, Any]]: ...
-
-    def examples(self) -> Examples:
-        """All of them, in two arrays."""
-
-    def targets(self) -> NDArray:
-        """All targets [n], read without the inputs where they lie apart."""
-
-
-@dataclass(frozen=True)
-class ArraySource:
-    """Examples that are in memory.
-
-    >>> source = ArraySource({"inputs": np.eye(3), "targets": np.arange(3)})
-    >>> len(source), source[2]
-    (3, {'inputs': array([0., 0., 1.]), 'targets': np.int64(2)})
-    """
-
-    arrays: Examples
-
-    def __len__(self) -> int:
-        return len(self.arrays["targets"])
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return {key: values[number] for key, values in self.arrays.items()}
-
-    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        return [self[number] for number in numbers]
-
-    def examples(self) -> Examples:
-        return self.arrays
-
-    def targets(self) -> NDArray:
-        return self.arrays["targets"]
 
 
 class Dataset(NamedTuple):

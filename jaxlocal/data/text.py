@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlocal.data.examples import Examples
 from jaxlocal.errors import ConfigurationError
-
-Examples = dict[str, NDArray]
 
 ALPHABET = "".join(map(chr, range(32, 127))) + "\n" + "\N{REPLACEMENT CHARACTER}"
 VOCABULARY = len(ALPHABET)

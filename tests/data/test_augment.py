@@ -1,6 +1,5 @@
 """Augmentation: the same numbers however they are asked for, the same images wherever they are."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -58,6 +58,18 @@ def test_digits_are_as_described_split_by_label_whatever_the_seed():
     assert (load("digits", seed=6).test()["inputs"] == test["inputs"]).all()
 
 
+def test_documentation_strings_enter_the_model_as_tokens():
+    data = load("docstrings:32")
+    train, test = data.train(), data.test()
+    assert data.input_shape == (32,) and data.train_examples == len(train["inputs"])
+    assert data.test_examples == len(test["targets"]) and data.targets().shape[1] == 32
+    assert data.classes > train["inputs"].max() and train["inputs"].dtype == np.int32
+    assert data.normalize(train["inputs"]) is train["inputs"]
+    for wrong in ("docstrings:0", "docstrings:-3", "docstrings:x", "docstrings:"):
+        with pytest.raises(ConfigurationError, match="length"):
+            load(wrong)
+
+
 def test_least_squares_is_solved_up_to_its_noise():
     data = load("least_squares")
     train, test = data.train(), data.test()

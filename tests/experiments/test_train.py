@@ -253,6 +253,22 @@ def test_streaming_gives_the_numbers_of_the_resident_pool(tmp_path):
     assert ends[0] == ends[1] == ends[2]
 
 
+def test_text_is_learned_and_has_no_labels_to_go_by(tmp_path):
+    config = Config(
+        dataset="docstrings:16", model="small_transformer", workers=2, batch_size=8, ticks=8,
+        optimizer="adamw", learning_rate=0.01, eval_every=8, train_eval_examples=64,
+        test_eval_examples=64, method="diloco",
+    )  # fmt: skip
+    status, lines = run(config, tmp_path / "run")
+    assert status == 0
+    assert abs(lines[0]["eval_loss"] - math.log(97)) < 0.2  # nothing is known of 97 characters
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.5
+    assert lines[-1]["eval_accuracy"] > 0.1
+    with pytest.raises(ConfigurationError, match=r"'sorted' goes by one label.*16\]"):
+        run(dataclasses.replace(config, partition="sorted"), tmp_path / "sorted")
+    assert not (tmp_path / "sorted").exists()
+
+
 class Normed(nnx.Module):
     """Logistic regression on normalised pixels, of which statistics are what it keeps."""
 
