@@ -38,7 +38,7 @@ from jaxlocal.types import Period, Rounds
 MEASUREMENTS, CHECKPOINTS = 25, 10  # about so many a run
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 NETWORKED = (*HUB_METHODS, "cooperative_sgd")
-CHUNK_TICKS, CHUNK_BYTES = 256, 64 << 20  # the most that is dispatched at once, of index batches
+CHUNK_TICKS, CHUNK_BYTES = 256, 64 << 20  # the most that is dispatched at once, of batches
 
 # The released rate distributions of the MLL-SGD experiments, of a hub of N workers.
 RATES: dict[str, Callable[[int], list[float]]] = {
@@ -112,8 +112,11 @@ def _gradients(
 
 
 def make_round_fn(job: Job, data: Any = ()) -> RoundFn:
-    """The job's round, in chunks that keep the progress bar moving and the index batches small."""
-    fits = CHUNK_BYTES // (4 * job.config.workers * job.config.batch_size)
+    """The job's round, in chunks that keep the progress bar moving and the batches small."""
+    item = 4  # an index
+    if job.config.stream and job.dataset is not None:
+        item += sum(np.asarray(x).nbytes for x in job.dataset.train_source()[0].values())
+    fits = CHUNK_BYTES // (item * job.config.workers * job.config.batch_size)
     return RoundFn(job.rounds, job.layout, data=data, max_chunk=min(CHUNK_TICKS, fits))
 
 

@@ -116,7 +116,12 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
     return values
 
 
-def _lines(folder: Path) -> list[dict[str, Any]]:
+def too_short(folder: Path) -> bool:
+    """Whether a run ended, or still is, before its second measurement."""
+    return min(len(_lines(path, least=0)) for path in seeds(folder)) < 2
+
+
+def _lines(folder: Path, least: int = 2) -> list[dict[str, Any]]:
     """The measurements of one seed."""
     path = folder / METRICS
     try:
@@ -125,7 +130,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigurationError(f"{path} is damaged: it has lines that no run wrote") from None
-    if len(lines) < 2:
+    if len(lines) < least:
         raise ConfigurationError(
             f"{path} holds {len(lines)} measurements, and a curve needs 2 or more"
         )
@@ -212,12 +217,16 @@ def compare(folders: Sequence[Path], output: Path, target: float | None) -> None
         raise ConfigurationError("which runs? give the folders that experiments.train left")
     if output.suffix not in FORMATS:
         raise ConfigurationError(f"--output={output} should end in {', '.join(FORMATS)}")
+    short = [folder for folder in folders if too_short(folder)]
+    folders = [folder for folder in folders if folder not in short] or folders
     runs = load_runs(folders)
     if target and not any(run.has_accuracy for run in runs):
         raise ConfigurationError(f"--target_accuracy={target:g}, and no run has an accuracy")
     show(runs, target if target else common_accuracy(runs))
     for folder in folders:
         say_unfinished(folder)
+    for folder in short:
+        print(f"{folder}: left out, since a curve needs 2 measurements or more")
     try:
         plot_comparison(runs, output)
     except OSError as error:

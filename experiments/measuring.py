@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from experiments.build import Job
-from jaxlocal import RoundFn
+from jaxlocal import ConfigurationError, RoundFn
 from jaxlocal.evaluation import Evaluation, Reestimation
 from jaxlocal.models import Model
 from jaxlocal.models.supervised import evaluation_metrics
@@ -67,6 +67,25 @@ class Measure:
             "bits_workers": step.messages.workers,
             "bits_hubs": step.messages.hubs,
         }
+
+
+def check_model(job: Job) -> None:
+    """Whether the model gives what the examples ask for, before anything is compiled or written.
+
+    Raises:
+      ConfigurationError: it does not.
+    """
+    assert job.dataset is not None and job.model is not None
+    data = job.dataset
+    batch = jax.tree.map(lambda x: np.asarray(x)[None], data.train_source()[0])
+    model = jax.eval_shape(job.model.init, jax.random.key(0))
+    metrics = evaluation_metrics(job.model, data.normalize, data.classes)
+    try:
+        jax.eval_shape(metrics, *model, batch)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"{job.config.model} does not fit {job.config.dataset}: {error}"
+        ) from None
 
 
 def _sample(wanted: int, have: int, seed: int) -> np.ndarray:

@@ -26,17 +26,14 @@ class Recorder:
     def __init__(self, folder: Path, config: Config):
         self.folder = folder
         self.lines: list[dict[str, Any]] = []
-        check_same_run(folder, config)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / FLAGS, "\n".join(config.flag_lines()) + "\n")
-        except OSError as error:
-            raise ConfigurationError(
-                f"the workdir {folder} cannot be written: {error.strerror}"
-            ) from None
+        claim(folder, config)
 
-    def begin(self, tick: int) -> None:
-        """Go on from a tick with the measurements that were made by then, or, at 0, anew."""
+    def begin(self, tick: int, measurements: int | None = None) -> None:
+        """Go on from a tick with the measurements that were made by then, or, at 0, anew.
+
+        Raises:
+          ConfigurationError: they are not there, or not so many.
+        """
         metrics = self.folder / METRICS
         if tick and not metrics.exists():
             raise ConfigurationError(
@@ -45,6 +42,12 @@ class Recorder:
             )
         if tick:
             self.lines = [line for line in read_metrics(self.folder) if line["tick"] <= tick]
+            if measurements not in (None, len(self.lines)):
+                raise ConfigurationError(
+                    f"{metrics} holds {len(self.lines)} of the {measurements} measurements up to "
+                    f"tick {tick}, of which there is a checkpoint; delete "
+                    f"{self.folder / CHECKPOINTS} to start anew"
+                )
         elif metrics.exists():
             os.replace(metrics, self.folder / PREVIOUS)
         write_whole(metrics, "".join(map(_as_line, self.lines)))
@@ -101,10 +104,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / METRICS).read_text().splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
+    return [_measurement(folder / METRICS, *numbered) for numbered in enumerate(lines, 1)]
+
+
+def _measurement(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise ConfigurationError(f"{folder / METRICS} is damaged: {error}") from None
+        values = json.loads(line)
+    except json.JSONDecodeError:
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("tick"), int):
+        raise ConfigurationError(f"{path} is damaged: its line {number} is no measurement")
+    return values
 
 
 def finite(values: Any) -> Any:
@@ -127,7 +137,23 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_whole(path, json.dumps(finite(values), indent=2, ensure_ascii=False) + "\n")
 
 
-def check_same_run(folder: Path, config: Config) -> None:
+def claim(folder: Path, config: Config) -> None:
+    """Make the folder this run's own, by its flags.
+
+    Raises:
+      ConfigurationError: it holds a run with other flags, or cannot be written.
+    """
+    _check_same_run(folder, config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / FLAGS, "\n".join(config.flag_lines()) + "\n")
+    except OSError as error:
+        raise ConfigurationError(
+            f"the workdir {folder} cannot be written: {error.strerror}"
+        ) from None
+
+
+def _check_same_run(folder: Path, config: Config) -> None:
     """Whether the folder is free for this run, or holds it.
 
     Raises:

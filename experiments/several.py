@@ -10,18 +10,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from experiments.build import build_job
 from experiments.config import Config
 from experiments.display import number, show_table
 from experiments.plots import plot_several
-from experiments.recording import (
-    CURVES,
-    FLAGS,
-    SUMMARY,
-    check_same_run,
-    read_metrics,
-    write_json,
-    write_whole,
-)
+from experiments.recording import CURVES, SUMMARY, claim, read_metrics, write_json
 
 # Of the last measurement of every seed: the mean and its standard error are in the summary.
 FIGURES = (
@@ -35,9 +28,8 @@ def train_several(config: Config, folder: Path, train: Callable[[Config], int]) 
 
     Returns the exit status of the first that failed, which ends it, or 0.
     """
-    check_same_run(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / FLAGS, "\n".join(config.flag_lines()) + "\n")
+    build_job(config)  # a mistake is told before anything is written
+    claim(folder, config)
     (folder / SUMMARY).unlink(missing_ok=True)
     seeds = range(config.seed, config.seed + config.seeds)
     folders = [folder / f"seed_{seed}" for seed in seeds]

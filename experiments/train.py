@@ -19,13 +19,13 @@ from experiments.command_line import FAILED, INTERRUPTED, define_flags, run_bina
 from experiments.config import Config, default_workdir
 from experiments.display import Display
 from experiments.feeding import Feed
-from experiments.measuring import Measure
+from experiments.measuring import Measure, check_model
 from experiments.partition_plot import plot_partition
 from experiments.recording import CHECKPOINTS, PARTITION, Recorder
 from experiments.reporting import export_model, leave, title_of
 from experiments.several import train_several
 from jaxlocal import ConfigurationError, RoundFn
-from jaxlocal.checkpoints import Checkpoints
+from jaxlocal.checkpoints import Checkpoints, SavingError
 from jaxlocal.data import StreamError
 from jaxlocal.training import Diverged, Step, run, schedule
 from jaxlocal.types import TrainState
@@ -43,6 +43,7 @@ def train(config: Config) -> int:
         )
     next(schedule(job.rounds, job.ticks))
     with Feed(job) as feed:
+        check_model(job)
         round_fn = make_round_fn(job, feed.pool)
         recorder = Recorder(folder, config)
         with _checkpoints(job, folder) as checkpoints:
@@ -50,7 +51,8 @@ def train(config: Config) -> int:
 
 
 def _checkpoints(job: Job, folder: Path) -> Any:
-    if not save_every(job):
+    """Those of the folder, from which a run goes on even where it is not to be saved."""
+    if not save_every(job) and not (folder / CHECKPOINTS).exists():
         return contextlib.nullcontext()
     return Checkpoints(folder / CHECKPOINTS, job.config.keep)
 
@@ -71,6 +73,7 @@ class _Run:
         self.display = Display(job.ticks)
         self.state, notes = self._start()
         self.ended: str | None = notes.get("ended")
+        self.measurements: int | None = notes.get("measurements")
         self.measure = Measure(job, round_fn, feed.first, notes.get("seconds", 0.0))
 
     def _start(self) -> tuple[TrainState, dict]:
@@ -86,7 +89,7 @@ class _Run:
     def to_the_end(self) -> int:
         config, display = self.job.config, self.display
         begin = int(self.state.tick)
-        self.recorder.begin(begin)
+        self.recorder.begin(begin, self.measurements)
         self._say_what_is_unusual(begin)
         if config.plot_partition:
             self._plot_partition()
@@ -110,19 +113,24 @@ class _Run:
         try:
             with self.display.live():
                 return self._follow(steps, config.stop_train_loss)
-        except (Diverged, StreamError) as error:
-            what = "diverged: " if isinstance(error, Diverged) else ""
-            return FAILED, f"{what}{error}"
+        except Diverged as error:
+            return FAILED, f"diverged: {error}"
+        except SavingError as error:
+            return FAILED, str(error)
+        except StreamError as error:
+            self._save_where_it_stands()
+            return FAILED, str(error)
         except KeyboardInterrupt:
+            self._save_where_it_stands()
             return INTERRUPTED, "interrupted"
 
     def _follow(self, steps: Iterator[Step], enough: float | None) -> tuple[int, str]:
         why = "finished"
         for step in steps:
-            self.state = step.state
             line = self.measure(step) if step.due else None
             if line:
                 self.recorder.measured(line)
+            self.state = step.state  # of which all that is due has been measured
             self.display.step(step, line)
             loss = line["train_loss"] if line else math.inf
             if line and not math.isfinite(loss):
@@ -130,17 +138,26 @@ class _Run:
             stop = enough is not None and loss < enough
             if stop:
                 why = f"training loss {loss:.4g} < {enough:g}"
-            if self.checkpoints and (step.save or stop):
-                self._save(step, why if stop or step.tick == self.job.ticks else None)
+            if step.save or (stop and save_every(self.job)):
+                self._save(why if stop or step.tick == self.job.ticks else None)
             if stop:
                 break
         return 0, why
 
-    def _save(self, step: Step, ended: str | None) -> None:
+    def _save(self, ended: str | None = None) -> None:
         assert self.checkpoints is not None
         self.recorder.settle()
-        notes = {"seconds": self.measure.seconds} | ({"ended": ended} if ended else {})
-        self.checkpoints.save(step.state, notes)
+        notes = {"seconds": self.measure.seconds, "measurements": len(self.recorder.lines)}
+        self.checkpoints.save(self.state, notes | ({"ended": ended} if ended else {}))
+
+    def _save_where_it_stands(self) -> None:
+        """Unless the device was at work on the state, or nothing is new."""
+        alive = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+        if self.checkpoints and save_every(self.job) and alive:
+            tick = int(self.state.tick)
+            finite = math.isfinite(float(self.round_fn.consensus_distance(self.state)))
+            if finite and tick and tick not in self.checkpoints.ticks:
+                self._save()
 
     def _say_what_is_unusual(self, begin: int) -> None:
         hubs, workers = self.job.layout.shape

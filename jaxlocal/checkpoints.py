@@ -92,8 +92,13 @@ class Checkpoints:
         rest goes on in the background, and what fails there is raised by the next call or `wait`.
 
         Raises:
+          ConfigurationError: there is a checkpoint of this tick already.
           SavingError: this checkpoint or the one before it could not be written.
         """
+        if int(state.tick) in self.ticks:
+            raise ConfigurationError(
+                f"there is a checkpoint of tick {int(state.tick)} in {self.folder} already"
+            )
         arguments = self._args.Composite(
             state=self._args.StandardSave(state), notes=self._args.JsonSave(dict(notes or {}))
         )
@@ -137,9 +142,8 @@ class Checkpoints:
         except Exception as error:
             raise self._damaged(tick, error) from error
         wanted = _described(shapes)
-        for name in sorted(
-            (saved.keys() | wanted.keys()) - {"key"}
-        ):  # a typed key has data of its own
+        names = (saved.keys() | wanted.keys()) - {"key"}  # a typed key has data of its own
+        for name in sorted(names):
             if saved.get(name) != wanted.get(name):
                 its, ours = saved.get(name, "nothing"), wanted.get(name, "nothing")
                 raise ConfigurationError(

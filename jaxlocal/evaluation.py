@@ -48,15 +48,15 @@ class Evaluation:
         batch_size: int = 500,
         source: Any = None,
     ):
+        if data is not None and source is not None:
+            raise ConfigurationError("an evaluation takes data or a source, not both")
         mesh = round_fn.mesh
         self._round_fn, self._source = round_fn, source
         pool = round_fn.world.data if data is None else data
         self._data = jax.device_put(pool if source is None else (), NamedSharding(mesh, P()))
         leaves = jax.tree.leaves(self._data)
         have = len(leaves[0]) if leaves else len(source or ())
-        self._examples = np.arange(have) if examples is None else np.asarray(examples)
-        if not len(self._examples):
-            raise ConfigurationError("an evaluation needs at least 1 example, got 0")
+        self._examples = _checked(np.arange(have) if examples is None else examples, have)
         one = [x[0] for x in leaves] if source is None else source[0]
         self._shape = _chunk_shape(len(self._examples), mesh.size, batch_size, _size_of(one))
         # The lookup is a program of its own, so that a pool and a source give the same bits.
@@ -67,9 +67,10 @@ class Evaluation:
     def __call__(self, state: TrainState) -> dict[str, float]:
         model, world = (state.params, state.model_state), self._round_fn.world
         world = world._replace(data=())
-        parts = [
-            self._program(model, world, examples, counts) for examples, counts in self._chunks()
-        ]
+        parts = []
+        for examples, counts in self._chunks():
+            parts.append(self._program(model, world, examples, counts))
+            jax.block_until_ready(parts[-2:-1])  # at most two chunks are on the devices
         totals: dict[str, float] = {}
         for part in jax.device_get(parts):
             for name, value in part.items():
@@ -83,7 +84,7 @@ class Evaluation:
         total, size = len(self._examples), math.prod(self._shape)
         for start in range(0, total, size):
             places = np.arange(start, start + size).reshape(self._shape)
-            rows = self._examples.astype(np.int32)[places % total]
+            rows = self._examples[places % total]
             batches = rows if self._source is None else _read(self._source, rows)
             batches, counts = jax.device_put((batches, places < total), sharding)
             yield (self._lookup(self._data, batches), counts)
@@ -96,7 +97,7 @@ class Reestimation:
     Every worker runs u = Σ a_i x_i on batches of its own. Statistics that move as
     s ← μ s + (1 − μ) b give b, what the batch says of itself, whatever μ is and wherever they
     stood; the result is the mean of b over the batches, and Σ a_i over workers. Values that do not
-    move so stay as the average of the workers has them.
+    move so stay as the average of the workers has them; statistics in half precision are refused.
 
     Args:
       round_fn: whose states are re-estimated.
@@ -122,12 +123,14 @@ def _statistics_of(apply):
     def program(model, world, batches):
         params, model_state = workers.mean(model, world)
         floats, rest = _split(model_state)
+        if any(jnp.finfo(x.dtype).bits < 32 for x in floats):
+            raise ConfigurationError("statistics in half precision cannot be estimated anew")
 
         def one_worker(batches):
             def one_batch(sums, batch):
                 examples = fetch(world.data, batch)
                 after = lambda floats: _split(apply(params, _join(floats, rest), examples))[0]
-                said = jax.tree.map(_own_statistic, floats, after(floats), after(_aside(floats)))
+                said = _own_statistics(after, floats)
                 return workers.vary(jax.tree.map(jnp.add, sums, said)), None
 
             zeros = workers.vary(jax.tree.map(jnp.zeros_like, floats))
@@ -142,16 +145,20 @@ def _statistics_of(apply):
     return program
 
 
-def _aside(floats: list) -> list:
-    """Other values, about as large."""
-    return jax.tree.map(lambda s: s + jnp.maximum(1, jnp.abs(s)), floats)
+def _own_statistics(after: Callable[[list], list], before: list) -> list:
+    """b of s ← μ s + (1 − μ) b, from what becomes of s and of two values aside; s itself where it
+    moves in another way."""
+    aside = lambda times: [s + times * jnp.maximum(1, jnp.abs(s)) for s in before]
+    here, there, beyond = after(before), after(aside(1)), after(aside(2))
+    return jax.tree.map(_own_statistic, before, aside(1), here, there, beyond)
 
 
-def _own_statistic(before, after, after_aside):
-    """b of s ← μ s + (1 − μ) b, from what becomes of s and of a value aside."""
-    kept = (after_aside - after) / (_aside([before])[0] - before)  # μ
-    moves = jnp.abs(1 - kept) > 1e-5
-    return jnp.where(moves, (after - kept * before) / jnp.where(moves, 1 - kept, 1), before)
+def _own_statistic(before, aside, here, there, beyond):
+    kept = (there - here) / (aside - before)  # μ
+    size = jnp.abs(here) + jnp.abs(there) + jnp.abs(beyond)
+    straight = jnp.abs(beyond - 2 * there + here) <= 1e-5 * size
+    moves = straight & (kept >= 0) & (kept < 1 - 1e-5)
+    return jnp.where(moves, (here - kept * before) / jnp.where(moves, 1 - kept, 1), before)
 
 
 def _split(tree: Tree) -> tuple[list, Tree]:
@@ -169,6 +176,18 @@ def _join(floats: list, rest: Tree) -> Tree:
 _FLOAT = object()
 
 
+def _checked(examples: Any, have: int) -> np.ndarray:
+    rows = np.asarray(examples)
+    if not rows.size:
+        raise ConfigurationError("an evaluation needs at least 1 example, got 0")
+    if not np.issubdtype(rows.dtype, np.integer) or rows.min() < 0 or rows.max() >= have:
+        raise ConfigurationError(
+            f"the examples of an evaluation must be numbers from 0 to {have - 1}, got {rows.dtype} "
+            f"from {rows.min()} to {rows.max()}"
+        )
+    return rows.astype(np.int32)
+
+
 def _chunk_shape(examples: int, devices: int, batch_size: int, nbytes: int) -> tuple[int, int, int]:
     """[devices, batches, batch] of equal chunks that together take all examples."""
     per_device = -(-examples // devices)
@@ -180,7 +199,7 @@ def _chunk_shape(examples: int, devices: int, batch_size: int, nbytes: int) -> t
 
 
 def _size_of(example: Tree) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(example))
+    return sum(np.asarray(x).nbytes for x in jax.tree.leaves(example))
 
 
 def _read(source: Any, rows: np.ndarray) -> Tree:

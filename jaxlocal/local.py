@@ -85,9 +85,8 @@ def accumulate(grad_fn: GradFn, micro_batches: int) -> GradFn:
         wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
         start = vary((jax.tree.map(wide, (grads, metrics)), model_state))
         (sums, model_state), _ = lax.scan(add, start, (jnp.arange(micro_batches), parts))
-        mean = lambda total, x: (total / micro_batches).astype(x.dtype)
-        grads, metrics = jax.tree.map(mean, sums, (grads, metrics))
-        return grads, model_state, metrics
+        means, metrics = jax.tree.map(lambda total: total / micro_batches, sums)
+        return jax.tree.map(lambda g, x: g.astype(x.dtype), means, grads), model_state, metrics
 
     return grad_fn if micro_batches == 1 else accumulated
 

@@ -175,7 +175,7 @@ def slowmo(
     rate and β the slow momentum.
 
     Args:
-      learning_rate: η, as the optimizer follows it; read at the last tick of the round.
+      learning_rate: η, as the optimizer follows it.
       period: H, or a rule for it.
       outer_optimizer: what makes −α u of the pseudo-gradient (y − Σ a_j x_j) / η; by default
         `optax.sgd(1.0, momentum=0.7)`, α = 1 and β = 0.7.
@@ -183,9 +183,9 @@ def slowmo(
 
     Source: Wang, Tantia, Ballas, Rabbat, "SlowMo: Improving Communication-Efficient Distributed SGD
     with Slow Momentum", ICLR 2020, https://arxiv.org/abs/1910.00643. Differs from the paper in: η
-    may change inside a round.
+    may change inside a round, of which its mean is taken.
     """
-    outer = optax.sgd(1.0, momentum=0.7) if outer_optimizer is None else outer_optimizer
+    outer = outer_optimizer or optax.sgd(1.0, momentum=0.7)
     state = (optimizer_state, optimizer, model_state)
     return Rounds(
         tick(grad_fn, optimizer, **options),
@@ -219,8 +219,7 @@ def diloco(
     Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models",
     2023, https://arxiv.org/abs/2311.08105; its optimizer is AdamW.
     """
-    outer = optax.sgd(0.7, momentum=0.9, nesterov=True)
-    outer = outer if outer_optimizer is None else outer_optimizer
+    outer = outer_optimizer or optax.sgd(0.7, momentum=0.9, nesterov=True)
     state = (optimizer_state, optimizer, model_state)
     return Rounds(
         tick(grad_fn, optimizer, **options),

@@ -63,6 +63,7 @@ class RoundFn:
         self.rounds = rounds
         self.layout = layout
         self.mesh = mesh if mesh is not None else workers.make_mesh(layout)
+        self._examples = _pool_size(data)
         self.world = self._place(layout.world(data), WORLD)
         self._most = max(1, max_chunk // rounds.inner.ticks)
         self._programs: dict[Any, Any] = {}
@@ -132,6 +133,8 @@ class RoundFn:
     def local_steps(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
         """Some ticks of a round without what ends it; cut anywhere between two inner stages."""
         ticks, infos, start = self._ticks_of(batches), [], 0
+        if self._examples is not None:
+            _check_indices(batches, self._examples)
         for size in self.chunks(ticks):
             part = jax.tree.map(lambda b, a=start, n=size: b[a : a + n], batches)
             state, info = self._program(size // self.rounds.inner.ticks, state)(
@@ -226,6 +229,34 @@ def _compile(stage: Stage, mesh: Mesh, specs: TrainState, part: int):
 
     mapped = over_mesh(run, mesh, (specs, BATCHES, WORLD), (specs, INFO))
     return jax.jit(mapped, donate_argnums=0)
+
+
+def _pool_size(data: Tree) -> int | None:
+    """The examples of a pool; None without one."""
+    sizes = {len(x) if np.ndim(x) else 0 for x in jax.tree.leaves(data)}
+    if len(sizes) > 1:
+        raise ConfigurationError(
+            f"the arrays of a pool must hold the same number of examples, got {sorted(sizes)}"
+        )
+    return sizes.pop() if sizes else None
+
+
+def _check_indices(batches: Tree, examples: int) -> None:
+    """Where there is a pool, batches are indices, or a dictionary that has them as its "index"."""
+    index: Any = batches.get("index") if isinstance(batches, dict) else batches
+    if not (hasattr(index, "dtype") and jnp.issubdtype(index.dtype, jnp.integer)):
+        raise ConfigurationError(
+            'the rounds have a pool, so batches must be integer indices, or have them as "index", '
+            f"got {jax.tree.map(lambda x: getattr(x, 'dtype', type(x).__name__), batches)}"
+        )
+    if (
+        isinstance(index, np.ndarray)
+        and index.size
+        and not (index.min() >= 0 and index.max() < examples)
+    ):
+        raise ConfigurationError(
+            f"indices from {index.min()} to {index.max()} do not fit a pool of {examples} examples"
+        )
 
 
 def _wide(x: Any) -> jax.Array:

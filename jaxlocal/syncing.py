@@ -1,11 +1,11 @@
 """What ends a round: stages that take no ticks and make workers alike."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from jaxlocal.errors import ConfigurationError, lookup
 from jaxlocal.local import bits
@@ -45,7 +45,7 @@ def sync(
       model_state: "keep" every worker's own (batch statistics, say), or "average" its
         floating-point values, which is said to others and counted.
     """
-    others = _others(optimizer_state, optimizer, model_state)
+    others = _Others(optimizer_state, optimizer, model_state)
 
     def apply(state, memory, batches, world):
         params = mixer.average(state.params, world)
@@ -71,13 +71,14 @@ def outer_step(
 ) -> Stage:
     """The anchor y takes an optimizer step on the pseudo-gradient, and all workers restart from it.
 
-        d ← (y − Σ a_i x_i) / η;  y ← y + η · outer(d);  x_i ← y
+        d ← Σ a_i (y − x_i) / η;  y ← y + η · outer(d);  x_i ← y
 
     Args:
       mixer: one that makes all workers common.
       outer_optimizer: any optax transformation; its state exists once, for all workers. It is told
         the run's tick, for `scale_by_tick`; a schedule of its own counts rounds.
-      learning_rate: η, the workers' own, read at the last tick of the round; without it, η = 1.
+      learning_rate: η, the workers' own, of which the mean over the round is taken; without it,
+        η = 1.
       optimizer_state, optimizer, model_state: what happens to the workers' own, as in `sync`.
 
     Raises:
@@ -88,35 +89,34 @@ def outer_step(
             f"an outer step needs a mixer that makes all workers common, over the axes {AXES}; "
             f"this one does over {mixer.axes}"
         )
-    others = _others(optimizer_state, optimizer, model_state)
+    others = _Others(optimizer_state, optimizer, model_state)
     update = optax.with_extra_args_support(outer_optimizer).update
 
+    def init(state):
+        return Memory(single=(outer_optimizer.init(state.anchor), state.tick))
+
     def apply(state, memory, batches, world):
-        rate = _rate(learning_rate, state.tick - 1)
-        mean = mixer.average(state.params, world)
-        pseudo_gradient = jax.tree.map(
-            lambda y, u: ((y - u[0, 0]) / rate).astype(y.dtype), state.anchor, mean
-        )
-        updates, outer_state = update(
-            pseudo_gradient, memory.single, state.anchor, tick=state.tick - 1
-        )
+        outer_state, began = memory.single
+        rate = _mean_rate(learning_rate, began, state.tick)
+        # Differences are averaged, not models: where workers have not moved they are exactly zero.
+        moved = mixer.average(jax.tree.map(_moved, state.anchor, state.params), world)
+        gradient = jax.tree.map(lambda y, d: (d[0, 0] / rate).astype(y.dtype), state.anchor, moved)
+        updates, outer_state = update(gradient, outer_state, state.anchor, tick=state.tick - 1)
         anchor = jax.tree.map(lambda y, u: (y + rate * u).astype(y.dtype), state.anchor, updates)
         params = spread(jax.tree.map(lambda y: y[None, None], anchor), state.params)
         state = state._replace(params=params, anchor=anchor)
-        return others.treat(state, mixer, world), Memory(single=outer_state), Info()
+        memory = Memory(single=(outer_state, state.tick))
+        return others.treat(state, mixer, world), memory, Info()
 
     def traffic(state, layout):
         return mixer.messages(bits((state.params, others.said(state))), layout)
-
-    def init(state):
-        return Memory(single=outer_optimizer.init(state.anchor))
 
     return Stage(init, apply, 0, traffic, anchored=True)
 
 
 def sync_model_state(mixer: Mixer, model_state: str = "average") -> Stage:
     """Averages what models keep besides parameters, for methods whose parameters are alike."""
-    others = _others("keep", None, model_state)
+    others = _Others("keep", None, model_state)
     if model_state == "keep":
         return NOTHING
 
@@ -129,40 +129,47 @@ def sync_model_state(mixer: Mixer, model_state: str = "average") -> Stage:
     return Stage(lambda state: (), apply, 0, traffic)
 
 
-def _rate(learning_rate, tick):
-    if learning_rate is None:
-        return 1.0
-    rate = learning_rate(tick) if callable(learning_rate) else learning_rate
-    return jnp.maximum(rate, _LEAST_RATE)
+def _moved(anchor, params):
+    """y − x_i, from where a worker began, which is y in its own precision."""
+    return anchor.astype(params.dtype).astype(anchor.dtype) - params.astype(anchor.dtype)
 
 
-class _Others(NamedTuple):
+def _mean_rate(learning_rate, began, tick):
+    """The mean of η over the ticks of a round."""
+    if not callable(learning_rate):
+        return 1.0 if learning_rate is None else learning_rate
+    add = lambda t, total: total + learning_rate(t)
+    total = lax.fori_loop(began, tick, add, jnp.zeros_like(jnp.asarray(learning_rate(tick))))
+    return jnp.maximum(total / (tick - began), _LEAST_RATE)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Others:
     """What a synchronisation does to the workers' state besides their parameters."""
 
-    treat: Callable[[TrainState, Mixer, World], TrainState]
-    said: Callable[[TrainState], list]  # what of it is said to others
+    optimizer_state: str
+    optimizer: optax.GradientTransformation | None
+    model_state: str
 
+    def __post_init__(self):
+        lookup("optimizer state option", self.optimizer_state, dict.fromkeys(OPTIMIZER_STATES))
+        lookup("model state option", self.model_state, dict.fromkeys(MODEL_STATES))
+        if self.optimizer_state == "reset" and self.optimizer is None:
+            raise ConfigurationError("a sync that resets optimizer states needs the optimizer")
 
-def _others(optimizer_state, optimizer, model_state) -> _Others:
-    lookup("optimizer state option", optimizer_state, dict.fromkeys(OPTIMIZER_STATES))
-    lookup("model state option", model_state, dict.fromkeys(MODEL_STATES))
-    if optimizer_state == "reset" and optimizer is None:
-        raise ConfigurationError("a sync that resets optimizer states needs the optimizer")
-
-    def treat(state, mixer, world):
-        if optimizer_state == "average":
+    def treat(self, state: TrainState, mixer: Mixer, world: World) -> TrainState:
+        if self.optimizer_state == "average":
             state = state._replace(opt_state=_average(state.opt_state, mixer, world))
-        elif optimizer_state == "reset":
-            state = state._replace(opt_state=_reset(optimizer, state))
-        if model_state == "average":
+        elif self.optimizer_state == "reset":
+            state = state._replace(opt_state=_reset(self.optimizer, state))
+        if self.model_state == "average":
             state = state._replace(model_state=_average(state.model_state, mixer, world))
         return state
 
-    def said(state):
-        averaged = [state.opt_state] * (optimizer_state == "average")
-        return _floats(averaged + [state.model_state] * (model_state == "average"))
-
-    return _Others(treat, said)
+    def said(self, state: TrainState) -> list:
+        """What of it is said to others."""
+        averaged = [state.opt_state] * (self.optimizer_state == "average")
+        return _floats(averaged + [state.model_state] * (self.model_state == "average"))
 
 
 def _floats(tree):

@@ -18,10 +18,13 @@ _AHEAD = 2
 
 
 class Diverged(ArithmeticError):
-    """A worker's loss is NaN or infinite."""
+    """A worker's loss is NaN or infinite, or (worker and loss are None) a model is."""
 
-    def __init__(self, tick: int, worker: int, loss: float):
-        super().__init__(f"the loss of worker {worker} is {loss} at tick {tick}")
+    def __init__(self, tick: int, worker: int | None = None, loss: float | None = None):
+        what = (
+            "a model is not finite" if worker is None else f"the loss of worker {worker} is {loss}"
+        )
+        super().__init__(f"{what} at tick {tick}")
         self.tick, self.worker, self.loss = tick, worker, loss
 
 
@@ -31,13 +34,11 @@ class Step(NamedTuple):
     state: TrainState
     tick: int
     round: int  # rounds that have ended
-    local_steps: (
-        int  # H of the round that is under way or has just ended; of the first round at tick 0
-    )
+    local_steps: int  # H of the round under way or just ended; of the first round at tick 0
     messages: Messages  # said so far
     loss: float  # mean over workers and ticks of the newest losses that have come back; NaN before
     due: bool  # whether a measurement is due
-    save: bool  # whether a checkpoint is due; its losses have come back then and are finite
+    save: bool  # whether a checkpoint is due; losses and models are finite then
     distance: float  # if so, the consensus distance; before the synchronisation, if one took place
 
 
@@ -117,7 +118,7 @@ def run(
     Args:
       batches: `batches(start_tick, ticks)` → leaves [ticks, hubs, workers, ...]; called while the
         device is busy.
-      ticks: of the whole run, which ends on a synchronisation.
+      ticks: of the whole run, which ends on a synchronisation; the same where it goes on.
       measure_every: ticks between measurements. A step is due at tick 0, at every multiple (on
         hubs: at the first hub average from there on) and at the end; with 0, at the end of every
         round.
@@ -129,6 +130,8 @@ def run(
         any measurement and any checkpoint.
     """
     inner, outer = round_fn.traffic(state)
+    if save_every < 0:
+        raise ConfigurationError(f"ticks between checkpoints must be ≥ 0, got {save_every}")
     begin, losses = int(state.tick), _Losses(round_fn)
     pieces = dispatches(round_fn, ticks, measure_every, begin)
     ends = itertools.accumulate(schedule(round_fn.rounds, ticks))
@@ -148,6 +151,8 @@ def run(
         now = start + size
         save = bool(save_every) and (now == ticks or now // save_every > start // save_every)
         losses.check(0 if due or save else _AHEAD)
+        if save and not math.isfinite(float(round_fn.consensus_distance(state))):
+            raise Diverged(now)
         yield Step(state, now, rounds, length, said, losses.mean, due, save, distance)
 
 

@@ -22,14 +22,14 @@ def slowmo(
 ) -> Array:
     """Algorithm 1 of Wang, Tantia, Ballas, Rabbat, arXiv 1910.00643, with heavy-ball inside.
 
-    m_i ← β_0 m_i + g_i, x_i ← x_i − η m_i for H ticks; u ← βu + (y − Σ a_i x_i) / η with η of the
-    last tick; y ← y − αηu; x_i ← y. The momenta m_i are kept, averaged or zeroed.
+    m_i ← β_0 m_i + g_i, x_i ← x_i − η m_i for H ticks; u ← βu + (y − Σ a_i x_i) / η with the mean η
+    of these ticks; y ← y − αηu; x_i ← y. The momenta m_i are kept, averaged or zeroed.
     """
     slow = np.zeros_like(start, np.float64)
 
-    def outer(anchor: Array, mean: Array, tick: int) -> Array:
+    def outer(anchor: Array, mean: Array, ticks: range) -> Array:
         nonlocal slow
-        rate = learning_rate(tick)
+        rate = sum(learning_rate(tick) for tick in ticks) / len(ticks)
         slow = slow_momentum * slow + (anchor - mean) / rate
         return anchor - slow_learning_rate * rate * slow
 
@@ -55,7 +55,7 @@ def diloco(
     """
     velocity = np.zeros_like(start, np.float64)
 
-    def outer(anchor: Array, mean: Array, tick: int) -> Array:
+    def outer(anchor: Array, mean: Array, ticks: range) -> Array:
         nonlocal velocity
         pseudo_gradient = anchor - mean
         velocity = outer_momentum * velocity + pseudo_gradient
@@ -67,7 +67,7 @@ def diloco(
 
 
 def _outer_loop(
-    outer: Callable[[Array, Array, int], Array],
+    outer: Callable[[Array, Array, range], Array],
     gradient: Gradient,
     start: Array,
     learning_rate: Schedule,
@@ -90,7 +90,8 @@ def _outer_loop(
                 models[worker] = models[worker] - learning_rate(tick) * momenta[worker]
             tick += 1
             trajectory.append(np.stack(models))
-        anchor = outer(anchor, weighted_mean(models, weights), tick - 1)
+        ticks = range(tick - local_steps, tick)
+        anchor = outer(anchor, weighted_mean(models, weights), ticks)
         models = [anchor] * workers
         if at_sync == "average":
             momenta = [weighted_mean(momenta, weights)] * workers

@@ -36,13 +36,17 @@ def test_every_part_sees_what_the_part_before_it_left_and_a_key_of_its_own():
             "parts": state["parts"] + 1,
             "sum": state["sum"] + batch.sum(),
         }
-        return w * batch.mean(), (seen, {"drawn": jax.random.uniform(key), "count": len(batch)})
+        return w * batch.mean(), (
+            seen,
+            {"drawn": jax.random.uniform(key), "count": len(batch), "odd": batch[0] % 4 == 0},
+        )
 
     grad_fn = jaxlocal.accumulate(jaxlocal.gradients(loss, stateful=True), 4)
     start = {"last": jnp.float32(0), "parts": jnp.int32(0), "sum": jnp.float32(0)}
     batch, key = jnp.arange(8.0), jax.random.key(3)
     grads, state, metrics = jax.jit(grad_fn)(jnp.float32(2), start, batch, key)
-    assert (float(grads), float(metrics["loss"]), int(metrics["count"])) == (3.5, 7.0, 2)
+    assert (float(grads), float(metrics["loss"]), float(metrics["count"])) == (3.5, 7.0, 2)
+    assert float(metrics["odd"]) == 0.5  # of the parts
     assert (float(state["last"]), int(state["parts"]), float(state["sum"])) == (6.5, 4, 28)
     drawn = [float(jax.random.uniform(jax.random.fold_in(key, n))) for n in range(4)]
     assert len(set(drawn)) == 4

@@ -112,6 +112,37 @@ def test_reestimated_statistics_are_the_means_over_the_batches(devices, momentum
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
+def test_states_that_move_in_another_way_stay():
+    """A largest value so far, a counter in floats, and a mean beside them that is estimated."""
+    method = jaxlocal.local_sgd(jaxlocal.gradients(lambda w, b, key: w), optax.sgd(0.1))
+    round_fn = RoundFn(method, LAYOUT)
+    start = {"largest": jnp.float32(2), "count": jnp.float32(7), "mean": jnp.float32(30)}
+    state = round_fn.init(jnp.float32(2), jax.random.key(0), start)
+
+    def apply(params, state, batch):
+        largest = jnp.maximum(state["largest"], batch.max())
+        mean = 0.9 * state["mean"] + 0.1 * batch.mean()
+        return {"largest": largest, "count": state["count"] + 1, "mean": mean}
+
+    batches = np.full((3, 2, 2, 4), 2.5, np.float32)
+    again = Reestimation(round_fn, apply, batches)(state).model_state
+    for name, value in {"largest": 2, "count": 7, "mean": 2.5}.items():
+        np.testing.assert_allclose(np.asarray(again[name]), value, rtol=1e-5)
+    half = round_fn.init(jnp.float32(2), jax.random.key(0), {"mean": jnp.bfloat16(1)})
+    with pytest.raises(ConfigurationError, match="half precision"):
+        Reestimation(round_fn, lambda params, state, batch: state, batches)(half)
+
+
+def test_examples_of_an_evaluation_are_checked():
+    method = jaxlocal.local_sgd(jaxlocal.gradients(lambda w, b, key: w), optax.sgd(0.1))
+    round_fn, data = RoundFn(method, LAYOUT), {"x": np.ones((5, 3), np.float32)}
+    for wrong in ([7, 8], [-1], np.array([True, False, True, False, True]), [0.5]):
+        with pytest.raises(ConfigurationError, match="numbers from 0 to 4"):
+            Evaluation(round_fn, metrics, data, np.asarray(wrong))
+    with pytest.raises(ConfigurationError, match="not both"):
+        Evaluation(round_fn, metrics, data, source=Examples(data["x"]))
+
+
 def test_values_that_do_not_move_stay():
     method = jaxlocal.local_sgd(jaxlocal.gradients(lambda w, b, key: w), optax.sgd(0.1))
     round_fn = RoundFn(method, LAYOUT)

@@ -122,18 +122,49 @@ def test_all_workers_restart_from_the_anchor_and_it_is_one():
 
 
 def test_the_anchor_of_half_precision_parameters_is_float32():
-    """A step of 2⁻¹⁰ at 1 is lost in bfloat16, whose neighbours are 2⁻⁸ apart, and adds up here.
-
-    Workers restart from 1, to which the anchor is rounded: d = 2⁻⁶ at first, then y − (1 − 2⁻⁶).
-    """
+    """A step of 2⁻¹⁰ at 1 is lost in bfloat16, whose neighbours are 2⁻⁸ apart, and adds up here."""
     grad_fn = jaxlocal.gradients(lambda w, batch, key: (w.astype(jnp.float32) * batch).sum())
     method = jaxlocal.diloco(grad_fn, optax.sgd(2.0**-6), 1, optax.sgd(2.0**-4))
     round_fn = problems.on_one_device(method, Layout(1, 2))
     state = round_fn.init(jnp.ones((), jnp.bfloat16), jax.random.key(0))
-    for _ in range(2):
+    for _ in range(3):
         state, _ = round_fn(state, np.ones((1, 1, 2, 1), np.float32))
     assert state.anchor.dtype == jnp.float32 and state.params.dtype == jnp.bfloat16
-    assert float(state.anchor) == 1 - 2.0**-10 * (1 + 15 / 16)
+    assert float(state.anchor) == 1 - 3 * 2.0**-10
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("make", ["diloco", "slowmo"])
+def test_workers_that_do_not_move_leave_the_anchor_where_it_is(make, dtype):
+    """To the bit, whatever the weights, also through a warm-up from a learning rate of zero."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, 0.1, 10, 40)
+    grad_fn = jaxlocal.gradients(lambda w, batch, key: (0 * w * batch.astype(w.dtype)).sum())
+    method = {
+        "diloco": lambda: jaxlocal.diloco(grad_fn, optax.sgd(rate), 3),
+        "slowmo": lambda: jaxlocal.slowmo(grad_fn, optax.sgd(rate), rate, 1),
+    }[make]()
+    round_fn = problems.on_one_device(method, Layout(1, 3, weights=[1, 2, 4]))
+    begin = jnp.asarray(np.random.default_rng(0).normal(size=50), dtype)
+    state = round_fn.init(begin, jax.random.key(0))
+    offset = state._replace(anchor=state.anchor * (1 + 2.0**-10))  # between two bfloat16
+    expected = np.asarray(offset.anchor)
+    state = offset._replace(
+        params=jnp.broadcast_to(offset.anchor.astype(dtype), offset.params.shape)
+    )
+    for _ in range(12):
+        state, _ = round_fn(state, np.ones((3, 1, 3, 50), np.float32))
+    np.testing.assert_array_equal(np.asarray(state.anchor), expected)
+
+
+def test_slow_momentum_survives_warm_restarts():
+    """Half-cosines to zero every 12 ticks: momentum in units of the gradient stays as it was."""
+    rate = lambda tick: 0.05 * (1 + jnp.cos(jnp.pi * (tick % 12) / 12))
+    inner = jaxlocal.scale_by_tick(lambda tick: jnp.where(tick % 12 == 11, 0.0, rate(tick)))
+    outer = optax.sgd(1.0, momentum=0.7)
+    models, _, _ = run(jaxlocal.slowmo(problems.grad_fn, inner, rate, 4, outer))
+    local, _, _ = run(jaxlocal.local_sgd(problems.grad_fn, inner, 4))
+    spread_of = lambda x: np.abs(x[-1] - np.mean(x[-1], axis=0)).max() + np.abs(x[-1]).max()
+    assert spread_of(models) < 3 * spread_of(local)
 
 
 def test_what_is_said():

@@ -166,6 +166,27 @@ def test_indices_into_a_pool_give_the_bits_that_the_examples_give(layout):
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
+def test_a_pool_and_its_indices_are_checked():
+    layout = Layout(1, 2)
+    grad_fn = jaxlocal.gradients(lambda w, batch, key: (w * batch["x"]).mean())
+    method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.1))
+    with pytest.raises(ConfigurationError, match=r"same number of examples, got \[5, 10\]"):
+        RoundFn(method, layout, data={"x": np.arange(10.0), "y": np.arange(5.0)})
+    round_fn = RoundFn(method, layout, data={"x": np.arange(5.0)})
+    state = round_fn.init(jnp.float32(1), jax.random.key(0))
+    for wrong, told in [
+        (np.full((1, 1, 2, 3), 5), "from 5 to 5 do not fit a pool of 5"),
+        (np.full((1, 1, 2, 3), -1), "from -1 to -1"),
+        (np.ones((1, 1, 2, 3)), "integer indices.*float64"),
+        ({"rows": np.ones((1, 1, 2, 3), int)}, '"index"'),
+    ]:
+        with pytest.raises(ConfigurationError, match=told):
+            round_fn(state, wrong)
+    beside = {"index": np.full((1, 1, 2, 3), 4), "noise": np.zeros((1, 1, 2, 3))}
+    state, info = round_fn(state, beside)
+    assert (np.asarray(info.worker["loss"]) == 4).all()
+
+
 def test_a_pool_of_bytes_stays_bytes_on_every_device():
     layout = Layout(workers_per_hub=8)
     rounds = jaxlocal.local_sgd(jaxlocal.gradients(classify), optax.adam(0.1), 4)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxlocal
+from jaxlocal import ConfigurationError
 from jaxlocal.models import Model
 from jaxlocal.models.supervised import evaluation_metrics, example_metrics, training_loss
 
@@ -123,3 +124,18 @@ def test_evaluation_judges_the_model_at_rest_example_by_example():
     assert seen == [(None, False)]
     np.testing.assert_allclose(got["loss"], cross_entropy(OUTPUTS, LABELS), **CLOSE)
     np.testing.assert_array_equal(got["accuracy"], OUTPUTS.argmax(axis=1) == LABELS)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "classes"),
+    [
+        ((4, 1), (4,), 2),
+        ((4, 2), (4,), 0),
+        ((4,), (4,), 10),
+        ((4, 3), (4,), 10),
+        ((4, 9), (4, 8), 9),
+    ],
+)
+def test_outputs_that_do_not_fit_the_targets_are_told(outputs, targets, classes):
+    with pytest.raises(ConfigurationError, match=r"outputs of shape .* do not fit targets"):
+        example_metrics(jnp.zeros(outputs), jnp.zeros(targets, jnp.int32), classes)

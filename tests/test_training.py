@@ -264,3 +264,21 @@ def test_an_evaluation_takes_the_pool_of_the_rounds_by_default():
     round_fn = RoundFn(jaxlocal.local_sgd(grad_fn, SGD, 1), Layout(workers_per_hub=8), data=pool)
     evaluation = Evaluation(round_fn, lambda params, model_state, batch: {"mean": batch})
     assert evaluation(start(round_fn)) == {"mean": 4.5}
+
+
+def test_a_state_that_is_to_be_saved_is_finite():
+    """The update of tick 3 is infinite, and no loss has told of it by tick 4."""
+    grad_fn = jaxlocal.gradients(lambda w, batch, key: (w * 0 + 1).sum())
+    step = jaxlocal.scale_by_tick(lambda tick: jnp.where(tick == 3, jnp.inf, 0.1))
+    layout = Layout(1, 2)
+    round_fn = one_device(jaxlocal.local_sgd(grad_fn, step, 2), layout)
+    state = round_fn.init(jnp.zeros(()), jax.random.key(0))
+    batches = lambda start, ticks: np.zeros((ticks, 1, 2, 1), np.float32)
+    steps = training.run(round_fn, state, batches, 8, measure_every=8, save_every=2)
+    saved = []
+    with pytest.raises(Diverged, match="not finite at tick 4"):
+        for step in steps:
+            saved += [step.tick] * step.save
+    assert saved == [2]
+    with pytest.raises(ConfigurationError, match="checkpoints must be ≥ 0, got -1"):
+        next(training.run(round_fn, state, batches, 8, save_every=-1))

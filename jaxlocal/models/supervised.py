@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model
 
 Tree = Any
@@ -23,9 +24,13 @@ def example_metrics(outputs: jax.Array, targets: jax.Array, classes: int) -> dic
       classes: 0 for regression, whose loss is half the squared error; for two classes with one
         logit the sigmoid cross-entropy, otherwise the softmax cross-entropy.
 
+    Raises:
+      ConfigurationError: outputs of a shape that is not one of these.
+
     >>> example_metrics(jnp.array([2.0]), jnp.array([1.0]), classes=0)["loss"]
     Array([0.5], dtype=float32)
     """
+    _check_shapes(outputs.shape, targets.shape, classes)
     outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
     if classes == 0:
         return {"loss": optax.l2_loss(outputs, targets)}
@@ -35,6 +40,17 @@ def example_metrics(outputs: jax.Array, targets: jax.Array, classes: int) -> dic
     loss = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
     metrics = {"loss": loss, "accuracy": outputs.argmax(-1) == targets}
     return metrics if loss.ndim == 1 else {name: v.mean(1) for name, v in metrics.items()}
+
+
+def _check_shapes(outputs: tuple[int, ...], targets: tuple[int, ...], classes: int) -> None:
+    one = outputs == targets and classes in (0, 2)
+    logits = classes > 0 and outputs[:-1] == targets and outputs[-1] >= max(2, classes)
+    if not (one or logits):
+        wanted = [targets] * (classes in (0, 2)) + [(*targets, classes)] * (classes > 0)
+        raise ConfigurationError(
+            f"outputs of shape {outputs} do not fit targets of shape {targets} of {classes} "
+            f"classes; {' or '.join(map(str, wanted))} would"
+        )
 
 
 def training_loss(
@@ -62,7 +78,7 @@ def training_loss(
 def evaluation_metrics(
     model: Model, normalize: Callable[[jax.Array], jax.Array], classes: int
 ) -> Callable[[Tree, Tree, Tree], dict[str, jax.Array]]:
-    """The metrics for `jaxlocal.training.Evaluation`: `example_metrics` of the model at rest."""
+    """The metrics for `jaxlocal.evaluation.Evaluation`: `example_metrics` of the model at rest."""
 
     def metrics(params: Tree, model_state: Tree, batch: Tree) -> dict[str, jax.Array]:
         outputs, _ = model.apply(params, model_state, normalize(batch["inputs"]), None, False)

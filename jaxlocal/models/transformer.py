@@ -141,7 +141,10 @@ def transformer(
             f"transformer needs {wanted}; the examples have shape {input_shape}"
         )
     if outputs < 2:
-        raise ConfigurationError(f"transformer needs 2 tokens or more to tell apart, got {outputs}")
+        raise ConfigurationError(
+            f"transformer tells 2 tokens or more apart, got {outputs}: it is for sequences of "
+            "tokens, such as the dataset docstrings"
+        )
     for name, size in (("layers", layers), ("heads", heads)):
         if size < 1:
             raise ConfigurationError(f"transformer needs 1 or more {name}, got {size}")

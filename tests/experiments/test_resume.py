@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments import train as binary
+from experiments.command_line import INTERRUPTED
 from experiments.config import Config
 from experiments.recording import CHECKPOINTS, METRICS, SUMMARY, read_metrics
 from jaxlocal import ConfigurationError
@@ -149,6 +150,40 @@ def test_checkpoints_without_metrics_are_told(ended, tmp_path):
     (tmp_path / "run" / METRICS).unlink()
     with pytest.raises(ConfigurationError, match="checkpoint of tick 40 but no metrics.jsonl"):
         run(SMALL, tmp_path / "run")
+
+
+def test_checkpoints_with_less_than_their_metrics_are_told(ended, tmp_path):
+    shutil.copytree(ended[0], tmp_path / "run")
+    lines = (tmp_path / "run" / METRICS).read_text().splitlines(keepends=True)
+    (tmp_path / "run" / METRICS).write_text("".join(lines[:3]))
+    with pytest.raises(ConfigurationError, match="holds 3 of the 7 measurements up to tick 40"):
+        run(SMALL, tmp_path / "run")
+    (tmp_path / "run" / METRICS).write_text("null\n" + "".join(lines))
+    with pytest.raises(ConfigurationError, match="damaged: its line 1 is no measurement"):
+        run(SMALL, tmp_path / "run")
+
+
+def test_a_run_that_is_no_longer_to_be_saved_still_goes_on(ended, tmp_path):
+    shutil.copytree(ended[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / CHECKPOINTS / "40")
+    assert run(dataclasses.replace(SMALL, checkpoint_every=0), tmp_path / "run") == ended[1]
+    assert saved(tmp_path / "run") == [35]
+
+
+def test_an_interrupted_run_is_saved_where_it_stands(tmp_path, monkeypatch):
+    config = dataclasses.replace(SMALL, checkpoint_every=40, workdir=str(tmp_path / "run"))
+    step = binary.Display.step
+
+    def interrupted(self, now, measured):
+        step(self, now, measured)
+        if now.tick == 21:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(binary.Display, "step", interrupted)
+    assert binary.train(config) == INTERRUPTED
+    assert saved(tmp_path / "run") == [21]
+    monkeypatch.setattr(binary.Display, "step", step)
+    assert run(config, tmp_path / "run") == run(SMALL, tmp_path / "whole")
 
 
 def test_without_checkpoints_a_run_starts_anew(tmp_path, monkeypatch):

@@ -4,10 +4,12 @@ import dataclasses
 import json
 
 import numpy as np
+import pytest
 
 from experiments import train as binary
 from experiments.config import Config
 from experiments.recording import CURVES, FLAGS, METRICS, SUMMARY, read_metrics
+from jaxlocal import ConfigurationError
 
 THREE = Config(
     dataset="least_squares",
@@ -49,3 +51,14 @@ def test_seeds(tmp_path, capsys):
     assert binary.train(config) == 0  # nothing is run again
     assert written == [(folder / f"seed_{seed}" / METRICS).read_bytes() for seed in (5, 6, 7)]
     assert capsys.readouterr().out.count("has ended") == 3
+
+
+def test_a_mistake_leaves_nothing_behind(tmp_path):
+    folder = tmp_path / "bad"
+    for wrong in ({"method": "local_sdg"}, {"seed": (1 << 32) - 1}, {"batch_size": 5000}):
+        with pytest.raises(ConfigurationError):
+            binary.train(dataclasses.replace(THREE, workdir=str(folder), **wrong))
+        assert not folder.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        binary.train(dataclasses.replace(THREE, workdir=str(tmp_path / "file" / "run")))

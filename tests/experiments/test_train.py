@@ -266,7 +266,9 @@ def test_text_is_learned_and_has_no_labels_to_go_by(tmp_path):
     assert lines[-1]["eval_accuracy"] > 0.1
     with pytest.raises(ConfigurationError, match=r"'sorted' goes by one label.*16\]"):
         run(dataclasses.replace(config, partition="sorted"), tmp_path / "sorted")
-    assert not (tmp_path / "sorted").exists()
+    with pytest.raises(ConfigurationError, match="mlp does not fit docstrings:16: outputs of"):
+        run(dataclasses.replace(config, model="mlp"), tmp_path / "mlp")
+    assert not (tmp_path / "sorted").exists() and not (tmp_path / "mlp").exists()
 
 
 class Normed(nnx.Module):

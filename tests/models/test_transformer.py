@@ -174,7 +174,7 @@ def test_workers_learn_alike_under_vmap_and_map():
     ("arguments", "sentence"),
     [
         ({"input_shape": (8, 8, 3)}, r"sequences of tokens \[length\]; .* shape \(8, 8, 3\)"),
-        ({"outputs": 1}, "2 tokens or more to tell apart, got 1"),
+        ({"outputs": 1}, "2 tokens or more apart, got 1"),
         ({"layers": 0}, "1 or more layers, got 0"),
         ({"heads": 0}, "1 or more heads, got 0"),
         ({"heads": 3}, "3 heads do not divide a width of 128"),
