@@ -27,6 +27,7 @@ class ExampleSource(Protocol):
 class ArraySource:
     """Examples that are in memory.
 
+    >>> import numpy as np
     >>> source = ArraySource({"inputs": np.eye(3), "targets": np.arange(3)})
     >>> len(source), source[2]
     (3, {'inputs': array([0., 0., 1.]), 'targets': np.int64(2)})
