@@ -3,11 +3,11 @@ them makes no difference to the numbers."""
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.build import Job
 from jaxlocal.data import Batches, Stream, make_batches
+from jaxlocal.evaluation import read_examples
 from jaxlocal.types import Tree
 
 
@@ -49,12 +49,7 @@ class Feed:
     def first(self, ticks: int) -> Tree:
         """The batches of the first ticks as they are stored, without augmentation."""
         index = self.batches.indices(0, ticks)
-        if not self._stream:
-            return index
-        source = self._dataset.train_source()
-        examples = source.__getitems__(index.reshape(-1).tolist())
-        stack = lambda *parts: np.stack(parts).reshape(index.shape + np.shape(parts[0]))
-        return jax.tree.map(stack, *examples)
+        return read_examples(self._dataset.train_source(), index) if self._stream else index
 
     def _make_stream(self) -> Stream:
         config = self.config

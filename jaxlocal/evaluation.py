@@ -85,7 +85,7 @@ class Evaluation:
         for start in range(0, total, size):
             places = np.arange(start, start + size).reshape(self._shape)
             rows = self._examples[places % total]
-            batches = rows if self._source is None else _read(self._source, rows)
+            batches = rows if self._source is None else read_examples(self._source, rows)
             batches, counts = jax.device_put((batches, places < total), sharding)
             yield (self._lookup(self._data, batches), counts)
 
@@ -202,7 +202,8 @@ def _size_of(example: Tree) -> int:
     return sum(np.asarray(x).nbytes for x in jax.tree.leaves(example))
 
 
-def _read(source: Any, rows: np.ndarray) -> Tree:
+def read_examples(source: Any, rows: np.ndarray) -> Tree:
+    """The examples of a source that an array of numbers names, leaves [*rows.shape, ...]."""
     numbers = rows.reshape(-1).tolist()
     at_once = getattr(source, "__getitems__", None)  # several, which files give faster
     examples = at_once(numbers) if at_once else [source[number] for number in numbers]
