@@ -158,8 +158,9 @@ def test_workers_that_do_not_move_leave_the_anchor_where_it_is(make, dtype):
 
 def test_slow_momentum_survives_warm_restarts():
     """Half-cosines to zero every 12 ticks: momentum in units of the gradient stays as it was."""
-    rate = lambda tick: 0.05 * (1 + jnp.cos(jnp.pi * (tick % 12) / 12))
-    inner = jaxlocal.scale_by_tick(lambda tick: jnp.where(tick % 12 == 11, 0.0, rate(tick)))
+    cosine = lambda tick: 0.05 * (1 + jnp.cos(jnp.pi * (tick % 12) / 12))
+    rate = lambda tick: jnp.where(tick % 12 == 11, 0.0, cosine(tick))
+    inner = jaxlocal.scale_by_tick(rate)
     outer = optax.sgd(1.0, momentum=0.7)
     models, _, _ = run(jaxlocal.slowmo(problems.grad_fn, inner, rate, 4, outer))
     local, _, _ = run(jaxlocal.local_sgd(problems.grad_fn, inner, 4))
