@@ -72,11 +72,43 @@ class Mixer(NamedTuple):
     against them: a size of 1 where the result does not depend on the axis. `axes` are the mesh axes
     over which the result is common. `messages(bits, layout)` says what one average of a message of
     so many bits costs, and raises ConfigurationError where the mixer does not fit the layout.
+    `gather(tree, world)` gives what the senders hold, leaves [senders, d or 1, ...], and their
+    weights [senders, d or 1], for messages that cannot be averaged as they are.
     """
 
     average: Callable[[Tree, World], Tree]
     axes: tuple[str, ...]
     messages: Callable[[int, Any], Messages]
+    gather: Callable[[Tree, World], tuple[Tree, Leaf]] | None = None
+
+
+class SecondMessage(NamedTuple):
+    """What a worker says when it has heard the average of the first message."""
+
+    settle: Callable[[Tree], Tree]  # heard -> known, what everyone makes of the average
+    encode: Callable[[Tree, Tree, Leaf], Tree]  # (x, known, key) -> payload
+    remember: Callable[[Tree, Tree], Tree]  # (memory, averaged payload) -> memory
+
+
+class Compressor(NamedTuple):
+    """A lossy message C(x), as the arrays that cross the wire.
+
+    All functions are of one worker's tree, leaves [...]; `like` may be arrays or their shapes. The
+    key is the same on all workers at one message; where the mask is not shared, `encode` is given
+    a key of the worker's own. A compressor of two messages decodes {**known, **payload}.
+    """
+
+    name: str  # as `compression.parse` reads it
+    init: Callable[[Tree], Tree]  # like -> memory; ConfigurationError where nothing of it fits
+    encode: Callable[[Tree, Tree, Leaf], Tree]  # (x, memory, key) -> payload
+    decode: Callable[..., Tree]  # (payload, key, onto, scale) -> onto + scale · C(x)
+    delta: Callable[[Tree], float]  # like -> δ: E‖C(x) − x‖² ≤ (1 − δ)‖x‖² for every x
+    ratio: float  # R as papers count it, small tensors and indices left out
+    averageable: bool  # the average of payloads is the payload of the average
+    shared_mask: bool  # the key alone says what is kept
+    unbiased: bool  # E C(x) is a multiple of x
+    granularity: str  # what is compressed by itself: "value", "chunk", "tensor" or "model"
+    second: SecondMessage | None = None
 
 
 class Stage(NamedTuple):
