@@ -1,8 +1,10 @@
 """jaxlocal: train one model on many workers that rarely talk."""
 
-from jaxlocal import mixing, periods, topology
+from jaxlocal import compression, mixing, periods, topology
+from jaxlocal.compressed import csea, cser, cser_pl, ef_sgd, qsparse_local_sgd, sparse_loco
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.local import accumulate, gradients, scale_by_tick
+from jaxlocal.gradient import accumulate, gradients
+from jaxlocal.local import scale_by_tick
 from jaxlocal.methods import (
     cooperative_sgd,
     data_parallel,
@@ -24,9 +26,14 @@ __all__ = [
     "Layout",
     "RoundFn",
     "accumulate",
+    "compression",
     "cooperative_sgd",
+    "csea",
+    "cser",
+    "cser_pl",
     "data_parallel",
     "diloco",
+    "ef_sgd",
     "gradients",
     "hl_sgd",
     "local_sgd",
@@ -35,8 +42,10 @@ __all__ = [
     "mll_sgd",
     "periods",
     "post_local_sgd",
+    "qsparse_local_sgd",
     "scale_by_tick",
     "slowmo",
+    "sparse_loco",
     "swap",
     "topology",
 ]

@@ -1,6 +1,7 @@
 """The local step: every worker takes a gradient on its own batch and an optimizer step of its
 own."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,10 +11,22 @@ import optax
 from jax import lax
 
 from jaxlocal.errors import ConfigurationError, lookup
-from jaxlocal.types import Info, Messages, Mixer, Stage, Tree
+from jaxlocal.exchange import (
+    add_single,
+    check_common,
+    check_exchange,
+    compressor_memory,
+    hear,
+    partial_sync,
+    said,
+    speak,
+)
+from jaxlocal.gradient import GradFn
+from jaxlocal.types import Compressor, Info, Memory, Messages, Mixer, Stage, Tree
 from jaxlocal.workers import (
     GRADIENT,
     RATE,
+    TICK_MESSAGE,
     WORKER_MAPS,
     over_workers,
     spread,
@@ -21,81 +34,6 @@ from jaxlocal.workers import (
     vary,
     worker_map_for,
 )
-
-GradFn = Callable[[Tree, Tree, Tree, jax.Array], tuple[Tree, Tree, dict[str, jax.Array]]]
-
-
-def gradients(loss: Callable, stateful: bool = False) -> GradFn:
-    """The gradient function of one worker, from its loss.
-
-    Args:
-      loss: `loss(params, batch, key)` → scalar. The key is the worker's own at this tick, for
-        dropout and the like. If `stateful`, `loss(params, model_state, batch, key)` → (scalar,
-        (model_state, metrics)), metrics being a dict of scalars.
-
-    Returns:
-      `grad_fn(params, model_state, batch, key)` → (gradients, model_state, metrics with "loss"
-      among them).
-
-    >>> grad_fn = gradients(lambda params, batch, key: params * batch)
-    >>> [float(x) for x in (grad_fn(2.0, {}, 3.0, None)[0], grad_fn(2.0, {}, 3.0, None)[2]["loss"])]
-    [3.0, 6.0]
-    """
-
-    def grad_fn(params, model_state, batch, key):
-        if stateful:
-            (value, (model_state, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
-                params, model_state, batch, key
-            )
-        else:
-            (value, grads), metrics = jax.value_and_grad(loss)(params, batch, key), {}
-        return grads, model_state, {"loss": value, **metrics}
-
-    return grad_fn
-
-
-def accumulate(grad_fn: GradFn, micro_batches: int) -> GradFn:
-    """The gradient of a worker's batch taken in so many parts, one after another, to save memory.
-
-    Gradients and metrics are means over the parts; where the loss is a mean over examples they are
-    those of the whole batch. What the model keeps is handed from part to part, and each part has a
-    random key of its own. Batches lead with the examples, in a number that the parts divide.
-
-    >>> grad_fn = gradients(lambda w, batch, key: jnp.mean((w - batch) ** 2))
-    >>> batch, key = jnp.array([1.0, 2.0, 3.0, 6.0]), jax.random.key(0)
-    >>> [float(f(0.0, {}, batch, key)[0]) for f in (grad_fn, accumulate(grad_fn, 2))]
-    [-6.0, -6.0]
-    """
-    if micro_batches < 1:
-        raise ConfigurationError(f"micro-batches must be at least 1, got {micro_batches}")
-
-    def accumulated(params, model_state, batch, key):
-        parts = jax.tree.map(lambda x: _parts(x, micro_batches), batch)
-
-        def add(carry, part):
-            sums, state = carry
-            number, examples = part
-            part_key = jax.random.fold_in(key, number)
-            grads, state, metrics = grad_fn(params, state, examples, part_key)
-            sums = jax.tree.map(lambda s, x: s + jnp.asarray(x, s.dtype), sums, (grads, metrics))
-            return vary((sums, state)), None
-
-        first = jax.tree.map(lambda x: x[0], parts)
-        grads, _, metrics = jax.eval_shape(grad_fn, params, model_state, first, key)
-        wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-        start = vary((jax.tree.map(wide, (grads, metrics)), model_state))
-        (sums, model_state), _ = lax.scan(add, start, (jnp.arange(micro_batches), parts))
-        means, metrics = jax.tree.map(lambda total: total / micro_batches, sums)
-        return jax.tree.map(lambda g, x: g.astype(x.dtype), means, grads), model_state, metrics
-
-    return grad_fn if micro_batches == 1 else accumulated
-
-
-def _parts(examples: jax.Array, count: int) -> jax.Array:
-    if examples.ndim == 0 or len(examples) % count:
-        size = len(examples) if examples.ndim else "one value without a batch axis"
-        raise ConfigurationError(f"a batch of {size} does not divide into {count} micro-batches")
-    return examples.reshape(count, -1, *examples.shape[1:])
 
 
 def scale_by_tick(schedule: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -122,11 +60,21 @@ def tick(
     optimizer: optax.GradientTransformation,
     gradient_mixer: Mixer | None = None,
     worker_map: str | None = None,
+    update_mixer: Mixer | None = None,
+    compressor: Compressor | None = None,
 ) -> Stage:
     """One tick: each worker i takes x_i ← optimizer(x_i, g_i) with probability p_i, else it stays.
 
-    With a gradient mixer the gradients are averaged before the optimizer, every worker takes the
-    step, and a worker that skips its tick contributes a gradient of zero.
+    With a gradient mixer the gradients (or Σ a_j C(g_j), without feedback of what that loses) are
+    averaged before the optimizer, every worker takes the step, and a worker that skips its tick
+    contributes a gradient of zero.
+
+    With an update mixer the optimizers' updates u_i are partially synchronised:
+
+        x_i ← x_i + Σ_j a_j C(u_j) + u_i − C(u_i);  an anchor that exists moves by Σ_j a_j C(u_j)
+
+    A worker that skips its tick then says an update of zero, keeps its optimizer's state, and
+    hears the others' as ever.
 
     Args:
       grad_fn: as `gradients` makes it; batches of indices are looked up in `world.data` before it
@@ -134,6 +82,7 @@ def tick(
       optimizer: any optax transformation; mapped over workers, so that norms are a worker's own. It
         is told the tick, and the loss and gradient as `value` and `grad`.
       worker_map: "vmap" or "map"; by default what is fast for this function on this backend.
+      compressor: C, of what the mixer averages; the updates' must be given.
 
     Reports per worker "active" (1 where it took its step) and the metrics of grad_fn (0 where it
     did not).
@@ -141,6 +90,13 @@ def tick(
     if worker_map is not None:
         lookup("worker map", worker_map, WORKER_MAPS)
     update_fn = optax.with_extra_args_support(optimizer).update
+    mixer = update_mixer or gradient_mixer
+    _check_sync(gradient_mixer, update_mixer, compressor)
+
+    def init(state):
+        if compressor is None:
+            return ()
+        return Memory(stacked=compressor_memory(compressor, state.params))
 
     def apply(state, memory, batches, world):
         batch = jax.tree.map(lambda b: b[0], batches)
@@ -149,21 +105,45 @@ def tick(
         mode = worker_map or worker_map_for(
             one.gradient, *jax.tree.map(lambda x: x[0, 0], arguments)
         )
-        if gradient_mixer is None:
+        if mixer is None:
             return _local_step(one, state, memory, batch, world, mode)
-        return _averaged_step(one, state, memory, batch, world, mode, gradient_mixer)
+        step = _exchanged_step if update_mixer else _averaged_step
+        return step(one, state, memory, batch, world, mode, mixer, compressor)
 
     def traffic(state, layout):
-        return gradient_mixer.messages(bits(state.params), layout) if gradient_mixer else Messages()
+        if mixer is None:
+            return Messages()
+        if compressor is None:
+            return mixer.messages(bits(state.params), layout)
+        return said(mixer, compressor, state.params, layout)
 
-    return Stage(lambda state: (), apply, 1, traffic)
+    return Stage(init, apply, 1, traffic)
+
+
+def _check_sync(gradient_mixer, update_mixer, compressor):
+    if gradient_mixer and update_mixer:
+        raise ConfigurationError("a tick averages gradients or updates, and both were asked for")
+    if (compressor is None) if update_mixer else (compressor and not gradient_mixer):
+        raise ConfigurationError(
+            "updates are averaged with a compressor, and a compressor needs a mixer"
+        )
+    if compressor:
+        check_exchange(update_mixer or gradient_mixer, compressor)
+    if update_mixer:
+        check_common("a partial synchronisation of updates", update_mixer)
+    if compressor and gradient_mixer and not compressor.unbiased:
+        warnings.warn(
+            f"{compressor.name} is biased, and without error feedback what it leaves out of the "
+            f"gradients is lost: such a run may stall or diverge where ef_sgd and cser converge",
+            stacklevel=4,
+        )
 
 
 class _OneWorker(NamedTuple):
     """What a worker does at this tick."""
 
     gradient: Callable  # (params, model_state, batch, worker) -> (grads, model_state, metrics)
-    update: Callable  # (grads, opt_state, params, loss) -> (params, opt_state)
+    update: Callable  # (grads, opt_state, params, loss) -> (updates, opt_state)
     active: Callable  # (worker, rate) -> whether it takes its step; True where all always do
 
 
@@ -174,8 +154,7 @@ def _one_worker(grad_fn, update_fn, state, world) -> _OneWorker:
 
     def update(grads, opt_state, params, loss):
         told = {"tick": state.tick, "value": loss, "grad": grads}
-        updates, opt_state = update_fn(grads, opt_state, params, **told)
-        return optax.apply_updates(params, updates), opt_state
+        return update_fn(grads, opt_state, params, **told)
 
     def active(worker, rate):
         if rate is None:
@@ -188,19 +167,28 @@ def _one_worker(grad_fn, update_fn, state, world) -> _OneWorker:
 
 def _local_step(one, state, memory, batch, world, mode):
     """Gradient and update in one pass over the workers, so that a loop keeps one gradient alive."""
+    step = _stepped(one, mode, optax.apply_updates, lambda params: params)
+    places = (state.params, state.opt_state, state.model_state, batch, world.worker, world.rate)
+    return _advance(state, memory, *over_workers(step, mode)(*places))
+
+
+def _stepped(one, mode, taken, stayed):
+    """The step of one worker, if it takes it: (what `taken(params, updates)` makes of it or else
+    `stayed(params)`, its optimizer's state, model state and metrics)."""
 
     def step(params, opt_state, model_state, batch, worker, rate):
         on = one.active(worker, rate)
 
         def take():
             grads, new_state, metrics = one.gradient(params, model_state, batch, worker)
-            new_params, new_opt_state = one.update(grads, opt_state, params, metrics.get("loss"))
-            return vary((new_params, new_opt_state, new_state, {**metrics, "active": jnp.ones(())}))
+            updates, new_opt_state = one.update(grads, opt_state, params, metrics.get("loss"))
+            metrics = {**metrics, "active": jnp.ones(())}
+            return vary((taken(params, updates), new_opt_state, new_state, metrics))
 
         def stay():
             metrics = jax.eval_shape(take)[3]
             nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics)
-            return vary((params, opt_state, model_state, nothing))
+            return vary((stayed(params), opt_state, model_state, nothing))
 
         if on is True:
             return take()
@@ -208,13 +196,10 @@ def _local_step(one, state, memory, batch, world, mode):
             return jax.tree.map(lambda a, b: jnp.where(on, a, b), take(), stay())
         return lax.cond(on, take, stay)
 
-    stepped = over_workers(step, mode)(
-        state.params, state.opt_state, state.model_state, batch, world.worker, world.rate
-    )
-    return _advance(state, memory, *stepped)
+    return step
 
 
-def _averaged_step(one, state, memory, batch, world, mode, mixer):
+def _averaged_step(one, state, memory, batch, world, mode, mixer, compressor):
     """All gradients, their average, all updates: the collective stays outside of any cond."""
 
     def masked(params, model_state, batch, worker, rate):
@@ -225,13 +210,56 @@ def _averaged_step(one, state, memory, batch, world, mode, mixer):
         metrics = {**jax.tree.map(mask, metrics), "active": on.astype(jnp.float32)}
         return jax.tree.map(mask, grads), new_state, metrics
 
+    def step(grads, opt_state, params, loss):
+        updates, opt_state = one.update(grads, opt_state, params, loss)
+        return optax.apply_updates(params, updates), opt_state
+
     grads, model_state, metrics = over_workers(masked, mode)(
         state.params, state.model_state, batch, world.worker, world.rate
     )
-    told = (grads, metrics.get("loss"))
-    grads, loss = spread(mixer.average(told, world), told)
-    params, opt_state = over_workers(one.update, mode)(grads, state.opt_state, state.params, loss)
+    loss = metrics.get("loss")
+    if compressor is None:
+        grads, loss = spread(mixer.average((grads, loss), world), (grads, loss))
+    else:
+        key = stream(state.key, TICK_MESSAGE, state.tick)
+        synced = partial_sync(mixer, compressor, grads, memory.stacked, key, world)
+        nothing = jax.tree.map(lambda x: jnp.zeros_like(x[:1, :1]), grads)
+        grads, memory = spread(synced.add(nothing), grads), Memory(stacked=synced.memory)
+        loss = spread(mixer.average(loss, world), loss)
+    params, opt_state = over_workers(step, mode)(grads, state.opt_state, state.params, loss)
     return _advance(state, memory, params, opt_state, model_state, metrics)
+
+
+def _exchanged_step(one, state, memory, batch, world, mode, mixer, compressor):
+    """All updates, their partial synchronisation.
+
+    A worker applies what it does not say at once, so that a loop over workers keeps one update
+    alive; a compressor of two messages has to wait for the answer to the first.
+    """
+    key = stream(state.key, TICK_MESSAGE, state.tick)
+    update = _stepped(one, mode, lambda params, updates: updates, _zeros)
+    places = (state.params, state.opt_state, state.model_state, batch, world.worker, world.rate)
+
+    def speaking(kept, params, *rest):
+        updates, *new = update(params, *rest)
+        payload, residual = speak(compressor, updates, kept, key, rest[-2])
+        return payload, optax.apply_updates(params, residual), *new
+
+    if compressor.second is None:
+        payload, params, *new = over_workers(speaking, mode)(memory.stacked, *places)
+        add = hear(mixer, compressor, payload, state.params, key, world)
+    else:
+        updates, *new = over_workers(update, mode)(*places)
+        synced = partial_sync(mixer, compressor, updates, memory.stacked, key, world)
+        params = optax.apply_updates(state.params, synced.residual)
+        add, memory = synced.add, Memory(stacked=synced.memory)
+    if jax.tree.leaves(state.anchor):
+        state = state._replace(anchor=add_single(add, state.anchor))
+    return _advance(state, memory, add(params), *new)
+
+
+def _zeros(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
 
 
 def _advance(state, memory, params, opt_state, model_state, metrics):

@@ -5,10 +5,11 @@ Symbols: K workers in D hubs of N; x_i the model of worker i, a_i its weight, p_
 that it takes its step at a tick; η the learning rate; H the ticks of a round; τ the ticks between
 hub averages and q the hub averages between two mixings of hubs.
 
-Each takes `grad_fn` (see `local.gradients`) and any optax optimizer, of which every worker runs its
-own. At a synchronisation `optimizer_state` says whether the workers' optimizer states are kept,
+Each takes `grad_fn` (see `gradient.gradients`) and any optax optimizer, of which every worker runs
+its own. At a synchronisation `optimizer_state` says whether the workers' optimizer states are kept,
 averaged or reset, and `model_state` whether what models keep besides parameters, such as batch
-statistics, is kept or averaged. `options` are those of the tick: `worker_map`.
+statistics, is kept or averaged. `options` are those of the tick: `worker_map`. Methods whose
+messages are compressed are in `compressed`.
 """
 
 import numpy as np
@@ -16,20 +17,30 @@ import optax
 
 from jaxlocal import mixing, periods, topology
 from jaxlocal.compose import repeat, sequence
-from jaxlocal.local import GradFn, tick
+from jaxlocal.feedback import send_compressed
+from jaxlocal.gradient import GradFn
+from jaxlocal.local import tick
 from jaxlocal.syncing import outer_step, sync, sync_model_state
-from jaxlocal.types import Period, Rounds
+from jaxlocal.types import Compressor, Period, Rounds
 from jaxlocal.workers import Layout
 
 
 def data_parallel(
-    grad_fn: GradFn, optimizer: optax.GradientTransformation, model_state: str = "keep", **options
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    model_state: str = "keep",
+    compressor: Compressor | None = None,
+    **options,
 ) -> Rounds:
     """Data parallelism: gradients are averaged at every tick, before the optimizer.
 
-    every tick:  g ← Σ a_i g_i;  x ← optimizer(x, g), the same on every worker
+        every tick:  g ← Σ a_i C(g_i);  x ← optimizer(x, g), the same on every worker
+
+    Args:
+      compressor: C, without feedback of what it leaves out: QSGD with `compression.qsgd`. By
+        default gradients are averaged whole.
     """
-    step = tick(grad_fn, optimizer, gradient_mixer=mixing.mean(), **options)
+    step = tick(grad_fn, optimizer, gradient_mixer=mixing.mean(), compressor=compressor, **options)
     return Rounds(
         step, sync_model_state(mixing.mean(), model_state), optimizer, periods.constant(1)
     )
@@ -56,7 +67,7 @@ def local_sgd(
     """
     step = tick(grad_fn, optimizer, **options)
     average = sync(mixing.mean(), optimizer_state, optimizer, model_state)
-    return Rounds(step, average, optimizer, _period(period))
+    return Rounds(step, average, optimizer, periods.of(period))
 
 
 def post_local_sgd(
@@ -91,6 +102,7 @@ def mll_sgd(
     hub_period: int | Period,
     optimizer_state: str = "keep",
     model_state: str = "keep",
+    compressor: Compressor | None = None,
     **options,
 ) -> Rounds:
     """Multi-Level Local SGD: workers average in their hub, hubs mix with their neighbours.
@@ -103,17 +115,20 @@ def mll_sgd(
       matrix: H [D, D], see `topology.mixing_matrix`.
       local_steps: τ, ticks.
       hub_period: q, hub averages; or a rule for the ticks of a round, in multiples of τ.
+      compressor: of what workers say to their hub, with error feedback; hubs mix whole models.
 
     Source: Castiglia, Das, Patterson, ICLR 2021, https://arxiv.org/abs/2007.13819. Differs from the
     released code, whose hubs mix in place, one after another; here they mix at once, as in the
     paper's Algorithm 1.
     """
     state = (optimizer_state, optimizer, model_state)
-    inner = sequence(
-        repeat(tick(grad_fn, optimizer, **options), local_steps), sync(mixing.hub_mean(), *state)
-    )
+    ticks = repeat(tick(grad_fn, optimizer, **options), local_steps)
+    if compressor is None:
+        inner = sequence(ticks, sync(mixing.hub_mean(), *state))
+    else:
+        inner = send_compressed(mixing.hub_mean(), compressor, None, 1.0, ticks, *state)
     period = hub_period if isinstance(hub_period, Period) else hub_period * local_steps
-    return Rounds(inner, sync(mixing.hub_diffusion(matrix), *state), optimizer, _period(period))
+    return Rounds(inner, sync(mixing.hub_diffusion(matrix), *state), optimizer, periods.of(period))
 
 
 def hl_sgd(
@@ -153,7 +168,7 @@ def cooperative_sgd(
     step = tick(grad_fn, optimizer, **options)
     mixer = mixing.hub_diffusion(matrix, workers_per_hub=1)
     mix = sync(mixer, optimizer_state, optimizer, model_state)
-    return Rounds(step, mix, optimizer, _period(period))
+    return Rounds(step, mix, optimizer, periods.of(period))
 
 
 def slowmo(
@@ -191,7 +206,7 @@ def slowmo(
         tick(grad_fn, optimizer, **options),
         outer_step(mixing.mean(), outer, learning_rate, *state),
         optimizer,
-        _period(period),
+        periods.of(period),
     )
 
 
@@ -225,9 +240,5 @@ def diloco(
         tick(grad_fn, optimizer, **options),
         outer_step(mixing.mean(), outer, None, *state),
         optimizer,
-        _period(period),
+        periods.of(period),
     )
-
-
-def _period(period: int | Period) -> Period:
-    return period if isinstance(period, Period) else periods.constant(period)

@@ -7,7 +7,7 @@ from jax import lax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.topology import check_mixing
-from jaxlocal.types import Messages, Mixer, Tree, World
+from jaxlocal.types import Leaf, Messages, Mixer, Tree, World
 from jaxlocal.workers import AXES, Layout, weighted_sum
 
 
@@ -23,7 +23,14 @@ def mean() -> Mixer:
     def messages(bits: int, layout: Layout) -> Messages:
         return Messages(workers=bits * (layout.workers_per_hub > 1), hubs=bits * (layout.hubs - 1))
 
-    return Mixer(average, AXES, messages)
+    def gather(tree: Tree, world: World) -> tuple[Tree, Leaf]:
+        def one(x):
+            x = x.reshape((-1,) + x.shape[2:])
+            return lax.all_gather(x, AXES, axis=0, tiled=True, to="invarying")[:, None]
+
+        return jax.tree.map(one, tree), one(world.weight)
+
+    return Mixer(average, AXES, messages, gather)
 
 
 def hub_mean() -> Mixer:
@@ -37,7 +44,14 @@ def hub_mean() -> Mixer:
     def messages(bits: int, layout: Layout) -> Messages:
         return Messages(workers=bits * (layout.workers_per_hub > 1))
 
-    return Mixer(average, ("workers",), messages)
+    def gather(tree: Tree, world: World) -> tuple[Tree, Leaf]:
+        def one(x):
+            x = jnp.moveaxis(x, 1, 0)
+            return lax.all_gather(x, "workers", axis=0, tiled=True, to="invarying")
+
+        return jax.tree.map(one, tree), one(world.hub_share)
+
+    return Mixer(average, ("workers",), messages, gather)
 
 
 def hub_diffusion(matrix: np.ndarray, workers_per_hub: int | None = None) -> Mixer:

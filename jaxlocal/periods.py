@@ -33,6 +33,11 @@ def constant(ticks: int) -> Period:
     return Period(lambda tick, remaining: min(ticks, remaining), f"constant, H = {ticks}")
 
 
+def of(period: Period | int) -> Period:
+    """A rule as it is, and a number of ticks as the constant rule."""
+    return period if isinstance(period, Period) else constant(period)
+
+
 def power(
     schedule: optax.ScalarOrSchedule,
     coefficient: float,

@@ -8,6 +8,7 @@ import optax
 from jax import lax
 
 from jaxlocal.errors import ConfigurationError, lookup
+from jaxlocal.exchange import check_common
 from jaxlocal.local import bits
 from jaxlocal.types import Info, Memory, Messages, Mixer, Stage, TrainState, World
 from jaxlocal.workers import AXES, over_workers, spread, vary
@@ -33,7 +34,7 @@ def sync(
     model_state: str = "keep",
 ) -> Stage:
     """x_i ← Σ_j W_ji x_j for every worker; an anchor that exists moves along where the mixer makes
-    all workers common.
+    all workers common. `feedback.sync_partly` says only a part of the models.
 
     Args:
       mixer: W.
@@ -45,7 +46,7 @@ def sync(
       model_state: "keep" every worker's own (batch statistics, say), or "average" its
         floating-point values, which is said to others and counted.
     """
-    others = _Others(optimizer_state, optimizer, model_state)
+    others = Others(optimizer_state, optimizer, model_state)
 
     def apply(state, memory, batches, world):
         params = mixer.average(state.params, world)
@@ -84,12 +85,8 @@ def outer_step(
     Raises:
       ConfigurationError: the mixer leaves workers unlike, so that there is no anchor.
     """
-    if set(mixer.axes) != set(AXES):
-        raise ConfigurationError(
-            f"an outer step needs a mixer that makes all workers common, over the axes {AXES}; "
-            f"this one does over {mixer.axes}"
-        )
-    others = _Others(optimizer_state, optimizer, model_state)
+    check_common("an outer step", mixer)
+    others = Others(optimizer_state, optimizer, model_state)
     update = optax.with_extra_args_support(outer_optimizer).update
 
     def init(state):
@@ -116,7 +113,7 @@ def outer_step(
 
 def sync_model_state(mixer: Mixer, model_state: str = "average") -> Stage:
     """Averages what models keep besides parameters, for methods whose parameters are alike."""
-    others = _Others("keep", None, model_state)
+    others = Others("keep", None, model_state)
     if model_state == "keep":
         return NOTHING
 
@@ -144,7 +141,7 @@ def _mean_rate(learning_rate, began, tick):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Others:
+class Others:
     """What a synchronisation does to the workers' state besides their parameters."""
 
     optimizer_state: str

@@ -23,7 +23,7 @@ STACKED, SINGLE = P(*AXES), P()
 
 # What a random stream is for. Numbers are part of the format of a run: a new purpose takes a new
 # number.
-GRADIENT, RATE = 0, 1
+GRADIENT, RATE, TICK_MESSAGE, ROUND_MESSAGE = 0, 1, 2, 3
 
 WORKER_MAPS: dict[str, Callable] = {"vmap": lambda fn, trees: jax.vmap(fn)(trees), "map": lax.map}
 

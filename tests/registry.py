@@ -15,6 +15,7 @@ import optax
 
 import jaxlocal
 from jaxlocal import Layout, topology
+from jaxlocal.compression import parse
 from jaxlocal.types import Rounds
 
 BATCH = 4
@@ -34,6 +35,11 @@ class Entry(NamedTuple):
     build: Callable[[Callable, optax.GradientTransformation], Rounds]
     layout: Layout
     ticks: int = 4  # of one round
+    half: bool = True  # whether it takes parameters in half precision
+
+    def params(self):
+        whole = lambda x: x if self.half else x.astype(jnp.float32)
+        return jax.tree.map(whole, params())
 
 
 FLAT, HUBS, PAIRS, ALONE = layout(1, 8), layout(4, 2), layout(2, 4), layout(8, 1)
@@ -61,6 +67,43 @@ METHODS = {
         FLAT,
     ),
     "diloco": Entry(lambda g, o: jaxlocal.diloco(g, o, 4, optax.adam(0.1), "average"), FLAT),
+    "data_parallel-qsgd": Entry(
+        lambda g, o: jaxlocal.data_parallel(g, o, compressor=parse("qsgd:4")), FLAT, ticks=1
+    ),
+    "ef_sgd": Entry(lambda g, o: jaxlocal.ef_sgd(g, o, parse("sign")), FLAT, ticks=1),
+    "qsparse_local_sgd": Entry(
+        lambda g, o: jaxlocal.qsparse_local_sgd(g, o, parse("powersgd:1"), 4, "average"), FLAT
+    ),
+    "cser": Entry(
+        lambda g, o: jaxlocal.cser(g, o, parse("top_k:3"), parse("int8"), 4), FLAT, half=False
+    ),
+    "cser-powersgd": Entry(
+        lambda g, o: jaxlocal.cser(g, o, parse("powersgd:1"), parse("powersgd:1"), 4),
+        FLAT,
+        half=False,
+    ),
+    "cser-2": Entry(
+        lambda g, o: jaxlocal.cser(g, o, parse("grbs:2"), parse("random_k:2"), 4, 2), FLAT
+    ),
+    "csea": Entry(
+        lambda g, o: jaxlocal.csea(g, o, parse("grbs:2"), "average"), FLAT, ticks=1, half=False
+    ),
+    "cser_pl": Entry(
+        lambda g, o: jaxlocal.cser_pl(g, o, parse("grbs:2+bfloat16"), 4), FLAT, half=False
+    ),
+    "sparse_loco": Entry(
+        lambda g, o: jaxlocal.sparse_loco(g, o, parse("top_k:2+qsgd:2"), 4, optax.adam(0.1)), FLAT
+    ),
+    "mll_sgd-grbs": Entry(
+        lambda g, o: jaxlocal.mll_sgd(
+            g, o, matrix("ring", HUBS), 2, 1, "reset", "average", parse("grbs:2")
+        ),
+        HUBS,
+        2,
+    ),
+    "hl_sgd-top_k": Entry(
+        lambda g, o: jaxlocal.hl_sgd(g, o, PAIRS, 1, 4, compressor=parse("top_k:2:model")), PAIRS
+    ),
 }
 OPTIMIZERS = {
     "momentum": optax.chain(optax.trace(0.9), jaxlocal.scale_by_tick(lambda t: 0.1 / (1 + t))),
@@ -84,6 +127,17 @@ CASES = [
     ("cooperative_sgd", "momentum"),
     ("slowmo", "momentum"),
     ("diloco", "adamw"),
+    ("data_parallel-qsgd", "momentum"),
+    ("ef_sgd", "momentum"),
+    ("qsparse_local_sgd", "adamw"),
+    ("cser", "adamw"),
+    ("cser-powersgd", "momentum"),
+    ("cser-2", "momentum"),
+    ("csea", "momentum"),
+    ("cser_pl", "adamw"),
+    ("sparse_loco", "adamw"),
+    ("mll_sgd-grbs", "adamw"),
+    ("hl_sgd-top_k", "momentum"),
 ]
 
 

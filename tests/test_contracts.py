@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from registry import METHODS, OPTIMIZERS
 
 import jaxlocal
-from jaxlocal import Layout, RoundFn, compose, methods, mixing
+from jaxlocal import Layout, RoundFn, compose, compressed, methods, mixing
 from jaxlocal.local import tick
 from jaxlocal.syncing import NOTHING
 from jaxlocal.types import Info, Memory, Messages, Rounds, Stage, TrainState
@@ -49,8 +49,8 @@ def described(state: TrainState):
     )
 
 
-def start(round_fn: RoundFn, seed: int = 0) -> TrainState:
-    return round_fn.init(registry.params(), jax.random.key(seed), registry.model_state())
+def start(entry: registry.Entry, round_fn: RoundFn, seed: int = 0) -> TrainState:
+    return round_fn.init(entry.params(), jax.random.key(seed), registry.model_state())
 
 
 def as_numbers(tree):
@@ -75,7 +75,7 @@ def case(request):
 
     grad_fn = jaxlocal.gradients(loss, stateful=True)
     round_fn = RoundFn(entry.build(grad_fn, OPTIMIZERS[optimizer]), entry.layout)
-    state = start(round_fn)
+    state = start(entry, round_fn)
     before, batches = described(state), registry.batches(entry.layout, 0, entry.ticks)
     with compilations.counted() as compiled:
         state, info = round_fn(state, batches)
@@ -85,8 +85,9 @@ def case(request):
 def test_every_method_is_in_the_registry():
     public = {
         name
-        for name, value in inspect.getmembers(methods, inspect.isfunction)
-        if value.__module__ == methods.__name__ and not name.startswith("_")
+        for module in (methods, compressed)
+        for name, value in inspect.getmembers(module, inspect.isfunction)
+        if value.__module__ == module.__name__ and not name.startswith("_")
     }
     listed = {method.split("-")[0] for method, _ in registry.CASES}
     assert public == listed
@@ -119,7 +120,7 @@ def test_reports_lead_with_ticks_and_the_worker_grid(case):
 
 
 def test_four_more_rounds_trace_and_compile_nothing(case):
-    traced, state = case.traces[0], start(case.round_fn)
+    traced, state = case.traces[0], start(case.entry, case.round_fn)
     with compilations.counted() as compiled:
         run(case, state, 4)
     # The inner stage and, unless that is nothing, what ends the round. Of each trace one may be for
@@ -131,18 +132,18 @@ def test_four_more_rounds_trace_and_compile_nothing(case):
 
 
 def test_the_users_parameters_and_key_outlive_the_donated_state(case):
-    params, key, model_state = registry.params(), jax.random.key(5), registry.model_state()
+    params, key, model_state = case.entry.params(), jax.random.key(5), registry.model_state()
     first = case.round_fn.init(params, key, model_state)
     run(case, first, 1)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
     assert_same_bits(
         (params, key, model_state),
-        (registry.params(), jax.random.key(5), registry.model_state()),
+        (case.entry.params(), jax.random.key(5), registry.model_state()),
     )
 
 
 def test_a_run_restored_from_a_numpy_file_continues_bit_for_bit(case, tmp_path):
-    state, _ = run(case, start(case.round_fn), 2)
+    state, _ = run(case, start(case.entry, case.round_fn), 2)
     np.savez(tmp_path / "state.npz", *jax.tree.leaves(as_numbers(state)))
     stored = np.load(tmp_path / "state.npz")
 
@@ -163,8 +164,8 @@ def test_a_run_restored_from_a_numpy_file_continues_bit_for_bit(case, tmp_path):
 
 
 def test_what_a_round_reports_is_not_fed_back(case):
-    kept, _ = run(case, start(case.round_fn), 3)
-    state = start(case.round_fn)
+    kept, _ = run(case, start(case.entry, case.round_fn), 3)
+    state = start(case.entry, case.round_fn)
     for number in range(3):
         state, (info,) = run(case, state, 1, first=number)
         for leaf in jax.tree.leaves(info):
@@ -173,9 +174,9 @@ def test_what_a_round_reports_is_not_fed_back(case):
 
 
 def test_one_seed_gives_one_run_and_another_seed_another(case):
-    one, infos = run(case, start(case.round_fn, seed=1), 2)
-    again, same_infos = run(case, start(case.round_fn, seed=1), 2)
-    other, other_infos = run(case, start(case.round_fn, seed=2), 2)
+    one, infos = run(case, start(case.entry, case.round_fn, seed=1), 2)
+    again, same_infos = run(case, start(case.entry, case.round_fn, seed=1), 2)
+    other, other_infos = run(case, start(case.entry, case.round_fn, seed=2), 2)
     assert_same_bits((one, infos), (again, same_infos))
     assert (as_numbers(one.params["matrix"]) != as_numbers(other.params["matrix"])).any()
     # The noise of the loss differs at the first tick already, where parameters are still alike.
@@ -192,7 +193,7 @@ def test_metrics_of_the_loss_change_no_bit_of_the_run():
     for loss in (registry.loss, silent):
         rounds = entry.build(jaxlocal.gradients(loss, stateful=True), OPTIMIZERS["adamw"])
         round_fn = RoundFn(rounds, entry.layout)
-        ends.append(round_fn(start(round_fn), registry.batches(entry.layout, 0, 4))[0])
+        ends.append(round_fn(start(entry, round_fn), registry.batches(entry.layout, 0, 4))[0])
     assert_same_bits(*ends)
 
 

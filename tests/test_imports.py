@@ -21,9 +21,10 @@ FLOORS = (
     ("errors", "types", "workers"),
     ("topology", "mixing", "periods", "compose"),
     ("compression",),
-    ("local",),
-    ("syncing",),
-    ("methods",),
+    ("exchange",),
+    ("gradient", "local"),
+    ("syncing", "feedback"),
+    ("methods", "compressed"),
     ("rounds", "training", "evaluation", "checkpoints"),
 )
 # Beside the floors: a package, and what of the rest it may import.

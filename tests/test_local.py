@@ -12,7 +12,8 @@ import pytest
 import jaxlocal
 from jaxlocal import Layout, RoundFn, make_mesh, mixing, periods
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.local import bits, fetch, gradients, scale_by_tick, tick
+from jaxlocal.gradient import gradients
+from jaxlocal.local import bits, fetch, scale_by_tick, tick
 from jaxlocal.syncing import NOTHING
 from jaxlocal.types import Messages, Rounds
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-PROGRAM, WITH_NNX, WITH_CHECKPOINTS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PROGRAM, WITH_NNX, WITH_CHECKPOINTS, COMPRESSED = re.findall(
+    r"```python\n(.*?)```", README, re.DOTALL
+)
 
 
 def test_the_program_of_the_readme_finds_its_target(capsys):
@@ -36,6 +38,14 @@ def test_the_third_program_saves_and_goes_on(tmp_path, monkeypatch, capsys):
     shutil.rmtree(tmp_path / "my_run" / "200")
     exec(program, {})
     assert capsys.readouterr().out.splitlines()[-1] == last  # of ticks 150 to 200 only
+
+
+def test_the_fourth_program_counts_what_is_said(capsys):
+    exec(compile(PROGRAM + WITH_NNX + COMPRESSED, "README.md", "exec"), {})
+    *_, last = capsys.readouterr().out.splitlines()
+    model, blocks, entries = 512 * 256 + 256, 2048 + 4, (2048 + 4) * 32 + 2048 * 16 + 4 * 8
+    factors = 4 * (512 + 256) + 256
+    assert eval(last) == [32 * model, 32 * blocks, entries, 32 * factors]
 
 
 def test_the_program_is_a_loop_of_fifteen_lines():

@@ -1,0 +1,215 @@
+"""What ends a round in compressed messages: stages that take no ticks, and lose nothing of what
+they do not say."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlocal.compose import sequence
+from jaxlocal.errors import ConfigurationError
+from jaxlocal.exchange import (
+    add_single,
+    check_common,
+    check_exchange,
+    compressor_memory,
+    partial_sync,
+    said,
+)
+from jaxlocal.local import bits
+from jaxlocal.syncing import Others
+from jaxlocal.types import Compressor, Info, Memory, Mixer, Stage
+from jaxlocal.workers import AXES, ROUND_MESSAGE, spread, stream
+
+
+def sync_partly(
+    mixer: Mixer,
+    compressor: Compressor,
+    model_state: str = "keep",
+    purpose: int = ROUND_MESSAGE,
+) -> Stage:
+    """Partial synchronisation of models: x_i ← Σ_j W_ji C(x_j) + x_i − C(x_i).
+
+    Averages the part of the models that C keeps; what it does not keep stays each worker's own.
+    With hub averages the workers of a hub differ afterwards, so that `mixing.hub_diffusion`, which
+    takes them to be alike, must not follow.
+
+    Args:
+      purpose: that of the random stream which the mask is drawn from.
+    """
+    check_exchange(mixer, compressor)
+    others = Others("keep", None, model_state)
+
+    def apply(state, memory, batches, world):
+        key = stream(state.key, purpose, state.tick)
+        synced = partial_sync(mixer, compressor, state.params, memory.stacked, key, world)
+        state = state._replace(params=synced.add(synced.residual))
+        return others.treat(state, mixer, world), Memory(stacked=synced.memory), Info()
+
+    init = lambda state: Memory(stacked=compressor_memory(compressor, state.params))
+    return Stage(init, apply, 0, _traffic(mixer, compressor, others))
+
+
+def send_compressed(
+    mixer: Mixer,
+    compressor: Compressor,
+    outer_optimizer: optax.GradientTransformation | None = None,
+    error_decay: float = 1.0,
+    after: Stage | None = None,
+    optimizer_state: str = "keep",
+    optimizer: optax.GradientTransformation | None = None,
+    model_state: str = "keep",
+) -> Stage:
+    """Error feedback: what a message leaves out is added to the next one.
+
+        p_i = γ e_i + x_i − y;  y ← y + Σ_j W_ji C(p_j);  e_i ← p_i − C(p_i);  x_i ← y
+
+    y is the model from which the workers started: the anchor or, where the mixer makes only the
+    workers of a hub common, the hub's model before the stage `after`.
+
+    Args:
+      compressor: C.
+      outer_optimizer: makes the step of y from the pseudo-gradient −Σ W_ji C(p_j); by default y
+        moves by the whole of what is heard. It is told the run's tick, for `scale_by_tick`.
+      error_decay: γ.
+      after: the stage that ends with this message.
+      optimizer_state, optimizer, model_state: what happens to the workers' own, as in
+        `syncing.sync`.
+
+    Raises:
+      ConfigurationError: a mixer over hubs without the stage since they were alike, or with an
+        outer optimizer, which needs an anchor.
+    """
+    check_exchange(mixer, compressor)
+    if not 0 <= error_decay <= 1:
+        raise ConfigurationError(f"the decay of errors must be in [0, 1], got {error_decay}")
+    others = Others(optimizer_state, optimizer, model_state)
+    if set(mixer.axes) == set(AXES):
+        stage = _from_anchor(mixer, compressor, outer_optimizer, error_decay, others)
+        return sequence(after, stage) if after else stage
+    if after is None or outer_optimizer:
+        check_common("error feedback from an anchor", mixer)
+    if "workers" not in mixer.axes:
+        raise ConfigurationError(
+            f"error feedback needs a mixer that makes the workers of a hub common; this one does "
+            f"over {mixer.axes}"
+        )
+    return _from_start(mixer, compressor, error_decay, after, others)
+
+
+def reset_error(mixer: Mixer, compressor: Compressor, model_state: str = "keep") -> Stage:
+    """Error reset: partial synchronisation of what workers differ by from the anchor y.
+
+        e_i = x_i − y;  y ← y + Σ_j a_j C(e_j);  x_i ← y + e_i − C(e_i)
+
+    The anchor, one for all, takes the place of an error buffer a worker.
+
+    Args:
+      mixer: one that makes all workers common.
+      compressor: C, C1 in the paper.
+
+    Raises:
+      ConfigurationError: the mixer leaves workers unlike, so that there is no anchor; or parameters
+        in half precision, in which x_i − y would lose the error.
+    """
+    check_common("an error reset", mixer)
+    check_exchange(mixer, compressor)
+    others = Others("keep", None, model_state)
+
+    def init(state):
+        for x in jax.tree.leaves(state.params):
+            if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32:
+                raise ConfigurationError(
+                    f"an error reset keeps its errors in the parameters, which {x.dtype} is too "
+                    f"coarse for; take float32 and compute in {x.dtype}"
+                )
+        return Memory(stacked=compressor_memory(compressor, state.params))
+
+    def apply(state, memory, batches, world):
+        key = stream(state.key, ROUND_MESSAGE, state.tick)
+        error = jax.tree.map(lambda x, y: x - y, state.params, state.anchor)
+        synced = partial_sync(mixer, compressor, error, memory.stacked, key, world)
+        anchor = add_single(synced.add, state.anchor)
+        params = jax.tree.map(lambda y, r: y + r, anchor, synced.residual)
+        state = state._replace(params=params, anchor=anchor)
+        return others.treat(state, mixer, world), Memory(stacked=synced.memory), Info()
+
+    return Stage(init, apply, 0, _traffic(mixer, compressor, others), anchored=True)
+
+
+def _from_anchor(mixer, compressor, outer_optimizer, error_decay, others) -> Stage:
+    if outer_optimizer:
+        update = optax.with_extra_args_support(outer_optimizer).update
+
+    def init(state):
+        outer = outer_optimizer.init(state.anchor) if outer_optimizer else ()
+        return Memory(_errors(compressor, state.params), single=outer)
+
+    def apply(state, memory, batches, world):
+        (errors, kept), outer = memory
+        start = jax.tree.map(lambda x, y: y.astype(x.dtype), state.params, state.anchor)
+        moved = _moved(error_decay, errors, state.params, start)
+        key = stream(state.key, ROUND_MESSAGE, state.tick)
+        synced = partial_sync(mixer, compressor, moved, kept, key, world)
+        if outer_optimizer:
+            heard = add_single(synced.add, jax.tree.map(jnp.zeros_like, state.anchor))
+            gradient = jax.tree.map(jnp.negative, heard)
+            updates, outer = update(gradient, outer, state.anchor, tick=state.tick - 1)
+            anchor = optax.apply_updates(state.anchor, updates)
+        else:
+            anchor = add_single(synced.add, state.anchor)
+        params = spread(jax.tree.map(lambda y: y[None, None], anchor), state.params)
+        state = state._replace(params=params, anchor=anchor)
+        memory = Memory((synced.residual, synced.memory), outer)
+        return others.treat(state, mixer, world), memory, Info()
+
+    traffic = _traffic(mixer, compressor, others, _wide)
+    return Stage(init, apply, 0, traffic, anchored=True)
+
+
+def _from_start(mixer, compressor, error_decay, after, others) -> Stage:
+    def init(state):
+        return after.init(state), Memory(_errors(compressor, state.params))
+
+    def apply(state, memory, batches, world):
+        own, ((errors, kept), _) = memory
+        start = state.params
+        state, own, info = after.apply(state, own, batches, world)
+        moved = _moved(error_decay, errors, state.params, start)
+        key = stream(state.key, ROUND_MESSAGE, state.tick)
+        synced = partial_sync(mixer, compressor, moved, kept, key, world)
+        hubs = synced.add(jax.tree.map(lambda x: x[:, :1], start))
+        state = state._replace(params=spread(hubs, start))
+        memory = (own, Memory((synced.residual, synced.memory)))
+        return others.treat(state, mixer, world), memory, info
+
+    def traffic(state, layout):
+        own = _traffic(mixer, compressor, others, _wide)(state, layout)
+        return after.traffic(state, layout).plus(own)
+
+    return Stage(init, apply, after.ticks, traffic, after.anchored)
+
+
+def _traffic(mixer, compressor, others, of=lambda params: params):
+    def traffic(state, layout):
+        rest = mixer.messages(bits(others.said(state)), layout)
+        return said(mixer, compressor, of(state.params), layout).plus(rest)
+
+    return traffic
+
+
+def _wide(params):
+    """The shapes of errors, which are kept and sent in float32 at least."""
+    wide = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    return jax.tree.map(wide, params)
+
+
+def _errors(compressor, params):
+    """No errors yet, and what the compressor keeps."""
+    errors = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _wide(params))
+    return errors, compressor_memory(compressor, errors)
+
+
+def _moved(error_decay, errors, params, start):
+    """γ e_i + x_i − y, leaves [d, n, ...]."""
+    one = lambda e, x, y: error_decay * e + (x.astype(e.dtype) - y.astype(e.dtype))
+    return jax.tree.map(one, errors, params, start)

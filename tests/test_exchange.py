@@ -1,0 +1,261 @@
+"""The partial synchronisation of trees against its equation, worker by worker, and what of it
+crosses the wire."""
+
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+import jaxlocal
+from jaxlocal import ConfigurationError, Layout, compression, make_mesh, mixing
+from jaxlocal.exchange import partial_sync
+from jaxlocal.feedback import reset_error, send_compressed, sync_partly
+from jaxlocal.local import tick
+from jaxlocal.rounds import WORLD
+from jaxlocal.topology import hub_graph, mixing_matrix
+from jaxlocal.types import Messages
+from jaxlocal.workers import STACKED, spread
+
+KEY = jax.random.key(3)
+LAYOUT = Layout(2, 4, weights=1 + np.arange(8) % 3)
+WORDS = [
+    *("identity", "zero", "grbs:3", "random_k:3", "top_k:3", "top_k:4:model", "sign", "qsgd:3"),
+    *("int8", "bfloat16", "powersgd:2", "grbs:2+int8", "top_k:3+qsgd:4"),
+]
+
+
+def trees(layout=LAYOUT):
+    random = np.random.default_rng(0)
+    shapes = {"kernel": (5, 6), "bias": (10,), "scale": ()}
+    draw = lambda shape: jnp.asarray(random.normal(size=(*layout.shape, *shape)), jnp.float32)
+    return {name: draw(shape) for name, shape in shapes.items()}
+
+
+def synced(mixer, compressor, tree, layout, mesh_shape, compiled=False):
+    """What all workers hold after a partial synchronisation, and their residuals."""
+
+    def program(tree, world):
+        one = jax.tree.map(lambda x: x[0, 0], tree)
+        kept = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, world.worker.shape + x.shape), compressor.init(one)
+        )
+        out = partial_sync(mixer, compressor, tree, kept, KEY, world)
+        new = out.add(out.residual)
+        common = out.add(jax.tree.map(lambda x: jnp.zeros_like(x[:, :1]), tree))
+        return new, out.residual, spread(common, tree)
+
+    mesh = make_mesh(layout, shape=mesh_shape)
+    places = {"in_specs": (STACKED, WORLD), "out_specs": STACKED}
+    fn = jax.jit(jax.shard_map(program, mesh=mesh, **places))
+    if compiled:
+        return fn.lower(tree, layout.world()).compile().as_text()
+    return jax.tree.map(np.asarray, fn(tree, layout.world()))
+
+
+def by_the_equation(matrix, compressor, tree, layout):
+    """s_i = C(x_i), one worker after another; x_i ← Σ_j W_ji s_j + x_i − s_i."""
+    stacked = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    workers = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layout.workers)]
+    said = []
+    for number, x in enumerate(workers):
+        key = KEY if compressor.shared_mask else jax.random.fold_in(KEY, number)
+        payload = compressor.encode(x, (), key)
+        nothing = jax.tree.map(jnp.zeros_like, x)
+        said.append(compressor.decode(payload, KEY, nothing, 1.0))
+    sent = jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float64), *said)
+    mixed = jax.tree.map(lambda s: np.einsum("ji,j...->i...", matrix, s), sent)
+    grid = lambda x: np.asarray(x).reshape(*layout.shape, *x.shape[1:])
+    residual = jax.tree.map(lambda x, s: x - s, stacked, sent)
+    return jax.tree.map(lambda c, r: grid(c + r), mixed, residual), jax.tree.map(grid, residual)
+
+
+def matrices(layout):
+    shares = layout.weight.reshape(-1)
+    hub = np.repeat(np.arange(layout.hubs), layout.workers_per_hub)
+    hub_share = shares / layout.hub_weight[hub]
+    mean = np.repeat(shares[:, None], layout.workers, axis=1)
+    in_hubs = (hub[:, None] == hub[None]) * hub_share[:, None]
+    return {"mean": (mixing.mean(), mean), "hub_mean": (mixing.hub_mean(), in_hubs)}
+
+
+def assert_close(one, other):
+    np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+def assert_same_mean(one, other):
+    average = lambda x: np.einsum("dn,dn...->...", LAYOUT.weight, x)
+    np.testing.assert_allclose(average(one), average(other), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "mesh", "words"),
+    [
+        ("mean", (2, 2), WORDS),
+        ("hub_mean", (2, 2), WORDS),
+        ("mean", (1, 1), ["grbs:3", "top_k:3+qsgd:4", "powersgd:2"]),
+        ("hub_mean", (1, 1), ["sign"]),
+    ],
+)
+def test_partial_sync_is_its_equation(mixer, mesh, words):
+    mix, matrix = matrices(LAYOUT)[mixer]
+    tree = trees()
+    for word in words:
+        compressor = compression.parse(word)
+        new, residual, common = synced(mix, compressor, tree, LAYOUT, mesh)
+        if compressor.second is None:
+            expected = by_the_equation(matrix, compressor, tree, LAYOUT)
+            jax.tree.map(assert_close, (new, residual), expected)
+        jax.tree.map(assert_same_mean, new, tree)
+        for leaf in jax.tree.leaves(common):  # on all devices the same, to the bit
+            first = leaf[:1, :1] if mixer == "mean" else leaf[:, :1]
+            assert (leaf == first).all(), word
+
+
+def test_over_any_graph_what_can_be_averaged():
+    layout = Layout(5, 1, weights=np.arange(1, 6))
+    matrix = mixing_matrix(hub_graph("path", 5), layout.hub_weight)
+    compressor, tree = compression.grbs(3), trees(layout)
+    new, _, _ = synced(mixing.from_matrix(matrix), compressor, tree, layout, (5, 1))
+    expected, _ = by_the_equation(matrix, compressor, tree, layout)
+    jax.tree.map(assert_close, new, expected)
+
+
+def collectives(program: str) -> list[tuple[str, int]]:
+    """The dtype and the number of values of every array that crosses between devices."""
+    found = []
+    for line in program.splitlines():
+        made = re.search(r"= (.*?) (all-reduce|all-gather|collective-permute)(-start)?\(", line)
+        if made:
+            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", made[1]):
+                found.append((dtype, int(np.prod([int(n) for n in shape.split(",") if n]))))
+    return found
+
+
+# 41 values, of which a third of 30, a third of 10, and the one.
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("grbs:3", {("f32", 10 + 4 + 1)}),
+        ("random_k:3", {("f32", 10 + 4 + 1)}),
+        ("zero", set()),
+        # From each of 8 workers: values and indices, whatever their order in the program.
+        ("top_k:3", {("f32", 8 * 10), ("u8", 8 * 10), ("f32", 8 * 4), ("u8", 8 * 4), ("f32", 8)}),
+        ("sign", {("u8", 8 * 4), ("u8", 8 * 2), ("f32", 8)}),
+    ],
+)
+def test_only_the_payload_crosses_the_wire(word, expected):
+    layout = Layout(1, 8)
+    text = synced(mixing.mean(), compression.parse(word), trees(layout), layout, (1, 8), True)
+    crossed = collectives(text)
+    assert {pair for pair in crossed if pair != ("f32", 8)} == expected - {("f32", 8)}
+
+
+def test_messages_are_the_payload():
+    params = {"kernel": jnp.zeros((40, 50)), "bias": jnp.zeros(50)}
+    optimizer, layout = optax.sgd(0.1), Layout(1, 4)
+    top, blocks = compression.top_k(10), compression.grbs(20)
+    top_bits = (200 + 5) * 32 + 200 * 16 + 5 * 8
+    block_bits = (100 + 3) * 32
+    grad_fn = problems.grad_fn
+    for method, inner, outer in [
+        (jaxlocal.cser(grad_fn, optimizer, blocks, top, 4), block_bits, top_bits),
+        (jaxlocal.cser(grad_fn, optimizer, blocks, blocks, 4, 2), block_bits, block_bits),
+        (jaxlocal.qsparse_local_sgd(grad_fn, optimizer, top, 4), 0, top_bits),
+        (jaxlocal.csea(grad_fn, optimizer, blocks), 0, block_bits),
+        (jaxlocal.data_parallel(grad_fn, optimizer, compressor=blocks), block_bits, 0),
+    ]:
+        round_fn = problems.on_one_device(method, layout)
+        expected = (Messages(inner), Messages(outer))
+        assert round_fn.traffic(round_fn.shapes(params)) == expected
+        alone = problems.on_one_device(method, Layout(1, 1))
+        assert alone.traffic(alone.shapes(params)) == (Messages(), Messages())
+
+
+def test_errors_of_half_precision_are_sent_as_float32():
+    method = jaxlocal.qsparse_local_sgd(problems.grad_fn, optax.sgd(0.1), compression.grbs(4), 2)
+    round_fn = problems.on_one_device(method, Layout(1, 2))
+    shapes = round_fn.shapes({"w": jnp.zeros(40, jnp.bfloat16)})
+    assert round_fn.traffic(shapes)[1].workers == 32 * 10
+
+
+RING = mixing_matrix(hub_graph("ring", 4), np.full(4, 0.25))
+NOTHING_SHARED = compression.top_k(2)
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: reset_error(mixing.hub_mean(), compression.grbs(2)), "error reset.*all workers"),
+        (
+            lambda: tick(
+                problems.grad_fn,
+                optax.sgd(0.1),
+                update_mixer=mixing.hub_mean(),
+                compressor=compression.grbs(2),
+            ),
+            "updates.*all workers",
+        ),
+        (
+            lambda: send_compressed(mixing.hub_mean(), compression.grbs(2)),
+            "error feedback from an anchor.*all workers",
+        ),
+        (lambda: sync_partly(mixing.hub_diffusion(RING), NOTHING_SHARED), "top_k:2.*gathers none"),
+        (
+            lambda: sync_partly(mixing.from_matrix(RING), compression.powersgd(1)),
+            "powersgd:1.*workers of a hub common",
+        ),
+        (
+            lambda: jaxlocal.cser(
+                problems.grad_fn, optax.sgd(0.1), NOTHING_SHARED, compression.grbs(2), 2, 2
+            ),
+            "implementation 2.*top_k:2 keeps differs",
+        ),
+        (
+            lambda: jaxlocal.cser(
+                problems.grad_fn, optax.sgd(0.1), NOTHING_SHARED, compression.grbs(2), 2, 3
+            ),
+            "implementations 1 and 2, got 3",
+        ),
+        (
+            lambda: jaxlocal.sparse_loco(problems.grad_fn, optax.sgd(0.1), error_decay=1.5),
+            r"decay of errors must be in \[0, 1\], got 1.5",
+        ),
+        (
+            lambda: tick(problems.grad_fn, optax.sgd(0.1), compressor=compression.grbs(2)),
+            "a compressor needs a mixer",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_when_it_is_built(build, sentence):
+    with pytest.raises(ConfigurationError, match=sentence):
+        build()
+
+
+def test_an_error_reset_needs_whole_precision():
+    method = jaxlocal.cser_pl(problems.grad_fn, optax.sgd(0.1), compression.grbs(2), 2)
+    round_fn = problems.on_one_device(method, Layout(1, 2))
+    with pytest.raises(ConfigurationError, match="bfloat16 is too coarse"):
+        round_fn.init({"w": jnp.zeros(8, jnp.bfloat16)}, jax.random.key(0))
+
+
+def test_a_ratio_above_every_tensor_is_told_when_the_state_is_made():
+    method = jaxlocal.ef_sgd(problems.grad_fn, optax.sgd(0.1), compression.grbs(50))
+    round_fn = problems.on_one_device(method, Layout(1, 2))
+    with pytest.raises(ConfigurationError, match="50.*40"):
+        round_fn.init({"w": jnp.zeros(40)}, jax.random.key(0))
+
+
+def test_a_biased_compressor_without_feedback_is_warned_of():
+    arguments = (problems.grad_fn, optax.sgd(0.1))
+    with pytest.warns(UserWarning, match="sign is biased, and without error feedback"):
+        jaxlocal.data_parallel(*arguments, compressor=compression.sign())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jaxlocal.data_parallel(*arguments, compressor=compression.qsgd(4))
+        jaxlocal.ef_sgd(*arguments, compression.sign())
+        jaxlocal.cser(*arguments, compression.sign(), compression.sign(), 4)
