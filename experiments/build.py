@@ -1,22 +1,24 @@
 """From a config to what it names: data, model, workers, optimizer, method; or one sentence about
 what does not fit."""
 
+import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import jaxlocal
 from experiments.checks import check_numbers
+from experiments.compressing import make_compressors
 from experiments.config import Config
+from experiments.methods import METHODS, Parts
 from experiments.schedules import (
     HUB_METHODS,
     count_ticks,
     make_optimizer,
-    make_outer_optimizer,
     make_period,
     make_schedule,
 )
@@ -30,10 +32,10 @@ from jaxlocal.data import (
     plan_batches,
 )
 from jaxlocal.errors import lookup
-from jaxlocal.local import GradFn
+from jaxlocal.gradient import GradFn
 from jaxlocal.models import Model, build, in_precision, outputs_for
 from jaxlocal.models.supervised import training_loss
-from jaxlocal.types import Period, Rounds
+from jaxlocal.types import Compressor, Rounds
 
 MEASUREMENTS, CHECKPOINTS = 25, 10  # about so many a run
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -51,6 +53,9 @@ RATES: dict[str, Callable[[int], list[float]]] = {
 }
 
 
+_load = functools.lru_cache(maxsize=8)(load)  # runs of one process share what is read of it
+
+
 class Job(NamedTuple):
     """All that a config means, built but not run."""
 
@@ -63,6 +68,7 @@ class Job(NamedTuple):
     learning_rate: Callable[[int], float]  # η by tick, in float64
     zeta: float | None  # of the hub network, where there is one
     augmentation: CropFlip | None  # of the training images
+    compressors: dict[str, Compressor]  # by what they compress: "gradient", "reset" or "sync"
 
 
 def build_job(config: Config) -> Job:
@@ -73,7 +79,8 @@ def build_job(config: Config) -> Job:
     grad_fn: GradFn = lambda *_: ({}, {}, {})
     augmentation = parse_augmentation(config.augment)
     if config.parameters is None:
-        dataset = load(config.dataset, config.data_dir, config.seed)
+        folder = config.data_dir or os.environ.get("TFDS_DATA_DIR")
+        dataset = _load(config.dataset, folder, config.seed)
         model = build_model(config, dataset)
         grad_fn = _gradients(config, dataset, model, augmentation)
     layout = _layout(config, layout_shape, dataset)
@@ -85,10 +92,31 @@ def build_job(config: Config) -> Job:
     schedule = make_schedule(config, ticks)
     period = make_period(config, schedule, ticks)
     matrix = _mixing_matrix(config, layout)
-    rounds = make_method(config, grad_fn, make_optimizer(config, schedule), layout, period, matrix)
+    optimizer = make_optimizer(config, schedule)
+    compressors = _fitting(make_compressors(config), config, model)
+    parts = Parts(config, grad_fn, optimizer, layout, period, matrix, compressors)
+    rounds = METHODS[config.method](parts)
     zeta = topology.zeta(matrix) if config.method in NETWORKED else None
     rates = periods.rates(schedule)
-    return Job(config, dataset, model, layout, rounds, ticks, rates, zeta, augmentation)
+    return Job(
+        config, dataset, model, layout, rounds, ticks, rates, zeta, augmentation, compressors
+    )
+
+
+def model_shapes(config: Config, model: Model | None) -> tuple[Any, Any]:
+    """Shapes of one model's parameters and state; of a model that is not built, one flat tensor."""
+    if model is None:
+        return {"all": jax.ShapeDtypeStruct((config.parameters or 0,), np.float32)}, {}
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def _fitting(
+    compressors: dict[str, Compressor], config: Config, model: Model | None
+) -> dict[str, Compressor]:
+    """The compressors, of which each fits the model's tensors."""
+    for compressor in compressors.values():
+        jax.eval_shape(compressor.init, model_shapes(config, model)[0])
+    return compressors
 
 
 def _gradients(
@@ -155,41 +183,6 @@ def build_model(config: Config, dataset: Dataset) -> Model:
         return jax.tree.map(lambda x: start.reshape(x.shape).astype(x.dtype), params), model_state
 
     return model._replace(init=init)
-
-
-def make_method(
-    config: Config,
-    grad_fn: GradFn,
-    optimizer: optax.GradientTransformation,
-    layout: Layout,
-    period: Period,
-    matrix: np.ndarray,
-) -> Rounds:
-    """The method of the flags, with the period of the flags."""
-    synced = "average" if config.model_state == "average" else "keep"
-    options: dict[str, Any] = {"worker_map": config.worker_map, "model_state": synced}
-    kept = options | {"optimizer_state": config.optimizer_state}
-    local = lambda: jaxlocal.local_sgd(grad_fn, optimizer, period, **kept)
-
-    def outer(make: Callable[..., Rounds], *rate: Any) -> Rounds:
-        return make(grad_fn, optimizer, *rate, period, make_outer_optimizer(config), **kept)
-
-    table: dict[str, Callable[[], Rounds]] = {
-        "data_parallel": lambda: jaxlocal.data_parallel(grad_fn, optimizer, **options),
-        **dict.fromkeys(("local_sgd", "post_local_sgd", "swap"), local),
-        "mll_sgd": lambda: jaxlocal.mll_sgd(
-            grad_fn, optimizer, matrix, config.local_steps, period, **kept
-        ),
-        "hl_sgd": lambda: jaxlocal.hl_sgd(
-            grad_fn, optimizer, layout, config.local_steps, period, **kept
-        ),
-        "cooperative_sgd": lambda: jaxlocal.cooperative_sgd(
-            grad_fn, optimizer, matrix, period, **kept
-        ),
-        "slowmo": lambda: outer(jaxlocal.slowmo, make_schedule(config, count_ticks(config))),
-        "diloco": lambda: outer(jaxlocal.diloco),
-    }
-    return lookup("method", config.method, table)()
 
 
 def _mixing_matrix(config: Config, layout: Layout) -> np.ndarray:

@@ -4,41 +4,29 @@ import math
 from typing import Any
 
 from experiments.config import Config
+from experiments.methods import METHODS
 from experiments.schedules import OUTER_DEFAULTS
 from jaxlocal import ConfigurationError
 from jaxlocal.errors import lookup
 
 MODEL_STATES = ("keep", "average", "reestimate")
+# Methods at whose averages optimizer states may not be averaged or reset.
+OWN_OPTIMIZERS = ("ef_sgd", "cser", "csea", "cser_pl")
+LEAST = {
+    **dict.fromkeys(("workers", "hubs", "local_steps", "hub_period", "batch_size"), 1),
+    **dict.fromkeys(("ticks", "rounds", "accumulation", "seeds", "keep", "parameters"), 1),
+    **dict.fromkeys(("warmup_ticks", "train_eval_examples", "test_eval_examples"), 0),
+    **dict.fromkeys(("eval_every", "switch_tick", "checkpoint_every"), 0),
+    **dict.fromkeys(("seed", "stream_workers"), 0),
+}
 
 
 def check_numbers(config: Config) -> None:
-    """Ranges that no later piece checks."""
-    least = {
-        "workers": 1,
-        "hubs": 1,
-        "local_steps": 1,
-        "hub_period": 1,
-        "batch_size": 1,
-        "ticks": 1,
-        "rounds": 1,
-        "accumulation": 1,
-        "seeds": 1,
-        "keep": 1,
-    }
-    least |= {
-        "warmup_ticks": 0,
-        "train_eval_examples": 0,
-        "eval_every": 0,
-        "switch_tick": 0,
-        "parameters": 1,
-        "seed": 0,
-        "checkpoint_every": 0,
-        "stream_workers": 0,
-        "test_eval_examples": 0,
-    }
+    """Ranges that no later piece checks, and options that the method has no use for."""
+    lookup("method", config.method, METHODS)
     if config.seed + config.seeds > 1 << 32:
         raise ConfigurationError(f"--seed must be less than 2^32, got {config.seed}")
-    for name, bound in least.items():
+    for name, bound in LEAST.items():
         value = getattr(config, name)
         if value is not None and value < bound:
             raise ConfigurationError(f"--{name} must be at least {bound}, got {value}")
@@ -47,7 +35,12 @@ def check_numbers(config: Config) -> None:
             f"--accumulation={config.accumulation} does not divide --batch_size={config.batch_size}"
         )
     lookup("model state option", config.model_state, dict.fromkeys(MODEL_STATES))
+    _check_rates(config)
     _check_outer(config)
+    _check_compression(config)
+
+
+def _check_rates(config: Config) -> None:
     if not 0 < config.learning_rate < math.inf:
         raise ConfigurationError(
             f"--learning_rate must be a number > 0, got {config.learning_rate}"
@@ -67,7 +60,7 @@ def _check_outer(config: Config) -> None:
     if given and config.method not in OUTER_DEFAULTS:
         name = given[0]
         raise ConfigurationError(
-            f"--outer_{name}={_outer(config, name)} is for {' and '.join(OUTER_DEFAULTS)}; "
+            f"--outer_{name}={_outer(config, name)} is for {', '.join(OUTER_DEFAULTS)}; "
             f"{config.method} has no outer optimizer"
         )
     rate, beta = config.outer_learning_rate, config.outer_momentum
@@ -79,3 +72,22 @@ def _check_outer(config: Config) -> None:
 
 def _outer(config: Config, name: str) -> Any:
     return getattr(config, f"outer_{name}")
+
+
+def _check_compression(config: Config) -> None:
+    for name, method in {"cser_implementation": "cser", "error_decay": "sparse_loco"}.items():
+        value = getattr(config, name)
+        if value is not None and config.method != method:
+            raise ConfigurationError(f"--{name}={value} is for {method}, not for {config.method}")
+    if config.cser_implementation not in (None, 1, 2):
+        raise ConfigurationError(
+            f"--cser_implementation must be 1 or 2, got {config.cser_implementation}"
+        )
+    decay = config.error_decay
+    if decay is not None and not 0 <= decay <= 1:
+        raise ConfigurationError(f"--error_decay must be in [0, 1], got {decay}")
+    if config.method in OWN_OPTIMIZERS and config.optimizer_state != "keep":
+        raise ConfigurationError(
+            f"--optimizer_state={config.optimizer_state} is not for {config.method}, in which "
+            f"every worker keeps its own"
+        )

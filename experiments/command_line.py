@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -59,45 +60,57 @@ def run_binary(main: Callable[[Config], int | None], about: str) -> None:
 
     A user's mistake ends in one sentence and exit status 2.
     """
+    run_tool(lambda: main(from_flags()), lambda: help_text(about))
 
-    def parse(argv: list[str]) -> list[str]:
-        if {"-h", "--help", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
-            print(help_text(about) + _extra_help())
-            sys.exit(0)
-        try:
-            rest = FLAGS(argv)
-        except flags.Error as error:
-            fail(str(error))
-        if not FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.FATAL)  # what libraries say of themselves is noise here
-        if rest[1:]:
-            fail(f"what is {rest[1]!r}? flags look like --name=value")
-        return rest
 
-    def guarded(argv: list[str]) -> int | None:
-        sys.unraisablehook = _without_what_follows_a_failed_write
-        try:
-            status = main(from_flags())
-        except ConfigurationError as error:
-            fail(str(error))
-        except SavingError as error:
-            status = _say(str(error), FAILED)
-        except OSError as error:
-            status = _say(f"{error.filename or 'writing'}: {error.strerror}", FAILED)
-        except KeyboardInterrupt:
-            status = _say("interrupted", INTERRUPTED)
-        if status == INTERRUPTED:
-            sys.stdout.flush()
-            os._exit(status)  # a compilation that goes on in the background would crash at exit
-        return status
+def run_tool(main: Callable[[], int | None], help_of: Callable[[], str]) -> None:
+    """Run a main that reads its flags itself, in the same manner."""
+    app.run(lambda _: _guarded(main), flags_parser=lambda argv: _parse(argv, help_of))
 
-    app.run(guarded, flags_parser=parse)
+
+def _parse(argv: list[str], help_of: Callable[[], str]) -> list[str]:
+    if {"-h", "--help", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
+        print(help_of() + _extra_help())
+        sys.exit(0)
+    try:
+        rest = FLAGS(argv)
+    except flags.Error as error:
+        fail(str(error))
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.FATAL)  # what libraries say of themselves is noise here
+    if rest[1:]:
+        fail(f"what is {rest[1]!r}? flags look like --name=value")
+    return rest
+
+
+def _guarded(main: Callable[[], int | None]) -> int | None:
+    sys.unraisablehook = _without_what_follows_a_failed_write
+    warnings.showwarning = lambda message, *_, **__: _warn(str(message))
+    try:
+        status = main()
+    except ConfigurationError as error:
+        fail(str(error))
+    except SavingError as error:
+        status = _say(str(error), FAILED)
+    except OSError as error:
+        status = _say(f"{error.filename or 'writing'}: {error.strerror}", FAILED)
+    except KeyboardInterrupt:
+        status = _say("interrupted", INTERRUPTED)
+    if status == INTERRUPTED:
+        sys.stdout.flush()
+        os._exit(status)  # a compilation that goes on in the background would crash at exit
+    return status
 
 
 def _without_what_follows_a_failed_write(unraisable: Any) -> None:
     """After a write that failed TensorStore still calls the event loop that Orbax has closed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
+
+
+def _warn(sentence: str) -> None:
+    """A warning, without the place in the code that it came from."""
+    print("warning: " + " ".join(sentence.split()), file=sys.stderr, flush=True)
 
 
 def _extra_help() -> str:

@@ -27,8 +27,9 @@ class Config:
     method: str = _flag(
         "method",
         "local_sgd",
-        """data_parallel, local_sgd, post_local_sgd, swap, mll_sgd, hl_sgd, cooperative_sgd, slowmo
-        or diloco.""",
+        """data_parallel, local_sgd, post_local_sgd, swap, mll_sgd, hl_sgd, cooperative_sgd, slowmo,
+        diloco; with compressed messages ef_sgd, qsparse_local_sgd, cser, csea, cser_pl or
+        sparse_loco.""",
     )
     local_steps: int = _flag(
         "method",
@@ -74,20 +75,60 @@ class Config:
     outer_optimizer: str | None = _flag(
         "method",
         None,
-        """slowmo, diloco: what steps on the difference of averages; one of --optimizer. By default
-        sgd in slowmo, nesterov in diloco.""",
+        """slowmo, diloco, sparse_loco: what steps on the difference of averages; one of
+        --optimizer. By default nesterov in diloco, sgd in the others.""",
         str,
     )
     outer_learning_rate: float | None = _flag(
-        "method", None, "Its learning rate. By default 1 in slowmo, 0.7 in diloco.", float
+        "method", None, "Its learning rate. By default 0.7 in diloco, 1 in the others.", float
     )
     outer_momentum: float | None = _flag(
-        "method", None, "Its momentum. By default 0.7 in slowmo, 0.9 in diloco.", float
+        "method",
+        None,
+        "Its momentum. By default 0.7 in slowmo, 0.9 in diloco, 0 in sparse_loco.",
+        float,
     )
     accumulation: int = _flag(
         "method",
         1,
         "Parts into which a worker's batch is split, one gradient after another, to save memory.",
+    )
+    gradient_compressor: str | None = _flag(
+        "compression",
+        None,
+        """What is said of gradients and updates at every tick: identity, zero, grbs:RATIO,
+        random_k:RATIO, top_k:RATIO[:chunk|tensor|model], sign, qsgd:BITS, int8, bfloat16 or
+        powersgd:RANK; the values of a sparse one may be coded too, as in top_k:64+int8. For cser
+        (C2, by default grbs:64), ef_sgd (grbs:32) and data_parallel (nothing is compressed).""",
+        str,
+    )
+    reset_compressor: str | None = _flag(
+        "compression",
+        None,
+        """C1, what is said of the errors at a reset. For cser (by default grbs:4), cser_pl (grbs:8)
+        and csea (grbs:32).""",
+        str,
+    )
+    sync_compressor: str | None = _flag(
+        "compression",
+        None,
+        """What is said of how far a model has come. For qsparse_local_sgd (by default grbs:8),
+        sparse_loco (top_k:64), and the hub averages of mll_sgd and hl_sgd (nothing is
+        compressed).""",
+        str,
+    )
+    cser_implementation: int | None = _flag(
+        "compression",
+        None,
+        """Of cser: 1, where errors are reset, or 2, where the chosen part of the models is
+        averaged. By default 1.""",
+        int,
+    )
+    error_decay: float | None = _flag(
+        "compression",
+        None,
+        "Of sparse_loco: what is left of an error after a round. By default 0.95.",
+        float,
     )
     workers: int = _flag("workers", 8, "Workers in all.")
     hubs: int = _flag("workers", 1, "Hubs that the workers are spread over evenly.")

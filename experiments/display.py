@@ -17,9 +17,11 @@ LINES_WITHOUT_TERMINAL = 10
 class Display:
     """A live line on a terminal; elsewhere a plain line now and then."""
 
-    def __init__(self, ticks: int):
+    def __init__(self, ticks: int, bits_a_tick: int = 0):
+        """`bits_a_tick` are data parallelism's, which compressed messages are compared with;
+        methods that say whole models save averages."""
         self.console = Console()
-        self._ticks = ticks
+        self._ticks, self._bits = ticks, bits_a_tick
         self._accuracy: float | None = None
         self._next_line = 0.0
         self._progress = Progress(
@@ -51,7 +53,8 @@ class Display:
 
     def _describe(self, step: Step) -> str:
         accuracy = "" if self._accuracy is None else f" acc {self._accuracy:.3f}"
-        saved = f" saved {1 - step.round / step.tick:.0%}" if step.round else ""
+        said = step.messages.workers / self._bits if self._bits else step.round
+        saved = f" saved {1 - said / step.tick:.{1 if self._bits else 0}%}" if step.round else ""
         loss = f" loss {step.loss:.4f}" if step.loss == step.loss else ""
         place = f"round {step.round} tick {step.tick}/{self._ticks}"
         return f"{place}{loss}{accuracy} H {step.local_steps}{saved}"

@@ -1,14 +1,23 @@
 """What a run is fed: a resident pool and indices into it, or batches that are streamed; which of
 them makes no difference to the numbers."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from experiments.build import Job
 from jaxlocal.data import Batches, Stream, make_batches
+from jaxlocal.data.examples import Examples, ExampleSource
 from jaxlocal.evaluation import read_examples
 from jaxlocal.types import Tree
+
+
+@functools.lru_cache(maxsize=8)
+def read_all(source: Callable[[], ExampleSource]) -> Examples:
+    """All examples of a dataset's source, decoded once for all runs of this process."""
+    return source().examples()
 
 
 class Feed:
@@ -18,7 +27,7 @@ class Feed:
         assert job.dataset is not None
         config, self._grid = job.config, job.layout.shape
         self.config, self.augmentation, self._dataset = config, job.augmentation, job.dataset
-        self.pool: Tree = () if config.stream else job.dataset.train()
+        self.pool: Tree = () if config.stream else read_all(job.dataset.train_source)
         self.targets: np.ndarray = (
             self.pool["targets"] if isinstance(self.pool, dict) else job.dataset.targets()
         )

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from experiments.build import Job
+from experiments.feeding import read_all
 from jaxlocal import ConfigurationError, RoundFn
 from jaxlocal.evaluation import Evaluation, Reestimation
 from jaxlocal.models import Model
@@ -38,7 +39,7 @@ class Measure:
             self._test = Evaluation(round_fn, metrics, examples=test, source=data.test_source())
         else:
             self._train = Evaluation(round_fn, metrics, examples=train)
-            self._test = Evaluation(round_fn, metrics, data.test(), test)
+            self._test = Evaluation(round_fn, metrics, read_all(data.test_source), test)
         self._reestimate = None
         if config.model_state == "reestimate":
             self._reestimate = _reestimation(job, job.model, round_fn, first_batches)

@@ -5,6 +5,7 @@ Takes the flags of experiments.train. Reads no data and runs no model.
 
 import itertools
 import json
+import math
 from typing import Any
 
 import jax
@@ -12,11 +13,13 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from experiments.build import Job, build_job, make_round_fn, measure_every
+from experiments.build import Job, build_job, make_round_fn, measure_every, model_shapes
 from experiments.command_line import define_flags, run_binary
+from experiments.compressing import ratio_by_formula
 from experiments.config import Config
 from experiments.display import data_size, number, show_table
-from jaxlocal import RoundFn
+from experiments.recording import finite
+from jaxlocal.compression import payload_bits
 from jaxlocal.errors import unknown
 from jaxlocal.local import bits
 from jaxlocal.training import dispatches, schedule
@@ -30,12 +33,14 @@ def plan(job: Job) -> dict[str, Any]:
     """The figures of a run."""
     lengths = list(schedule(job.rounds, job.ticks))
     round_fn = make_round_fn(job)
-    state = round_fn.shapes(*_model_shapes(job))
+    shapes = model_shapes(job.config, job.model)
+    state = round_fn.shapes(*shapes)
     programs = {d.ticks for d in dispatches(round_fn, job.ticks, measure_every(job))}
     inner, outer = round_fn.traffic(state)
     times = job.ticks // job.rounds.inner.ticks
     said = Messages().plus(inner, times).plus(outer, len(lengths))
     model = bits(state.params)
+    ticks_a_round = job.ticks / len(lengths)
     return {
         "method": job.config.method,
         "period": job.rounds.period.description,
@@ -52,17 +57,25 @@ def plan(job: Job) -> dict[str, Any]:
         "bits_workers": said.workers,
         "bits_hubs": said.hubs,
         "bits_workers_data_parallel": model * job.ticks if job.layout.workers > 1 else 0,
+        "compression_ratio_formula": ratio_by_formula(job.config, job.compressors, ticks_a_round),
+        "compression_ratio_counted": model * job.ticks / said.workers if said.workers else None,
+        "compressors": _compressors(job, shapes[0]),
         "devices": round_fn.mesh.size,
         "training_programs": len(programs) + 1,
-        "memory_bytes": _memory(job, round_fn, state),
+        "memory_bytes": _memory(job, state),
     }
 
 
-def _model_shapes(job: Job) -> tuple[Any, Any]:
-    """Shapes of one model's parameters and state."""
-    if job.model is None:
-        return {"all": jax.ShapeDtypeStruct((job.config.parameters or 0,), np.float32)}, {}
-    return jax.eval_shape(job.model.init, jax.random.key(0))
+def _compressors(job: Job, params: Any) -> dict[str, dict[str, Any]]:
+    """Each compressor's δ on the model's tensors, and the bits of one of its messages."""
+    return {
+        what: {
+            "name": compressor.name,
+            "delta": compressor.delta(params),
+            "bits": payload_bits(compressor, params),
+        }
+        for what, compressor in job.compressors.items()
+    }
 
 
 def _segments(lengths: list[int]) -> list[dict[str, int]]:
@@ -75,12 +88,13 @@ def _segments(lengths: list[int]) -> list[dict[str, int]]:
     return segments
 
 
-def _memory(job: Job, round_fn: RoundFn, state: Any) -> dict[str, int]:
+def _memory(job: Job, state: Any) -> dict[str, int]:
     """Bytes on one device, of what stays there over a run; what a step needs besides depends on
     the model."""
 
     def here(tree: Any) -> int:
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // round_fn.mesh.size
+        shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
 
     examples = 0
     if job.dataset is not None and not job.config.stream:
@@ -91,6 +105,8 @@ def _memory(job: Job, round_fn: RoundFn, state: Any) -> dict[str, int]:
         "parameters": here(state.params),
         "optimizer": here(state.opt_state),
         "model_state": here(state.model_state),
+        "anchor": here(state.anchor),
+        "memory": here(state.memory),
         "examples": examples,
     }
 
@@ -108,6 +124,8 @@ def show(figures: dict[str, Any]) -> None:
         ("sent by a worker", _said(figures["bits_workers"], model)),
         ("sent by a hub", _said(figures["bits_hubs"], model)),
         ("data parallel, by a worker", _said(figures["bits_workers_data_parallel"], model)),
+        ("compression ratio R_C", _ratios(figures)),
+        *((f"{what} compressor", _compressor(c)) for what, c in figures["compressors"].items()),
         ("workers", f"{figures['hubs']} hubs × {figures['workers'] // figures['hubs']}"),
         ("ζ of the hub network", "—" if figures["zeta"] is None else f"{figures['zeta']:.4f}"),
         ("parameters", f"{number(figures['parameters'])} ({data_size(model)})"),
@@ -115,7 +133,7 @@ def show(figures: dict[str, Any]) -> None:
         ("training programs", number(figures["training_programs"])),
         (
             "memory on a device",
-            ", ".join(f"{name} {data_size(8 * size)}" for name, size in memory.items()),
+            ", ".join(f"{name} {data_size(8 * size)}" for name, size in memory.items() if size),
         ),
     ]
     show_table(console, f"plan: {figures['method']}", rows)
@@ -132,6 +150,18 @@ def _said(total: int, model: int) -> str:
     return f"{number(total)} bits ({data_size(total)}, {total / max(1, model):,.0f} models)"
 
 
+def _ratios(figures: dict[str, Any]) -> str:
+    formula, counted = (figures[f"compression_ratio_{by}"] for by in ("formula", "counted"))
+    shown = ["—" if ratio is None else number(float(ratio)) for ratio in (formula, counted)]
+    return f"{shown[0]} by formula, {shown[1]} by bits"
+
+
+def _compressor(figures: dict[str, Any]) -> str:
+    return (
+        f"{figures['name']}, δ ≥ {figures['delta']:.4g}, {number(figures['bits'])} bits a message"
+    )
+
+
 def _thinned(segments: list[dict[str, int]]) -> list[dict[str, int]]:
     """Some of them at even distances, the first and the last included."""
     return [segments[round(i * (len(segments) - 1) / (ROWS - 1))] for i in range(ROWS)]
@@ -142,7 +172,7 @@ def main_on(config: Config) -> int:
     if output not in FORMATS:
         raise unknown("format", output, FORMATS)
     figures = plan(build_job(config))
-    print(json.dumps(figures, indent=2)) if output == "json" else show(figures)
+    print(json.dumps(finite(figures), indent=2)) if output == "json" else show(figures)
     return 0
 
 

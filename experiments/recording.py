@@ -143,7 +143,7 @@ def claim(folder: Path, config: Config) -> None:
     Raises:
       ConfigurationError: it holds a run with other flags, or cannot be written.
     """
-    _check_same_run(folder, config)
+    check_same_run(folder, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / FLAGS, "\n".join(config.flag_lines()) + "\n")
@@ -153,7 +153,7 @@ def claim(folder: Path, config: Config) -> None:
         ) from None
 
 
-def _check_same_run(folder: Path, config: Config) -> None:
+def check_same_run(folder: Path, config: Config) -> None:
     """Whether the folder is free for this run, or holds it.
 
     Raises:

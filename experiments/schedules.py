@@ -17,9 +17,18 @@ from jaxlocal.types import Period
 FLOOR = 1e-6
 DEFAULT_TICKS = 440
 HUB_METHODS = ("mll_sgd", "hl_sgd")
-OWN_PERIODS = {"data_parallel": "constant", "post_local_sgd": "post_local", "swap": "swap"}
+EVERY_TICK = ("data_parallel", "ef_sgd", "csea")  # H = 1
+OWN_PERIODS = {
+    **dict.fromkeys(EVERY_TICK, "constant"),
+    "post_local_sgd": "post_local",
+    "swap": "swap",
+}
 # By method: outer optimizer, its learning rate and its momentum.
-OUTER_DEFAULTS = {"slowmo": ("sgd", 1.0, 0.7), "diloco": ("nesterov", 0.7, 0.9)}
+OUTER_DEFAULTS = {
+    "slowmo": ("sgd", 1.0, 0.7),
+    "diloco": ("nesterov", 0.7, 0.9),
+    "sparse_loco": ("sgd", 1.0, 0.0),
+}
 EXPONENTS = {"linear": 1, "quadratic": 2, "cubic": 3}
 
 
@@ -54,7 +63,7 @@ def make_optimizer(config: Config, schedule: Callable) -> optax.GradientTransfor
 
 
 def make_outer_optimizer(config: Config) -> optax.GradientTransformation:
-    """What slowmo and diloco step with; the papers' where the flags are silent."""
+    """What steps on averages; the papers' where the flags are silent."""
     name, rate, beta = OUTER_DEFAULTS[config.method]
     name = config.outer_optimizer or name
     rate = rate if config.outer_learning_rate is None else config.outer_learning_rate
@@ -110,7 +119,7 @@ def make_period(config: Config, schedule: Callable, ticks: int) -> Period:
         warmup = config.warmup_ticks
         return periods.power(schedule, coefficient, base, exponent, warmup, multiple)
 
-    one = config.method == "data_parallel"
+    one = config.method in EVERY_TICK
     table: dict[str, Callable[[], Period]] = {
         "constant": lambda: periods.constant(1 if one else base),
         **dict.fromkeys(EXPONENTS, power),

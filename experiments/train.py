@@ -27,6 +27,7 @@ from experiments.several import train_several
 from jaxlocal import ConfigurationError, RoundFn
 from jaxlocal.checkpoints import Checkpoints, SavingError
 from jaxlocal.data import StreamError
+from jaxlocal.local import bits
 from jaxlocal.training import Diverged, Step, run, schedule
 from jaxlocal.types import TrainState
 
@@ -70,8 +71,8 @@ class _Run:
     ):
         self.job, self.round_fn, self.feed = job, round_fn, feed
         self.recorder, self.checkpoints = recorder, checkpoints
-        self.display = Display(job.ticks)
         self.state, notes = self._start()
+        self.display = Display(job.ticks, bits(self.state.params) if job.compressors else 0)
         self.ended: str | None = notes.get("ended")
         self.measurements: int | None = notes.get("measurements")
         self.measure = Measure(job, round_fn, feed.first, notes.get("seconds", 0.0))

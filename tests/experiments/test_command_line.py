@@ -58,7 +58,10 @@ def call(module, *arguments, **environment):
         ({"method": "hl_sgd", "hubs": 4, "hub_graph": "ring"}, ["hl_sgd", "ring"]),
         ({"method": "cooperative_sgd", "hubs": 2}, ["8 workers", "--hubs=2"]),
         ({"ticks": 0}, ["--ticks", "got 0"]),
-        ({"outer_learning_rate": 0.5}, ["--outer_learning_rate=0.5", "slowmo and diloco"]),
+        (
+            {"outer_learning_rate": 0.5},
+            ["--outer_learning_rate=0.5", "slowmo, diloco, sparse_loco"],
+        ),
         ({"method": "diloco", "outer_learning_rate": 0.0}, ["--outer_learning_rate", "got 0"]),
         ({"method": "slowmo", "outer_momentum": 1.0}, ["[0, 1)", "got 1"]),
         ({"method": "diloco", "outer_optimizer": "sdg"}, ["unknown optimizer", "sgd"]),
@@ -66,6 +69,31 @@ def call(module, *arguments, **environment):
             {"method": "diloco", "outer_optimizer": "adam", "outer_momentum": 0.5},
             ["--outer_momentum=0.5", "adam"],
         ),
+        ({"method": "cser", "gradient_compressor": "gbrs:4"}, ["unknown compressor", "grbs"]),
+        ({"method": "csre", "gradient_compressor": "grbs:4"}, ["unknown method", "cser"]),
+        ({"method": "ef_sgd", "gradient_compressor": "grbs"}, ["grbs needs", "grbs:64"]),
+        ({"method": "ef_sgd", "gradient_compressor": "grbs:0.5"}, ["0.5"]),
+        ({"method": "ef_sgd", "gradient_compressor": "grbs:1e9"}, ["grbs:1000000000"]),
+        ({"method": "ef_sgd", "gradient_compressor": "powersgd:1000"}, ["1000"]),
+        ({"method": "cser_pl", "reset_compressor": "qsgd:9"}, ["9"]),
+        (
+            {"method": "cser", "sync_compressor": "grbs:4"},
+            ["--sync_compressor=grbs:4", "cser", "--gradient_compressor and --reset_compressor"],
+        ),
+        (
+            {"sync_compressor": "grbs:4"},
+            ["--sync_compressor=grbs:4", "qsparse_local_sgd", "hl_sgd"],
+        ),
+        ({"cser_implementation": 2}, ["--cser_implementation=2", "cser", "local_sgd"]),
+        ({"method": "cser", "cser_implementation": 3}, ["1 or 2", "got 3"]),
+        (
+            {"method": "cser", "cser_implementation": 2, "gradient_compressor": "top_k:4"},
+            ["top_k:4", "implementation"],
+        ),
+        ({"error_decay": 0.5}, ["--error_decay=0.5", "sparse_loco", "local_sgd"]),
+        ({"method": "sparse_loco", "error_decay": 1.5}, ["[0, 1]", "got 1.5"]),
+        ({"method": "cser", "optimizer_state": "reset"}, ["--optimizer_state=reset", "cser"]),
+        ({"method": "csea", "period": "quadratic"}, ["'constant'", "quadratic"]),
         ({"accumulation": 3}, ["--accumulation=3", "--batch_size=16"]),
         ({"accumulation": 0}, ["--accumulation", "got 0"]),
         ({"precision": "bfloat"}, ["unknown precision", "bfloat16"]),
@@ -116,6 +144,8 @@ def test_a_mistake_is_told_in_one_sentence_before_anything_runs(changes, words):
         (["--flagfile=no_such_file"], "no_such_file"),
         (["--dataset=mnist", "--data_dir=nowhere"], "mnist is not prepared"),
         (["--parameters=10"], "training needs a model"),
+        (["--method=ef_sgd", "--gradient_compressor=grbs:1e9"], "grbs:1000000000"),
+        (["--method=cser", "--seeds=2", "--reset_compressor=powersgd:999"], "999"),
         (["--method=mll_sgd", "--local_steps=16", "--ticks=100"], "96 or 112"),
     ],
 )
@@ -127,10 +157,23 @@ def test_a_mistake_ends_with_status_two_and_leaves_nothing(flags, words, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_warning_is_one_line():
+    done = call(
+        "plan",
+        "--method=data_parallel",
+        "--gradient_compressor=sign",
+        "--ticks=10",
+        "--parameters=64",
+    )
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: ") and "sign" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and ".py" not in done.stderr
+
+
 def test_help_shows_every_flag_in_groups():
     done = call("train", "--help")
     assert done.returncode == 0
-    for group in ("method:", "workers:", "data:", "model:", "optimizer:", "run:"):
+    for group in ("method:", "compression:", "workers:", "data:", "model:", "optimizer:", "run:"):
         assert f"\n{group}\n" in done.stdout
     for name in Config.__dataclass_fields__:
         assert f"--{name}:" in done.stdout

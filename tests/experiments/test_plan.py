@@ -12,8 +12,12 @@ from experiments import train as binary
 from experiments.build import build_job
 from experiments.config import Config
 from experiments.plan import plan
-from experiments.recording import read_metrics
+from experiments.recording import finite, read_metrics
 
+SMALL_RATIOS = {  # which fit 32 parameters
+    "cser": {"gradient_compressor": "grbs:16", "reset_compressor": "grbs:4"},
+    "sparse_loco": {"sync_compressor": "top_k:8"},
+}
 PRESETS = Path(__file__).parents[2] / "experiments" / "presets"
 
 
@@ -56,7 +60,9 @@ def test_schedules_equal_the_reference(kind, warmup):
     assert [ours(t) for t in range(91)] == pytest.approx([theirs(t) for t in range(91)], rel=1e-9)
 
 
-@pytest.mark.parametrize("method", ["local_sgd", "mll_sgd", "cooperative_sgd", "data_parallel"])
+@pytest.mark.parametrize(
+    "method", ["local_sgd", "mll_sgd", "cooperative_sgd", "data_parallel", "cser", "sparse_loco"]
+)
 def test_the_run_does_what_the_plan_says(method, tmp_path):
     config = Config(
         method=method,
@@ -69,6 +75,7 @@ def test_the_run_does_what_the_plan_says(method, tmp_path):
         ticks=48,
         local_steps=4,
         workdir=str(tmp_path / "run"),
+        **SMALL_RATIOS.get(method, {}),
     )
     figures = plan(build_job(config))
     binary.train(config)
@@ -101,3 +108,90 @@ def test_the_paper_graph_is_a_file_of_rows():
         hub_graph=str(PRESETS / "mll_ten_hubs.graph"),
     )
     assert 0 < plan(build_job(config))["zeta"] < 1
+
+
+@pytest.mark.parametrize(
+    ("gradient", "reset", "local_steps", "ratio"),
+    # Xie et al., NeurIPS 2020: the settings (R_C2, R_C1, H) of their R_C
+    [(64, 4, 16, 32), (512, 16, 32, 256), (2048, 8, 256, 1024)],
+)
+def test_the_published_ratios_of_cser(gradient, reset, local_steps, ratio):
+    config = Config(
+        method="cser",
+        parameters=1 << 20,
+        gradient_compressor=f"grbs:{gradient}",
+        reset_compressor=f"grbs:{reset}",
+        local_steps=local_steps,
+        ticks=4 * local_steps,
+    )
+    figures = plan(build_job(config))
+    assert figures["compression_ratio_formula"] == ratio
+    # One flat tensor that all ratios divide: nothing is too small to compress.
+    assert figures["compression_ratio_counted"] == ratio
+    assert figures["compressors"] == {
+        "gradient": {
+            "name": f"grbs:{gradient}",
+            "delta": 1 / gradient,
+            "bits": (32 << 20) // gradient,
+        },
+        "reset": {"name": f"grbs:{reset}", "delta": 1 / reset, "bits": (32 << 20) // reset},
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "ratio"),
+    [
+        ({"method": "data_parallel"}, 1),
+        ({"method": "data_parallel", "gradient_compressor": "sign"}, 32),
+        ({"method": "local_sgd", "period": "constant", "local_steps": 8}, 8),
+        ({"method": "ef_sgd"}, 32),
+        ({"method": "csea", "reset_compressor": "grbs:16"}, 16),
+        ({"method": "cser_pl", "reset_compressor": "grbs:4", "local_steps": 4}, 16),
+        ({"method": "qsparse_local_sgd", "local_steps": 8}, 64),
+        (
+            {"method": "sparse_loco", "local_steps": 16, "sync_compressor": "top_k:8+int8"},
+            8 * 4 * 16,
+        ),
+        ({"method": "cser", "gradient_compressor": "zero", "reset_compressor": "identity"}, 4),
+        ({"method": "cser", "gradient_compressor": "zero", "reset_compressor": "zero"}, None),
+        ({"method": "mll_sgd", "hubs": 2, "sync_compressor": "grbs:4"}, None),
+        ({"method": "qsparse_local_sgd", "sync_compressor": "powersgd:2"}, None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_the_ratio_by_formula(changes, ratio):
+    config = Config(ticks=64, **changes)
+    if changes.get("reset_compressor") == "zero":
+        config = dataclasses.replace(config, parameters=64)
+    figures = finite(plan(build_job(config)))
+    assert figures["compression_ratio_formula"] == ratio
+
+
+def test_the_ratio_under_a_period_that_changes_takes_the_mean_h():
+    changes = {"method": "cser_pl", "parameters": 1 << 16, "period": "quadratic", "ticks": 640}
+    figures = plan(build_job(Config(reset_compressor="grbs:8", **changes)))
+    assert len(figures["local_steps"]) > 1
+    mean = figures["ticks"] / figures["rounds"]
+    assert figures["compression_ratio_formula"] == pytest.approx(8 * mean)
+    assert figures["compression_ratio_counted"] == pytest.approx(8 * mean)
+
+
+def test_small_tensors_are_counted_and_not_in_the_formula():
+    """Logistic regression on 8 × 8 digits: 10 of 640 weights are said, and one of 10 biases."""
+    figures = plan(
+        build_job(Config(method="ef_sgd", model="logistic", gradient_compressor="grbs:64"))
+    )
+    assert figures["compression_ratio_formula"] == 64
+    assert figures["compressors"]["gradient"]["bits"] == 32 * (10 + 1)
+    assert figures["compression_ratio_counted"] == 650 / 11
+
+
+def test_anchors_and_errors_are_in_the_memory_line():
+    model = 4 * 1000
+    for method, memory in [("local_sgd", (0, 0)), ("cser", (1, 0)), ("ef_sgd", (1, 4))]:
+        config = Config(method=method, parameters=1000, workers=4, ticks=64)
+        held = plan(build_job(config))["memory_bytes"]
+        if held["parameters"] == 4 * model:  # on one device
+            assert (held["anchor"] / model, held["memory"] / model) == memory
+        else:
+            assert held["anchor"] == memory[0] * model

@@ -211,6 +211,45 @@ def test_every_method_trains(tmp_path):
         assert status == 0 and lines[-1]["train_loss"] < lines[0]["train_loss"], method
 
 
+def test_every_compressed_method_trains(tmp_path):
+    """At ratios that 32 parameters have room for, with workers that skip ticks."""
+    small = {
+        "ef_sgd": {"gradient_compressor": "grbs:4"},
+        "qsparse_local_sgd": {"sync_compressor": "top_k:4+int8"},
+        "cser": {"gradient_compressor": "grbs:8", "reset_compressor": "grbs:2"},
+        "cser_pl": {"reset_compressor": "grbs:4", "period": "quadratic"},
+        "sparse_loco": {"sync_compressor": "top_k:4", "error_decay": 0.9},
+        "data_parallel": {"gradient_compressor": "qsgd:4"},
+        "hl_sgd": {"sync_compressor": "bfloat16", "hubs": 2},
+    }
+    for method, flags in small.items():
+        config = dataclasses.replace(SMALL, method=method, rates="0.9", **flags)
+        status, lines = run(config, tmp_path / method)
+        assert status == 0 and lines[-1]["train_loss"] < lines[0]["train_loss"], method
+        ticks_said = lines[-1]["bits_workers"] / (32 * 32)
+        assert 0 < ticks_said < 24, method  # less than data parallelism says
+
+
+def test_a_compressed_run_that_is_cut_ends_with_the_same_numbers(tmp_path, monkeypatch):
+    """Anchor, errors and the masks' keys are in a checkpoint."""
+    config = dataclasses.replace(
+        SMALL, method="qsparse_local_sgd", sync_compressor="random_k:4", checkpoint_every=6
+    )
+    whole = run(config, tmp_path / "whole")[1]
+    measure = binary.Measure.__call__
+
+    def interrupted(self, step):
+        if step.tick >= 18:
+            raise KeyboardInterrupt
+        return measure(self, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(binary.Measure, "__call__", interrupted)
+        assert run(config, tmp_path / "cut")[0] == INTERRUPTED
+    status, lines = run(config, tmp_path / "cut")
+    assert status == 0 and without_time(lines) == without_time(whole)
+
+
 def tensorboard(folder):
     """Every scalar by tag and step, as TensorBoard's own records have them."""
     from tensorboardX.proto import event_pb2

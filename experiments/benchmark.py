@@ -1,0 +1,112 @@
+"""Measure what the library costs on this machine: python -m experiments.benchmark.
+
+Suite `compression`: seconds of a partial synchronisation by each compressor beside those of the
+gradient of a tick, in the same run and in turns; and the peak memory of methods above Local SGD's.
+Prints tables and writes the figures as JSON.
+"""
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from absl.flags import FLAGS
+from rich.console import Console
+
+import jaxlocal
+from experiments import compression_costs
+from experiments.benchmarking import ALONE, QUIET, load, wait_until_idle
+from experiments.command_line import run_tool
+from experiments.display import data_size, number, show_table
+from experiments.recording import write_json
+from jaxlocal.errors import lookup
+
+COMPRESSORS = (
+    *("identity", "grbs:64", "random_k:64", "top_k:64", "top_k:64:tensor", "top_k:64:model"),
+    *("top_k:64+int8", "sign", "qsgd:4", "int8", "bfloat16", "powersgd:4"),
+)
+
+
+def compression() -> dict[str, Any]:
+    """Time and memory of compressed messages."""
+    image = (FLAGS.image, FLAGS.image, 3)
+    task = compression_costs.make_task(FLAGS.model, image, FLAGS.batch_size)
+    small = compression_costs.make_task(FLAGS.memory_model, image, FLAGS.batch_size)
+    time = compression_costs.overhead(task, FLAGS.compressors, FLAGS.repeats)
+    return {"overhead": time, "memory": compression_costs.memory(small, FLAGS.workers)}
+
+
+def show_compression(figures: dict[str, Any], console: Console) -> None:
+    time, memory = figures["overhead"], figures["memory"]
+    gradient, model = time["gradient"], 32 * time["parameters"]
+    rows = [("gradient", f"{gradient['median'] * 1e3:.4g} ms")]
+    for name, row in time["compressors"].items():
+        share = "{median:.1%} ({least:.1%} to {most:.1%})".format(**row["ratio"])
+        said = f", {model / row['bits']:.3g}×" if row["bits"] else ""
+        rows.append((name, f"{row['seconds']['median'] * 1e3:.4g} ms, {share}{said}"))
+    title = f"{FLAGS.model}, {number(time['parameters'])} parameters, batch {FLAGS.batch_size}"
+    what = "time, part of a gradient (least to most), how many times less is said"
+    show_table(console, f"\na partial synchronisation of {title}: {what}", rows)
+    size = data_size(8 * memory["model_bytes"])
+    where = f"{FLAGS.memory_model} of {size}, {memory['workers']} workers on a device"
+    show_table(
+        console,
+        f"\nmemory of {where}: above Local SGD's, in models",
+        [(name, _memory(row)) for name, row in memory["methods"].items()],
+    )
+
+
+def _memory(row: dict[str, Any]) -> str:
+    kept, peak = row["kept_above"], row["peak_above"]
+    return f"kept {kept:+.2f}, peak of a round {peak:+.2f} ({data_size(8 * row['peak_bytes'])})"
+
+
+SUITES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict, Console], None]]] = {
+    "compression": (compression, show_compression)
+}
+
+
+def benchmark() -> int:
+    """Run a suite on a machine that is idle, or say that it is not."""
+    run, show = lookup("suite", FLAGS.suite, SUITES)
+    before = wait_until_idle(FLAGS.wait_idle)
+    figures = run()
+    after = load()
+    console = Console()
+    show(figures, console)
+    busy = before > QUIET or after > ALONE
+    if busy:
+        console.print(
+            f"\nthe machine was busy: {before:.0%} of its cores before, {after:.0%} at the end"
+        )
+    machine = {
+        "load_before": before,
+        "load_after": after,
+        "busy": busy,
+        "devices": [device.device_kind for device in jax.devices()],
+        "machine": platform.machine(),
+        "versions": {"jaxlocal": jaxlocal.__version__, "jax": jax.__version__},
+    }
+    write_json(Path(FLAGS.output), {"suite": FLAGS.suite, **figures, **machine})
+    console.print(FLAGS.output, highlight=False, soft_wrap=True)
+    return 0
+
+
+def main() -> None:
+    flags.DEFINE_string("suite", "compression", f"What is measured: {', '.join(SUITES)}.")
+    flags.DEFINE_string("model", "resnet18_layer_norm", "Whose gradients and parameters are timed.")
+    flags.DEFINE_string("memory_model", "mll_cnn", "Whose rounds' memory is counted.")
+    flags.DEFINE_integer("image", 32, "Height and width of its images.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 32, "Examples in a worker's batch.", lower_bound=1)
+    flags.DEFINE_integer("workers", 4, "Workers whose memory is counted.", lower_bound=1)
+    flags.DEFINE_list("compressors", list(COMPRESSORS), "What is timed, separated by commas.")
+    flags.DEFINE_integer("repeats", 5, "Turns in which each is timed.", lower_bound=1)
+    flags.DEFINE_float("wait_idle", 0.0, "Seconds to wait for an idle machine.", lower_bound=0.0)
+    flags.DEFINE_string("output", "benchmark.json", "File for the figures.")
+    run_tool(benchmark, lambda: (__doc__ or "").strip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What compression costs: the time of a partial synchronisation beside that of a tick's gradient,
+and the memory of methods above Local SGD's."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import NamedSharding
+
+import jaxlocal
+from experiments.benchmarking import in_turns, peak_bytes, spread_of
+from jaxlocal import Layout, RoundFn, mixing
+from jaxlocal.compression import parse, payload_bits
+from jaxlocal.exchange import partial_sync
+from jaxlocal.models import build
+from jaxlocal.models.supervised import training_loss
+from jaxlocal.types import Compressor, Rounds, Tree
+from jaxlocal.workers import STACKED, make_mesh, over_mesh, stream
+
+GRADIENT = "gradient"
+CLASSES = 10
+
+
+class Task(NamedTuple):
+    """What is trained: a model on random images."""
+
+    params: Tree  # shapes
+    model_state: Tree  # shapes
+    init: Callable
+    grad_fn: Callable
+    batch: dict[str, jax.ShapeDtypeStruct]  # of one worker
+
+
+def make_task(model: str, image: tuple[int, ...], batch_size: int) -> Task:
+    built = build(model, image, CLASSES)
+    grad_fn = jaxlocal.gradients(training_loss(built, lambda x: x, CLASSES), stateful=True)
+    batch = {
+        "inputs": jax.ShapeDtypeStruct((batch_size, *image), np.float32),
+        "targets": jax.ShapeDtypeStruct((batch_size,), np.int32),
+    }
+    params, model_state = jax.eval_shape(built.init, jax.random.key(0))
+    return Task(params, model_state, built.init, grad_fn, batch)
+
+
+def overhead(
+    task: Task, compressors: Sequence[str], repeats: int, ticks: int = 2, syncs: int = 8
+) -> dict[str, Any]:
+    """Seconds of one tick's gradient and of one partial synchronisation by each compressor.
+
+    One worker on one device. Each is run several times in one program, so that dispatching it does
+    not count.
+    """
+    parsed = [parse(name) for name in compressors]
+    programs = {GRADIENT: _gradients(task, ticks)}
+    programs |= {compressor.name: _syncs(task, compressor, syncs) for compressor in parsed}
+    seconds = in_turns(programs, repeats)
+    gradient = [s / ticks for s in seconds[GRADIENT]]
+    bits = {c.name: payload_bits(c, task.params) for c in parsed}
+    rows = {}
+    for name, size in bits.items():
+        sync = [s / syncs for s in seconds[name]]
+        ratios = [s / g for s, g in zip(sync, gradient, strict=True)]
+        rows[name] = {"seconds": spread_of(sync), "ratio": spread_of(ratios), "bits": size}
+    parameters = sum(x.size for x in jax.tree.leaves(task.params))
+    return {"parameters": parameters, "gradient": spread_of(gradient), "compressors": rows}
+
+
+def _gradients(task: Task, ticks: int) -> Callable[[], Any]:
+    """A program of so many gradients, each on its own batch, as a round takes them."""
+    params, model_state = jax.jit(task.init)(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), ticks)
+    shape = task.batch["inputs"].shape
+    batches = {
+        "inputs": jax.random.normal(jax.random.key(2), (ticks, *shape)),
+        "targets": jax.random.randint(jax.random.key(3), (ticks, shape[0]), 0, CLASSES),
+    }
+
+    @jax.jit
+    def run(params, model_state, batches):
+        def tick(carry, told):
+            _, model_state = carry
+            grads, model_state, _ = task.grad_fn(params, model_state, *told)
+            return (grads, model_state), None
+
+        return lax.scan(tick, (params, model_state), (batches, keys))[0]
+
+    return lambda: run(params, model_state, batches)
+
+
+def _syncs(task: Task, compressor: Compressor, syncs: int) -> Callable[[], Any]:
+    """A program of so many partial synchronisations, on buffers that it updates in place."""
+    layout = Layout()
+    mixer, world = mixing.mean(), layout.world()
+    key = jax.random.key(0)
+
+    def run(tree, memory, world):
+        def one(carry, number):
+            held, kept = carry
+            now = stream(key, 0, number)
+            synced = partial_sync(mixer, compressor, held, kept, now, world)
+            return (synced.add(synced.residual), synced.memory), None
+
+        return lax.scan(one, (tree, memory), jnp.arange(syncs))[0]
+
+    mesh = make_mesh(layout, jax.devices()[:1])
+    specs = (STACKED, STACKED, jax.tree.map(lambda _: STACKED, world))
+    program = jax.jit(over_mesh(run, mesh, specs, specs[:2]), donate_argnums=(0, 1))
+    tree = jax.tree.map(lambda x: jax.random.normal(key, (1, 1, *x.shape), x.dtype), task.params)
+    memory = jax.tree.map(lambda x: x[None, None], compressor.init(task.params))
+    held = list(jax.device_put((tree, memory), NamedSharding(mesh, STACKED)))
+
+    def again() -> Any:
+        held[:] = program(*held, world)
+        return held
+
+    return again
+
+
+def memory(task: Task, workers: int, ticks: int = 4) -> dict[str, Any]:
+    """What each method keeps on one device from round to round, and the peak of its rounds: bytes
+    above Local SGD's, in models."""
+    layout = Layout(workers_per_hub=workers)
+    optimizer = optax.sgd(0.1, momentum=0.9, nesterov=True)
+    methods = _methods(task.grad_fn, optimizer, ticks)
+    sizes = {name: _sizes(task, method, layout, ticks) for name, method in methods.items()}
+    model = _bytes(task.params)
+    least = sizes["local_sgd"]
+    rows = {
+        name: {
+            "peak_bytes": peak,
+            "kept_above": (kept - least[0]) / model,
+            "peak_above": (peak - least[1]) / model,
+        }
+        for name, (kept, peak) in sizes.items()
+    }
+    return {"model_bytes": model, "workers": workers, "methods": rows}
+
+
+def _bytes(tree: Tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _methods(
+    grad_fn: Callable, optimizer: optax.GradientTransformation, ticks: int
+) -> dict[str, Rounds]:
+    own = (grad_fn, optimizer)
+    gradient, reset = parse("grbs:64"), parse("grbs:4")
+    return {
+        "local_sgd": jaxlocal.local_sgd(*own, ticks),
+        "data_parallel": jaxlocal.data_parallel(*own),
+        "cser": jaxlocal.cser(*own, gradient, reset, ticks),
+        "qsparse_local_sgd": jaxlocal.qsparse_local_sgd(*own, reset, ticks),
+        "ef_sgd": jaxlocal.ef_sgd(*own, gradient),
+    }
+
+
+def _sizes(task: Task, method: Rounds, layout: Layout, ticks: int) -> tuple[int, int]:
+    """Bytes of the state, and the peak of the two programs of a round: its ticks, and its end."""
+    round_fn = RoundFn(method, layout, make_mesh(layout, jax.devices()[:1]))
+    state = round_fn.shapes(task.params, task.model_state)
+    length = method.period.length(0, ticks)
+    batches = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((length, *layout.shape, *x.shape), x.dtype), task.batch
+    )
+    steps = peak_bytes(round_fn.local_steps, state, batches, donate=(0,))
+    end = peak_bytes(round_fn.end_round, state, donate=(0,))
+    return _bytes(state), max(steps, end)

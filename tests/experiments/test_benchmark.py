@@ -1,0 +1,75 @@
+"""The benchmark measures what it says, on models so small that it takes seconds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.benchmarking import in_turns, peak_bytes, wait_until_idle
+from experiments.compression_costs import make_task, memory, overhead
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_programs_take_turns_and_the_first_does_not_count():
+    order = []
+    seconds = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, repeats=2)
+    assert order == list("ababab")
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_peak_memory_counts_what_is_held():
+    shape = jax.ShapeDtypeStruct((1000,), np.float32)
+    add = lambda x, y: x + y
+    assert peak_bytes(add, shape, shape) == 3 * 4000
+    assert peak_bytes(add, shape, shape, donate=(0,)) == 2 * 4000
+
+
+def test_waiting_ends():
+    assert wait_until_idle(0.0) >= 0
+
+
+def test_overhead_tells_each_compressor_beside_the_gradient():
+    figures = overhead(
+        make_task("logistic", (4, 4, 3), 2), ["grbs:8", "top_k:8", "sign"], repeats=2
+    )
+    assert figures["parameters"] == 48 * 10 + 10
+    assert figures["gradient"]["least"] > 0
+    assert list(figures["compressors"]) == ["grbs:8", "top_k:8", "sign"]
+    for row in figures["compressors"].values():
+        assert 0 < row["ratio"]["least"] <= row["ratio"]["median"] <= row["ratio"]["most"]
+        assert 0 < row["bits"] < 32 * figures["parameters"] / 4
+
+
+def test_memory_of_methods_above_local_sgd():
+    """CSER keeps one anchor; error feedback an anchor and an error a worker."""
+    figures = memory(make_task("logistic", (16, 16, 3), 1), workers=4, ticks=1)
+    kept = {name: m["kept_above"] for name, m in figures["methods"].items()}
+    peak = {name: m["peak_above"] for name, m in figures["methods"].items()}
+    assert figures["model_bytes"] == 4 * (16 * 16 * 3 * 10 + 10)
+    assert kept["local_sgd"] == kept["data_parallel"] == peak["local_sgd"] == 0
+    assert kept["cser"] == 1 <= peak["cser"]
+    assert kept["qsparse_local_sgd"] == kept["ef_sgd"] == 1 + 4 <= peak["qsparse_local_sgd"]
+
+
+def test_the_binary_prints_a_table_and_writes_json(tmp_path):
+    output = tmp_path / "figures.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "experiments.benchmark", "--model=logistic", "--image=8"),
+            *("--memory_model=logistic", "--workers=2", "--batch_size=2", "--repeats=1"),
+            *("--compressors=grbs:8", f"--output={output}"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "grbs:8" in done.stdout and "peak of a round" in done.stdout
+    figures = json.loads(output.read_text())
+    assert figures["suite"] == "compression" and figures["load_before"] >= 0
+    assert set(figures["overhead"]["compressors"]) == {"grbs:8"}
