@@ -21,7 +21,7 @@ from experiments.benchmarking import ALONE, QUIET, load, wait_until_idle
 from experiments.command_line import run_tool
 from experiments.display import data_size, number, show_table
 from experiments.recording import write_json
-from jaxlocal.errors import lookup
+from jaxlocal.errors import ConfigurationError, lookup
 
 COMPRESSORS = (
     *("identity", "grbs:64", "random_k:64", "top_k:64", "top_k:64:tensor", "top_k:64:model"),
@@ -71,6 +71,8 @@ SUITES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict, Console], 
 def benchmark() -> int:
     """Run a suite on a machine that is idle, or say that it is not."""
     run, show = lookup("suite", FLAGS.suite, SUITES)
+    if not Path(FLAGS.output).absolute().parent.is_dir():
+        raise ConfigurationError(f"--output={FLAGS.output} is in a folder that does not exist")
     before = wait_until_idle(FLAGS.wait_idle)
     figures = run()
     after = load()

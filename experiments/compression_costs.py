@@ -159,12 +159,12 @@ def _methods(
 
 
 def _sizes(task: Task, method: Rounds, layout: Layout, ticks: int) -> tuple[int, int]:
-    """Bytes of the state, and the peak of the two programs of a round: its ticks, and its end."""
+    """Bytes of the state, and the peak of the two programs of a method: so many ticks, for all
+    methods alike since batches count too, and the end of a round."""
     round_fn = RoundFn(method, layout, make_mesh(layout, jax.devices()[:1]))
     state = round_fn.shapes(task.params, task.model_state)
-    length = method.period.length(0, ticks)
     batches = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((length, *layout.shape, *x.shape), x.dtype), task.batch
+        lambda x: jax.ShapeDtypeStruct((ticks, *layout.shape, *x.shape), x.dtype), task.batch
     )
     steps = peak_bytes(round_fn.local_steps, state, batches, donate=(0,))
     end = peak_bytes(round_fn.end_round, state, donate=(0,))

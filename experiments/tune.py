@@ -87,7 +87,7 @@ def _trials(config: Config, folder: Path, rates: Sequence[float]) -> list[Config
     """A setting at every learning rate, each in a folder of its own."""
     return [
         dataclasses.replace(
-            config, learning_rate=rate, seeds=1, workdir=str(folder / "tuning" / f"{rate:g}")
+            config, learning_rate=rate, seeds=1, workdir=str(folder / "tuning" / str(rate))
         )
         for rate in rates
     ]

@@ -12,7 +12,7 @@ from jax import lax
 from jaxlocal.compression import payload_bits
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Compressor, Messages, Mixer, Tree, World
-from jaxlocal.workers import AXES, over_workers, vary, worker_map_for
+from jaxlocal.workers import AXES, Layout, over_workers, vary, worker_map_for
 
 Add = Callable[[Tree], Tree]  # leaves [d or 1, n or 1, ...]
 
@@ -45,6 +45,8 @@ def partial_sync(
     Source: Xie et al., "CSER: Communication-efficient SGD with Error Reset", NeurIPS 2020,
     https://arxiv.org/abs/2007.13221.
     """
+    if not jax.tree.leaves(tree):
+        return Synced(tree, lambda nothing: nothing, memory)
     if compressor.second is None:
         say = lambda x, kept, worker: speak(compressor, x, kept, key, worker)
         # Where all keep the same places, one slice of all workers costs no more than it keeps.
@@ -55,11 +57,12 @@ def partial_sync(
     first = _mapped(lambda x, kept: compressor.encode(x, kept, key))(tree, memory)
     known = _grid(second.settle)(_average(mixer, first, world))
     told = _to_workers(known, world)
-    said = _mapped(lambda x, known: second.encode(x, known, key))(tree, told)
-    minus = lambda x, known, said: compressor.decode({**known, **said}, key, x, -1.0)
-    residual = _mapped(minus)(tree, told, said)
-    average = _average(mixer, said, world)
-    memory = _mapped(second.remember)(memory, {**told, **_to_workers(average, world)})
+    rest = _mapped(lambda x, known: second.encode(x, known, key))(tree, told)
+    minus = lambda x, known, rest: compressor.decode({**known, **rest}, key, x, -1.0)
+    residual = _mapped(minus)(tree, told, rest)
+    average = _average(mixer, rest, world)
+    remember = lambda kept, payload: second.remember(kept, payload, key)
+    memory = _mapped(remember)(memory, {**told, **_to_workers(average, world)})
     return Synced(residual, _adder(compressor, {**known, **average}, key), memory)
 
 
@@ -123,9 +126,14 @@ def check_common(what: str, mixer: Mixer) -> None:
         )
 
 
-def said(mixer: Mixer, compressor: Compressor, stacked: Tree, layout: Any) -> Messages:
-    """The messages of one partial synchronisation of a tree, leaves (or shapes) [D, N, ...]."""
-    return mixer.messages(payload_bits(compressor, one_worker(stacked)), layout)
+def messages_of(mixer: Mixer, compressor: Compressor, stacked: Tree, layout: Layout) -> Messages:
+    """The messages of one partial synchronisation of a tree, leaves (or shapes) [D, N, ...].
+
+    A hub says the average of its workers' payloads or, where there is none, all of them.
+    """
+    messages = mixer.messages(payload_bits(compressor, one_worker(stacked)), layout)
+    payloads = 1 if compressor.averageable else layout.workers_per_hub
+    return messages._replace(hubs=messages.hubs * payloads)
 
 
 def one_worker(stacked: Tree) -> Tree:

@@ -12,8 +12,8 @@ from jaxlocal.exchange import (
     check_common,
     check_exchange,
     compressor_memory,
+    messages_of,
     partial_sync,
-    said,
 )
 from jaxlocal.local import bits
 from jaxlocal.syncing import Others
@@ -192,7 +192,7 @@ def _from_start(mixer, compressor, error_decay, after, others) -> Stage:
 def _traffic(mixer, compressor, others, of=lambda params: params):
     def traffic(state, layout):
         rest = mixer.messages(bits(others.said(state)), layout)
-        return said(mixer, compressor, of(state.params), layout).plus(rest)
+        return messages_of(mixer, compressor, of(state.params), layout).plus(rest)
 
     return traffic
 

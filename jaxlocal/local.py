@@ -17,8 +17,8 @@ from jaxlocal.exchange import (
     check_exchange,
     compressor_memory,
     hear,
+    messages_of,
     partial_sync,
-    said,
     speak,
 )
 from jaxlocal.gradient import GradFn
@@ -115,7 +115,7 @@ def tick(
             return Messages()
         if compressor is None:
             return mixer.messages(bits(state.params), layout)
-        return said(mixer, compressor, state.params, layout)
+        return messages_of(mixer, compressor, state.params, layout)
 
     return Stage(init, apply, 1, traffic)
 
@@ -240,9 +240,9 @@ def _exchanged_step(one, state, memory, batch, world, mode, mixer, compressor):
     update = _stepped(one, mode, lambda params, updates: updates, _zeros)
     places = (state.params, state.opt_state, state.model_state, batch, world.worker, world.rate)
 
-    def speaking(kept, params, *rest):
-        updates, *new = update(params, *rest)
-        payload, residual = speak(compressor, updates, kept, key, rest[-2])
+    def speaking(kept, params, opt_state, model_state, batch, worker, rate):
+        updates, *new = update(params, opt_state, model_state, batch, worker, rate)
+        payload, residual = speak(compressor, updates, kept, key, worker)
         return payload, optax.apply_updates(params, residual), *new
 
     if compressor.second is None:

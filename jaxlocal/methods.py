@@ -37,8 +37,9 @@ def data_parallel(
         every tick:  g ← Σ a_i C(g_i);  x ← optimizer(x, g), the same on every worker
 
     Args:
-      compressor: C, without feedback of what it leaves out: QSGD with `compression.qsgd`. By
-        default gradients are averaged whole.
+      compressor: C, without feedback of what it leaves out, as QSGD does it. Where E C(g) is less
+        than g (1 / (1 + ω) of it with `compression.qsgd`, the part that is kept with `grbs` and
+        `random_k`), so are the steps of SGD. By default gradients are averaged whole.
     """
     step = tick(grad_fn, optimizer, gradient_mixer=mixing.mean(), compressor=compressor, **options)
     return Rounds(

@@ -25,7 +25,7 @@ def mean() -> Mixer:
 
     def gather(tree: Tree, world: World) -> tuple[Tree, Leaf]:
         def one(x):
-            x = x.reshape((-1,) + x.shape[2:])
+            x = x.reshape((x.shape[0] * x.shape[1],) + x.shape[2:])
             return lax.all_gather(x, AXES, axis=0, tiled=True, to="invarying")[:, None]
 
         return jax.tree.map(one, tree), one(world.weight)

@@ -87,7 +87,7 @@ class SecondMessage(NamedTuple):
 
     settle: Callable[[Tree], Tree]  # heard -> known, what everyone makes of the average
     encode: Callable[[Tree, Tree, Leaf], Tree]  # (x, known, key) -> payload
-    remember: Callable[[Tree, Tree], Tree]  # (memory, averaged payload) -> memory
+    remember: Callable[[Tree, Tree, Leaf], Tree]  # (memory, averaged payload, key) -> memory
 
 
 class Compressor(NamedTuple):
@@ -102,11 +102,12 @@ class Compressor(NamedTuple):
     init: Callable[[Tree], Tree]  # like -> memory; ConfigurationError where nothing of it fits
     encode: Callable[[Tree, Tree, Leaf], Tree]  # (x, memory, key) -> payload
     decode: Callable[..., Tree]  # (payload, key, onto, scale) -> onto + scale · C(x)
-    delta: Callable[[Tree], float]  # like -> δ: E‖C(x) − x‖² ≤ (1 − δ)‖x‖² for every x
+    # like -> δ: E‖C(x) − x‖² ≤ (1 − δ)‖x‖² for every x; of a first message if it keeps a memory
+    delta: Callable[[Tree], float]
     ratio: float  # R as papers count it, small tensors and indices left out
     averageable: bool  # the average of payloads is the payload of the average
     shared_mask: bool  # the key alone says what is kept
-    unbiased: bool  # E C(x) is a multiple of x
+    unbiased: bool  # E C(x) is x, each value times a positive factor: nothing is lost for good
     granularity: str  # what is compressed by itself: "value", "chunk", "tensor" or "model"
     second: SecondMessage | None = None
 

@@ -207,7 +207,7 @@ def over_workers(fn: Callable, mode: str) -> Callable:
     workers.
 
     `vmap`: all at once, as one batched program. `map`: one after another in a loop, each with the
-    speed and the memory of a model of its own. The results are the same.
+    speed and the memory of a model of its own. The results are the same up to rounding.
     """
     run = lookup("worker map", mode, WORKER_MAPS)
 

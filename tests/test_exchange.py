@@ -176,6 +176,25 @@ def test_messages_are_the_payload():
         assert alone.traffic(alone.shapes(params)) == (Messages(), Messages())
 
 
+def test_a_hub_says_all_payloads_that_cannot_be_averaged():
+    params, layout = {"w": jnp.zeros(256)}, Layout(3, 4)
+    for word, payloads in (("grbs:4", 1), ("top_k:4", 4)):
+        compressor = compression.parse(word)
+        method = jaxlocal.qsparse_local_sgd(problems.grad_fn, optax.sgd(0.1), compressor, 2)
+        round_fn = problems.on_one_device(method, layout)
+        bits = compression.payload_bits(compressor, params)
+        said = round_fn.traffic(round_fn.shapes(params))[1]
+        assert said == Messages(workers=bits, hubs=2 * payloads * bits)
+
+
+@pytest.mark.parametrize("word", ["top_k:3", "sign", "powersgd:2", "grbs:3"])
+def test_empty_tensors_and_none_at_all(word):
+    tree = {"empty": jnp.zeros((2, 4, 0, 5)), "w": trees()["kernel"]}
+    new, _, _ = synced(mixing.mean(), compression.parse(word), tree, LAYOUT, (1, 1))
+    assert new["empty"].shape == (2, 4, 0, 5) and np.isfinite(new["w"]).all()
+    assert synced(mixing.mean(), compression.parse(word), {}, LAYOUT, (1, 1))[0] == {}
+
+
 def test_errors_of_half_precision_are_sent_as_float32():
     method = jaxlocal.qsparse_local_sgd(problems.grad_fn, optax.sgd(0.1), compression.grbs(4), 2)
     round_fn = problems.on_one_device(method, Layout(1, 2))

@@ -17,12 +17,12 @@ def powersgd(rank: int) -> Compressor:
 
         first message:   P ← M Q;   P ← orthonormal basis of the average of P's columns
         second message:  R ← Mᵀ P
-        C(M) = P Rᵀ, a projection;  Q ← the average of R
+        C(M) = P Rᵀ, a projection;  Q ← the average of R, drawn anew where that is zero
 
     A tensor of two dimensions or more is a matrix M [n, m], m its last dimension; one that would
     not take fewer bits as P [n, r] and R [m, r] goes as it is, in the second message. Q starts
-    Gaussian, the same on all workers. C is linear in M once P is known, so that averages are those
-    of decoded messages.
+    Gaussian, the same on all workers and in all runs. C is linear in M once P is known, so that
+    averages are those of decoded messages.
 
     δ = r / min(n, m) at a first message, in expectation over Q, where all workers have the same M.
     With M = U Σ Vᵀ, the share of the i-th singular direction that is kept is the leverage of row i
@@ -84,13 +84,15 @@ def _encode_right(tree: Tree, known: Tree, key: Leaf) -> Tree:
     return {"right": _pairs(_right, tree, known["left"]), "plain": plain}
 
 
-def _remember(memory: Tree, payload: Tree) -> Tree:
-    """Q ← R; a direction in which there was nothing stays, or it would be lost for good."""
+def _remember(memory: Tree, payload: Tree, key: Leaf) -> Tree:
+    """Q ← R; a direction in which there was nothing is drawn anew, or nothing would be found
+    outside of the others for good."""
 
-    def one(before, right):
-        return jnp.where((right != 0).any(axis=0), right, before)
+    def one(number, right):
+        fresh = jax.random.normal(jax.random.fold_in(key, number), right.shape, right.dtype)
+        return jnp.where((right != 0).any(axis=0), right, fresh)
 
-    return jax.tree.map(one, memory, payload["right"])
+    return [r if r is None else one(i, r) for i, r in enumerate(payload["right"])]
 
 
 def _decode(payload: Tree, key: Leaf, onto: Tree, scale: float) -> Tree:
@@ -150,4 +152,10 @@ def _check(rank: int, leaves: list) -> None:
         has = f"the largest has {max(sides)}" if sides else "there is none"
         raise ConfigurationError(
             f"powersgd:{rank} needs a matrix of {rank} rows and columns or more, and {has}"
+        )
+    if floating and not any(_fits(x, rank) for x in floating):
+        n, m = max((_shape(x) for x in floating if len(x.shape) > 1), key=min)
+        raise ConfigurationError(
+            f"powersgd:{rank} makes no matrix smaller: two factors of the largest, {n} × {m}, have "
+            f"{rank * (n + m)} values for its {n * m}"
         )

@@ -119,7 +119,7 @@ def _qsgd(bits: int) -> Coder:
     def encode(x, words):
         buckets = rows(x.astype(wide(x.dtype)), min(x.size, QSGD_BUCKET))
         norm = _norms(buckets)
-        exact = levels * jnp.abs(buckets) / jnp.where(norm > 0, norm, 1)[:, None]
+        exact = levels * (jnp.abs(buckets) / jnp.where(norm > 0, norm, 1)[:, None])
         exact = exact.reshape(-1)[: x.size]
         chance = _chances(words)[: x.size]
         below = jnp.floor(exact)

@@ -135,7 +135,7 @@ def zero() -> Compressor:
         ratio=math.inf,
         averageable=True,
         shared_mask=True,
-        unbiased=True,
+        unbiased=False,
         granularity="value",
     )
 

@@ -8,15 +8,17 @@ import pytest
 from jaxlocal.compression import payload_bits, powersgd
 from jaxlocal.errors import ConfigurationError
 
+KEY = jax.random.key(0)
 
-def message(code, trees, memory):
+
+def message(code, trees, memory, key=KEY):
     """One exchange of workers of equal weight: the average, and what is remembered."""
     mean = lambda trees: jax.tree.map(lambda *x: sum(x) / len(x), *trees)
     known = code.second.settle(mean([code.encode(tree, memory, None) for tree in trees]))
     said = [code.second.encode(tree, known, None) for tree in trees]
     payload = {**known, **mean(said)}
     zeros = jax.tree.map(jnp.zeros_like, trees[0])
-    return code.decode(payload, None, zeros, 1.0), code.second.remember(memory, payload)
+    return code.decode(payload, None, zeros, 1.0), code.second.remember(memory, payload, key)
 
 
 def matrix(rows, columns, singular_values, seed=0):
@@ -119,6 +121,20 @@ def test_what_would_not_be_smaller_goes_plain():
     assert code.delta([jnp.zeros((4, 4)), jnp.zeros(5)]) == 1.0
 
 
+def test_what_the_first_messages_had_nothing_of_is_found_later():
+    """Start and first gradients span one direction, at a right angle to what comes then."""
+    code = powersgd(1)
+    first, later = (jnp.zeros((8, 8)).at[i, i].set(1.0) for i in (0, 7))
+    memory = code.init(first)
+    for number in range(3):
+        _, memory = message(code, [first], memory, jax.random.key(number))
+    found = []
+    for number in range(4):
+        sent, memory = message(code, [later], memory, jax.random.key(10 + number))
+        found.append(float(jnp.vdot(sent, later)))
+    np.testing.assert_allclose(found[-1], 1.0, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rank", [0, -1, 1.5, "2", True])
 def test_a_rank_below_1_is_an_error(rank):
     with pytest.raises(ConfigurationError) as error:
@@ -132,5 +148,9 @@ def test_a_rank_above_every_matrix_is_an_error():
         powersgd(8).init(tree)
     expected = "powersgd:8 needs a matrix of 8 rows and columns or more, and the largest has 7"
     assert str(error.value) == expected
+    with pytest.raises(
+        ConfigurationError, match="the largest, 30 × 7, have 222 values for its 210"
+    ):
+        powersgd(6).init(tree)
     with pytest.raises(ConfigurationError, match="rows and columns or more, and there is none"):
         powersgd(1).init({"b": jnp.zeros(99)})

@@ -95,7 +95,7 @@ def test_qsgd_keeps_within_its_levels_and_zeros_zero():
 
 
 def test_values_too_large_and_too_small_to_square():
-    for size in (1e30, 1e-30):
+    for size in (1e37, 1e-30):
         x = jnp.asarray(size * X[:64], jnp.float32)
         np.testing.assert_allclose(heard(qsgd(8), x) / size, heard(qsgd(8), X[:64]), rtol=1e-4)
 
