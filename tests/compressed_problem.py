@@ -113,7 +113,8 @@ def replay(spec, purpose, weights, hub_of_worker=None):
         arguments = zip(vectors, known, strict=True)
         said = [second.encode(unravel(jnp.asarray(x)), fact, key) for x, fact in arguments]
         for worker, heard in enumerate(average(said)):
-            memories[worker] = second.remember(memories[worker], {**known[worker], **heard})
+            payload = {**known[worker], **heard}
+            memories[worker] = second.remember(memories[worker], payload, key)
         return [{**fact, **own} for fact, own in zip(known, said, strict=True)]
 
     def compress(vectors, message):
