@@ -10,7 +10,7 @@ import jaxlocal
 from experiments.config import Config
 from experiments.schedules import count_ticks, make_outer_optimizer, make_schedule
 from jaxlocal import Layout
-from jaxlocal.local import GradFn
+from jaxlocal.gradient import GradFn
 from jaxlocal.types import Compressor, Period, Rounds
 
 

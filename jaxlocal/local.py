@@ -123,9 +123,11 @@ def tick(
 def _check_sync(gradient_mixer, update_mixer, compressor):
     if gradient_mixer and update_mixer:
         raise ConfigurationError("a tick averages gradients or updates, and both were asked for")
-    if (compressor is None) if update_mixer else (compressor and not gradient_mixer):
+    if update_mixer and compressor is None:
+        raise ConfigurationError("a tick averages updates with a compressor, and none was given")
+    if compressor and not (gradient_mixer or update_mixer):
         raise ConfigurationError(
-            "updates are averaged with a compressor, and a compressor needs a mixer"
+            f"a compressor needs a mixer of gradients or updates, and {compressor.name} has none"
         )
     if compressor:
         check_exchange(update_mixer or gradient_mixer, compressor)

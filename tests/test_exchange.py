@@ -246,7 +246,7 @@ NOTHING_SHARED = compression.top_k(2)
         ),
         (
             lambda: tick(problems.grad_fn, optax.sgd(0.1), compressor=compression.grbs(2)),
-            "a compressor needs a mixer",
+            "a compressor needs a mixer.*grbs:2 has none",
         ),
     ],
 )
