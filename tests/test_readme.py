@@ -4,10 +4,14 @@ import re
 import shutil
 from pathlib import Path
 
+import chex
+import jax
 import numpy as np
 
+import jaxlocal
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
-PROGRAM, WITH_NNX, WITH_CHECKPOINTS, COMPRESSED = re.findall(
+PROGRAM, WITH_NNX, WITH_CHECKPOINTS, COMPRESSED, FAST = re.findall(
     r"```python\n(.*?)```", README, re.DOTALL
 )
 
@@ -46,6 +50,17 @@ def test_the_fourth_program_counts_what_is_said(capsys):
     model, blocks, entries = 512 * 256 + 256, 2048 + 4, (2048 + 4) * 32 + 2048 * 16 + 4 * 8
     factors = 4 * (512 + 256) + 256
     assert eval(last) == [32 * model, 32 * blocks, entries, 32 * factors]
+
+
+def test_the_fifth_program_has_the_gradients_of_plain_layers():
+    names = {}
+    exec(compile(PROGRAM + WITH_NNX + FAST, "README.md", "exec"), names)
+    plain = jaxlocal.gradients(names["loss"], stateful=True)
+    params, state = names["from_nnx"](names["Network"]).init(jax.random.key(0))
+    images = np.random.default_rng(0).uniform(0, 255, (4, 8, 8, 3)).astype("float32")
+    batch = {"inputs": images, "targets": np.arange(4)}
+    ours, theirs = (jax.jit(f)(params, state, batch, None)[0] for f in (names["grad_fn"], plain))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_the_program_is_a_loop_of_fifteen_lines():

@@ -5,7 +5,7 @@ from flax import nnx
 
 from jaxlocal.models.adapters import Model, from_nnx
 from jaxlocal.models.layers import Conv, Logits, image_sides
-from jaxlocal.nn import max_pool
+from jaxlocal.nn import conv_relu_max_pool
 
 
 class MllCnn(nnx.Module):
@@ -20,10 +20,16 @@ class MllCnn(nnx.Module):
         self.logits = Logits(100, outputs, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        half = max_pool(nnx.relu(self.first(images)), (2, 2), (2, 2))
-        quarter = max_pool(nnx.relu(self.second(half)), (2, 2), (2, 2))
+        half = _pooled(images, self.first)
+        quarter = _pooled(half, self.second)
         hidden = nnx.relu(self.hidden(quarter.reshape(images.shape[0], -1)))
         return self.logits(hidden)
+
+
+def _pooled(images: jax.Array, layer: nnx.Conv) -> jax.Array:
+    assert layer.bias is not None
+    kernel, bias = layer.kernel[...], layer.bias[...]
+    return conv_relu_max_pool(images.astype(kernel.dtype), kernel, bias)
 
 
 def mll_cnn(input_shape: tuple[int, ...], outputs: int) -> Model:

@@ -1,6 +1,15 @@
 """Layers that stay fast where many workers train in a loop: drop-ins for those of JAX and Flax."""
 
 from jaxlocal.nn.convolution import conv_general_dilated
+from jaxlocal.nn.pooled import conv_relu_max_pool
 from jaxlocal.nn.pooling import avg_pool, max_pool
+from jaxlocal.nn.rewriting import fast_layers, fast_layers_report
 
-__all__ = ["avg_pool", "conv_general_dilated", "max_pool"]
+__all__ = [
+    "avg_pool",
+    "conv_general_dilated",
+    "conv_relu_max_pool",
+    "fast_layers",
+    "fast_layers_report",
+    "max_pool",
+]

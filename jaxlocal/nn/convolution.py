@@ -3,30 +3,21 @@
 XLA:CPU brings a convolution into the form that it has a fast kernel for only where it stands in the
 entry computation. The weight gradient that JAX derives is in another form, so inside `lax.scan`,
 where all local training happens, it runs in a generic loop, some thirty times slower or worse. Here
-all three convolutions, forward, input gradient and weight gradient, are written in the fast form.
+the three convolutions, forward, input gradient and weight gradient, are written in forms that are
+fast wherever they stand.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlocal.nn import forms
+from jaxlocal.nn.forms import Plan
 from jaxlocal.workers import vary
-
-CANONICAL = ("NHWC", "HWIO", "NHWC")
-Pads = tuple[tuple[int, int], ...]
-
-
-class _Plan(NamedTuple):
-    """What is static about one convolution."""
-
-    strides: tuple[int, int]
-    pads: Pads
-    precision: Any
-    result_type: Any  # preferred_element_type
 
 
 def conv_general_dilated(
@@ -45,18 +36,18 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, with gradients that are fast inside a loop on CPU.
 
-    Give it to a Flax layer: `nnx.Conv(..., conv_general_dilated=conv_general_dilated)`. In two
-    dimensions with channels last, `[batch, height, width, in]` by `[height, width, in, out]`, and
-    without dilation and groups, gradients are fast; every other convolution is handed to `jax.lax`
-    unchanged. Values and gradients equal those of `jax.lax` up to the order of summation; off the
-    CPU the gradients *are* those of `jax.lax`.
+    Give it to a Flax layer: `nnx.Conv(..., conv_general_dilated=conv_general_dilated)`, and so for
+    Linen. One to three spatial dimensions in any layout (channels last, `NHWC` by `HWIO`, saves
+    transposing), any strides, padding and dilation, and feature groups are fast. What is left, and
+    `why_slow` tells why, is handed to `jax.lax` unchanged. Values and gradients equal those of
+    `jax.lax` up to the order of summation; off the CPU they *are* those of `jax.lax`.
 
     The fast gradients are a `jax.custom_vjp`: reverse mode may be applied again, forward mode
     (`jax.jvp`, `jax.hessian`) may not.
 
     Args:
-      lhs: input, `[batch, height, width, in]` where the fast gradients apply.
-      rhs: kernel, `[height, width, in, out]` where they apply.
+      lhs: input, `[batch, height, width, in]` or as `dimension_numbers` says.
+      rhs: kernel, `[height, width, in, out]` or as `dimension_numbers` says.
       window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
         batch_group_count, precision, preferred_element_type, out_sharding: as in `jax.lax`.
 
@@ -71,46 +62,78 @@ def conv_general_dilated(
     >>> conv_general_dilated(image, kernel, (2, 2), "SAME", dimension_numbers=layout).shape
     (1, 2, 2, 8)
     """
-    rest = (feature_group_count, batch_group_count, out_sharding)
-    plain = rest == (1, 1, None) and _all_ones(lhs_dilation) and _all_ones(rhs_dilation)
-    if not (plain and _fits(lhs, rhs, window_strides, dimension_numbers)):
-        return lax.conv_general_dilated(
-            lhs,
-            rhs,
-            window_strides,
-            padding,
-            lhs_dilation=lhs_dilation,
-            rhs_dilation=rhs_dilation,
-            dimension_numbers=dimension_numbers,
-            feature_group_count=feature_group_count,
-            batch_group_count=batch_group_count,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            out_sharding=out_sharding,
-        )
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
-    pads = tuple((int(low), int(high)) for low, high in padding)
-    precision = tuple(precision) if isinstance(precision, list) else precision
-    down, across = window_strides
-    plan = _Plan((int(down), int(across)), pads, precision, preferred_element_type)
-    return _convolve(plan, *_equally_varying(lhs, rhs))
+    plain = partial(
+        lax.conv_general_dilated,
+        window_strides=window_strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        batch_group_count=batch_group_count,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+    if out_sharding is not None or why_slow(lhs, rhs, batch_group_count):
+        return plain(lhs, rhs)
+    result = jax.eval_shape(plain, lhs, rhs)  # so that what is wrong is said as JAX says it
+    image, kernel, output = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    lhs, rhs = lhs.transpose(_batch_first(image)), rhs.transpose(_taps_first(kernel))
+    ones = (1,) * (lhs.ndim - 2)
+    spacing, dilation = tuple(lhs_dilation or ones), tuple(rhs_dilation or ones)
+    plan = Plan(
+        strides=tuple(map(int, window_strides)),
+        pads=_pads(padding, lhs, rhs, window_strides, dilation),
+        spacing=spacing,
+        dilation=dilation,
+        groups=feature_group_count,
+        precision=tuple(precision) if isinstance(precision, list) else precision,
+        result_type=result.dtype,
+    )
+    convolved = _convolve(plan, *equally_varying(lhs, rhs))
+    return convolved.transpose([_batch_first(output).index(dim) for dim in range(lhs.ndim)])
 
 
-def _all_ones(dilation: Sequence[int] | None) -> bool:
-    return dilation is None or all(factor == 1 for factor in dilation)
+def why_slow(lhs: Any, rhs: Any, batch_group_count: int = 1) -> str:
+    """Why `conv_general_dilated` leaves a convolution to `jax.lax`; "" where it does not.
+
+    Args:
+      lhs, rhs: input and kernel, or what has their shapes and dtypes.
+
+    >>> why_slow(jnp.ones((4, 9, 3), int), jnp.ones((2, 3, 5), int))
+    'int32 by int32'
+    """
+    if lhs.dtype != rhs.dtype or not jnp.issubdtype(lhs.dtype, jnp.floating):
+        return f"{lhs.dtype} by {rhs.dtype}"
+    if batch_group_count != 1:
+        return "batch groups"
+    if not 3 <= len(lhs.shape) <= 5:
+        return f"{len(lhs.shape) - 2} spatial dimensions"
+    return "an empty array" if 0 in (*lhs.shape, *rhs.shape) else ""
 
 
-def _fits(lhs: jax.Array, rhs: jax.Array, strides: Sequence[int], dimension_numbers: Any) -> bool:
-    if lhs.ndim != 4 or rhs.ndim != 4 or len(strides) != 2 or 0 in lhs.shape + rhs.shape:
-        return False
-    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    canonical = lax.conv_dimension_numbers(lhs.shape, rhs.shape, CANONICAL)
-    floating = lhs.dtype == rhs.dtype and jnp.issubdtype(lhs.dtype, jnp.floating)
-    return floating and numbers == canonical and lhs.shape[3] == rhs.shape[2]
+def _batch_first(spec: Sequence[int]) -> list[int]:
+    """The dimensions of an input or output in the order [batch, *spatial, channels]; JAX's specs
+    are [batch, channels, *spatial]."""
+    return [spec[0], *spec[2:], spec[1]]
 
 
-def _equally_varying(*arrays: jax.Array) -> list[jax.Array]:
+def _taps_first(spec: Sequence[int]) -> list[int]:
+    """The dimensions of a kernel in the order [*taps, in, out]; JAX's are [out, in, *taps]."""
+    return [*spec[2:], spec[1], spec[0]]
+
+
+def _pads(padding: Any, lhs: jax.Array, rhs: jax.Array, strides: Any, dilation: Any):
+    """Before and after each spatial dimension; `jax.lax` refuses a word where the input is
+    dilated."""
+    if not isinstance(padding, str):
+        return tuple((int(low), int(high)) for low, high in padding)
+    extents = [d * (n - 1) + 1 for d, n in zip(dilation, rhs.shape[:-2], strict=True)]
+    return tuple(lax.padtype_to_pads(lhs.shape[1:-1], extents, strides, padding))
+
+
+def equally_varying(*arrays: jax.Array) -> list[jax.Array]:
     """The arrays, all varying over every mesh axis of `jax.shard_map` that any of them varies over.
 
     Outside the custom_vjp, so that the cast's own transpose sums the gradient of a common operand.
@@ -120,84 +143,23 @@ def _equally_varying(*arrays: jax.Array) -> list[jax.Array]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve(plan: _Plan, image: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _canonical(plan, image, kernel, plan.strides, plan.pads)
+def _convolve(plan: Plan, image: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.platform_dependent(
+        image, kernel, cpu=partial(forms.forward, plan), default=partial(forms.plain, plan)
+    )
 
 
-def _forward(plan: _Plan, image: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
+def _forward(plan: Plan, image: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
     return _convolve(plan, image, kernel), (image, kernel)
 
 
-def _backward(plan: _Plan, saved: Any, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(plan: Plan, saved: Any, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
     image, kernel = saved
-    if slope.size == 0:  # a convolution with an empty kernel is no convolution
-        return _lax_gradients(plan, image, kernel, slope)
-    return lax.platform_dependent(
-        image, kernel, slope, cpu=partial(_gradients, plan), default=partial(_lax_gradients, plan)
-    )
+    plain = partial(forms.plain_gradients, plan)
+    if slope.size == 0:  # the kernel reaches beyond the padded image
+        return plain(image, kernel, slope)
+    fast = partial(forms.gradients, plan)
+    return lax.platform_dependent(image, kernel, slope, cpu=fast, default=plain)
 
 
 _convolve.defvjp(_forward, _backward)
-
-
-def _canonical(
-    plan: _Plan,
-    lhs: jax.Array,
-    rhs: jax.Array,
-    strides: tuple[int, int],
-    pads: Any,
-    **dilation: Any,
-) -> jax.Array:
-    return lax.conv_general_dilated(
-        lhs,
-        rhs,
-        strides,
-        pads,
-        dimension_numbers=CANONICAL,
-        precision=plan.precision,
-        preferred_element_type=plan.result_type,
-        **dilation,
-    )
-
-
-def _lax_gradients(
-    plan: _Plan, image: jax.Array, kernel: jax.Array, slope: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    convolve = partial(_canonical, plan, strides=plan.strides, pads=plan.pads)
-    return jax.vjp(convolve, image, kernel)[1](slope)
-
-
-def _gradients(
-    plan: _Plan, image: jax.Array, kernel: jax.Array, slope: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    to_image = _input_gradient(plan, image.shape, kernel.astype(slope.dtype), slope)
-    to_kernel = _weight_gradient(plan, kernel.shape, image.astype(slope.dtype), slope)
-    return to_image.astype(image.dtype), to_kernel.astype(kernel.dtype)
-
-
-def _input_gradient(
-    plan: _Plan, shape: tuple[int, ...], kernel: jax.Array, slope: jax.Array
-) -> jax.Array:
-    """Spread the slopes to the strides they came from, and convolve them with the turned kernel."""
-    pads = []
-    for axis, ((low, _), stride) in enumerate(zip(plan.pads, plan.strides, strict=True)):
-        reach = kernel.shape[axis] - 1
-        spread = (slope.shape[axis + 1] - 1) * stride + 1
-        pads.append((reach - low, shape[axis + 1] + low - spread))
-    turned = lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
-    return _canonical(plan, slope, turned, (1, 1), pads, lhs_dilation=plan.strides)
-
-
-def _weight_gradient(
-    plan: _Plan, shape: tuple[int, ...], image: jax.Array, slope: jax.Array
-) -> jax.Array:
-    """Convolve the input with the slopes, its channels in place of its batch and vice versa."""
-    pads = []
-    for axis, ((low, _), stride) in enumerate(zip(plan.pads, plan.strides, strict=True)):
-        spread = (slope.shape[axis + 1] - 1) * stride + 1
-        pads.append((low, shape[axis] - 1 + spread - image.shape[axis + 1] - low))
-    channels_first, batch_third = image.transpose(3, 1, 2, 0), slope.transpose(1, 2, 0, 3)
-    gradient = _canonical(
-        plan, channels_first, batch_third, (1, 1), pads, rhs_dilation=plan.strides
-    )
-    return gradient.transpose(1, 2, 0, 3)
