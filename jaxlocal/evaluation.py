@@ -16,7 +16,8 @@ from jaxlocal.errors import ConfigurationError
 from jaxlocal.local import fetch
 from jaxlocal.rounds import BATCHES, WORLD, RoundFn
 from jaxlocal.types import TrainState, Tree
-from jaxlocal.workers import AXES, STACKED, over_mesh, over_workers, spread
+from jaxlocal.worker_maps import over_workers
+from jaxlocal.workers import AXES, STACKED, over_mesh, spread
 
 # Examples are moved to the devices, or looked up there, in pieces of about so many bytes.
 CHUNK_BYTES = 64 << 20

@@ -12,7 +12,8 @@ from jax import lax
 from jaxlocal.compression import payload_bits
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Compressor, Messages, Mixer, Tree, World
-from jaxlocal.workers import AXES, Layout, over_workers, vary, worker_map_for
+from jaxlocal.worker_maps import over_workers, worker_map_for
+from jaxlocal.workers import AXES, Layout, vary
 
 Add = Callable[[Tree], Tree]  # leaves [d or 1, n or 1, ...]
 

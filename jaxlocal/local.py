@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxlocal.errors import ConfigurationError, lookup
+from jaxlocal.errors import ConfigurationError
 from jaxlocal.exchange import (
     add_single,
     check_common,
@@ -23,17 +23,8 @@ from jaxlocal.exchange import (
 )
 from jaxlocal.gradient import GradFn
 from jaxlocal.types import Compressor, Info, Memory, Messages, Mixer, Stage, Tree
-from jaxlocal.workers import (
-    GRADIENT,
-    RATE,
-    TICK_MESSAGE,
-    WORKER_MAPS,
-    over_workers,
-    spread,
-    stream,
-    vary,
-    worker_map_for,
-)
+from jaxlocal.worker_maps import block_size, over_workers, worker_map_for
+from jaxlocal.workers import GRADIENT, RATE, TICK_MESSAGE, spread, stream, vary
 
 
 def scale_by_tick(schedule: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -81,14 +72,14 @@ def tick(
         is called.
       optimizer: any optax transformation; mapped over workers, so that norms are a worker's own. It
         is told the tick, and the loss and gradient as `value` and `grad`.
-      worker_map: "vmap" or "map"; by default what is fast for this function on this backend.
+      worker_map: "vmap", "map" or "blocks:N"; by default what is fast for grad_fn on this backend.
       compressor: C, of what the mixer averages; the updates' must be given.
 
     Reports per worker "active" (1 where it took its step) and the metrics of grad_fn (0 where it
     did not).
     """
     if worker_map is not None:
-        lookup("worker map", worker_map, WORKER_MAPS)
+        block_size(worker_map)
     update_fn = optax.with_extra_args_support(optimizer).update
     mixer = update_mixer or gradient_mixer
     _check_sync(gradient_mixer, update_mixer, compressor)
@@ -171,7 +162,7 @@ def _local_step(one, state, memory, batch, world, mode):
     """Gradient and update in one pass over the workers, so that a loop keeps one gradient alive."""
     step = _stepped(one, mode, optax.apply_updates, lambda params: params)
     places = (state.params, state.opt_state, state.model_state, batch, world.worker, world.rate)
-    return _advance(state, memory, *over_workers(step, mode)(*places))
+    return _advance(state, memory, *over_workers(step, mode, kept=3)(*places))
 
 
 def _stepped(one, mode, taken, stayed):
@@ -179,38 +170,43 @@ def _stepped(one, mode, taken, stayed):
     `stayed(params)`, its optimizer's state, model state and metrics)."""
 
     def step(params, opt_state, model_state, batch, worker, rate):
-        on = one.active(worker, rate)
-
         def take():
             grads, new_state, metrics = one.gradient(params, model_state, batch, worker)
             updates, new_opt_state = one.update(grads, opt_state, params, metrics.get("loss"))
-            metrics = {**metrics, "active": jnp.ones(())}
-            return vary((taken(params, updates), new_opt_state, new_state, metrics))
+            return taken(params, updates), new_opt_state, new_state, metrics
 
-        def stay():
-            metrics = jax.eval_shape(take)[3]
-            nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics)
-            return vary((stayed(params), opt_state, model_state, nothing))
-
-        if on is True:
-            return take()
-        if mode == "vmap":  # under vmap a cond runs both branches anyway
-            return jax.tree.map(lambda a, b: jnp.where(on, a, b), take(), stay())
-        return lax.cond(on, take, stay)
+        stay = lambda _: (stayed(params), opt_state, model_state)
+        return _if_active(one.active(worker, rate), mode, take, stay)
 
     return step
+
+
+def _if_active(on, mode, take, stay):
+    """What `take()` gives, its metrics last, or else what `stay(its shapes)` gives, with metrics of
+    zeros."""
+
+    def taken():
+        *new, metrics = take()
+        return vary((*new, {**metrics, "active": jnp.ones(())}))
+
+    def stayed():
+        shapes = jax.eval_shape(taken)
+        return vary((*stay(shapes), _zeros(shapes[-1])))
+
+    if on is True:
+        return taken()
+    if block_size(mode) != 1:  # under vmap a cond runs both branches anyway
+        return jax.tree.map(lambda a, b: jnp.where(on, a, b), taken(), stayed())
+    return lax.cond(on, taken, stayed)
 
 
 def _averaged_step(one, state, memory, batch, world, mode, mixer, compressor):
     """All gradients, their average, all updates: the collective stays outside of any cond."""
 
     def masked(params, model_state, batch, worker, rate):
-        grads, new_state, metrics = one.gradient(params, model_state, batch, worker)
-        on = jnp.asarray(one.active(worker, rate))
-        mask = lambda x: jnp.where(on, x, jnp.zeros_like(x))
-        new_state = jax.tree.map(lambda new, old: jnp.where(on, new, old), new_state, model_state)
-        metrics = {**jax.tree.map(mask, metrics), "active": on.astype(jnp.float32)}
-        return jax.tree.map(mask, grads), new_state, metrics
+        take = lambda: one.gradient(params, model_state, batch, worker)
+        stay = lambda shapes: (_zeros(shapes[0]), model_state)
+        return _if_active(one.active(worker, rate), mode, take, stay)
 
     def step(grads, opt_state, params, loss):
         updates, opt_state = one.update(grads, opt_state, params, loss)

@@ -11,7 +11,8 @@ from jaxlocal.errors import ConfigurationError, lookup
 from jaxlocal.exchange import check_common
 from jaxlocal.local import bits
 from jaxlocal.types import Info, Memory, Messages, Mixer, Stage, TrainState, World
-from jaxlocal.workers import AXES, over_workers, spread, vary
+from jaxlocal.worker_maps import over_workers
+from jaxlocal.workers import AXES, spread, vary
 
 # The end of a round at which nobody says anything.
 NOTHING = Stage(

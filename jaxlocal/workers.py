@@ -1,5 +1,4 @@
-"""The worker grid: who the workers are, where they live, and how one function is run for each of
-them."""
+"""The worker grid: who the workers are and where they live."""
 
 import dataclasses
 import math
@@ -15,7 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxlocal.errors import ConfigurationError, lookup
+from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Tree, World
 
 AXES = ("hubs", "workers")
@@ -24,8 +23,6 @@ STACKED, SINGLE = P(*AXES), P()
 # What a random stream is for. Numbers are part of the format of a run: a new purpose takes a new
 # number.
 GRADIENT, RATE, TICK_MESSAGE, ROUND_MESSAGE = 0, 1, 2, 3
-
-WORKER_MAPS: dict[str, Callable] = {"vmap": lambda fn, trees: jax.vmap(fn)(trees), "map": lax.map}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,10 +125,7 @@ def make_mesh(
     (1, 1)
     """
     devices = list(jax.devices() if devices is None else devices)
-    if shape is None:
-        divisors = [[n for n in range(1, size + 1) if size % n == 0] for size in layout.shape]
-        fits = [(h, w) for h in divisors[0] for w in divisors[1] if h * w <= len(devices)]
-        shape = max(fits, key=lambda s: (s[0] * s[1], s[0]))
+    shape = largest_mesh(layout.shape, len(devices)) if shape is None else shape
     for name, size, count in zip(AXES, shape, layout.shape, strict=True):
         if size < 1 or count % size:
             raise ConfigurationError(
@@ -145,6 +139,18 @@ def make_mesh(
     return Mesh(
         np.array(devices[: math.prod(shape)]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2
     )
+
+
+def largest_mesh(grid: tuple[int, int], devices: int) -> tuple[int, int]:
+    """The shape of the mesh that uses the most of so many devices and that a worker grid divides
+    into, hubs before workers.
+
+    >>> largest_mesh((2, 5), 4), largest_mesh((1, 7), 4), largest_mesh((1, 100), 64)
+    ((2, 1), (1, 1), (1, 50))
+    """
+    divisors = [[n for n in range(1, size + 1) if size % n == 0] for size in grid]
+    fits = [(h, w) for h in divisors[0] for w in divisors[1] if h * w <= devices]
+    return max(fits, key=lambda s: (s[0] * s[1], s[0]))
 
 
 def stream(key: jax.Array, purpose: int, tick: Any, worker: Any = None) -> jax.Array:
@@ -200,53 +206,6 @@ def spread(tree: Tree, like: Tree) -> Tree:
     """An average, leaves [d or 1, n or 1, ...], given back to every worker with the type of
     `like`."""
     return jax.tree.map(lambda x, y: vary(jnp.broadcast_to(x, y.shape).astype(y.dtype)), tree, like)
-
-
-def over_workers(fn: Callable, mode: str) -> Callable:
-    """fn of one worker's trees → fn of trees with leaves [d, n, ...]; how a device runs its
-    workers.
-
-    `vmap`: all at once, as one batched program. `map`: one after another in a loop, each with the
-    speed and the memory of a model of its own. The results are the same up to rounding.
-    """
-    run = lookup("worker map", mode, WORKER_MAPS)
-
-    def mapped(*trees):
-        d, n = jax.tree.leaves(trees)[0].shape[:2]
-        flat = jax.tree.map(lambda x: x.reshape((d * n,) + x.shape[2:]), trees)
-        out = run(lambda one: vary(fn(*one)), flat)
-        return jax.tree.map(lambda x: x.reshape((d, n) + x.shape[1:]), out)
-
-    return mapped
-
-
-def has_convolution(jaxpr: Any) -> bool:
-    """Whether a jaxpr convolves or pools, at any depth."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    hot = ("conv_general_dilated", "reduce_window", "select_and_scatter")
-    return any(
-        eqn.primitive.name.startswith(hot)
-        or any(has_convolution(sub) for sub in _subjaxprs(eqn.params))
-        for eqn in jaxpr.eqns
-    )
-
-
-def _subjaxprs(params: dict) -> list:
-    values = [v for p in params.values() for v in (p if isinstance(p, (tuple, list)) else (p,))]
-    return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
-
-
-def worker_map_for(fn: Callable, *arguments: Tree) -> str:
-    """The mode in which this backend runs `fn` fastest, for one worker's arguments (shapes are
-    enough).
-
-    On a CPU a loop over workers keeps each in cache and its convolutions plain, where vmap would
-    group them. An accelerator needs all workers at once to be busy, unless a convolution would be
-    grouped.
-    """
-    if jax.default_backend() == "cpu":
-        return "map"
-    return "map" if has_convolution(jax.make_jaxpr(fn)(*arguments)) else "vmap"
 
 
 def weighted_sum(weight: jax.Array, x: jax.Array, over: str) -> jax.Array:

@@ -257,12 +257,13 @@ def test_permuting_workers_permutes_their_models(make):
 
 
 @pytest.mark.parametrize("make", [jaxlocal.local_sgd, jaxlocal.data_parallel])
-def test_workers_at_once_are_as_workers_in_a_loop(make):
+def test_workers_at_once_or_in_blocks_are_as_workers_in_a_loop(make):
     layout = Layout(2, 2, weights=[1, 2, 3, 4], rates=0.7)
-    at_once, in_turn = (
-        run(make(NOISY, ADAMW, worker_map=mode), layout, 12) for mode in ("vmap", "map")
-    )
+    modes = ("vmap", "map", "blocks:3")
+    runs = (run(make(NOISY, ADAMW, worker_map=mode), layout, 12) for mode in modes)
+    at_once, in_turn, in_blocks = runs
     np.testing.assert_allclose(at_once, in_turn, **ROUNDING)
+    np.testing.assert_allclose(in_blocks, in_turn, **ROUNDING)
 
 
 def test_only_ratios_of_weights_matter():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxlocal import ConfigurationError, Layout, make_mesh, workers
+from jaxlocal import ConfigurationError, Layout, make_mesh, worker_maps, workers
 from jaxlocal.rounds import WORLD
 from jaxlocal.workers import GRADIENT, RATE, STACKED
 
@@ -141,7 +141,7 @@ def test_a_function_of_one_worker_is_run_for_each(mode, mesh):
         return {"shifted": x + worker, "largest": x.max(), "constant": jnp.ones(2)}
 
     out = on_mesh(
-        lambda world, x: workers.over_workers(one, mode)(x, world.worker), layout, mesh, x
+        lambda world, x: worker_maps.over_workers(one, mode)(x, world.worker), layout, mesh, x
     )
     np.testing.assert_allclose(out["shifted"], x + np.arange(6).reshape(2, 3, 1), rtol=1e-6)
     np.testing.assert_array_equal(out["largest"], x.max(axis=-1))
@@ -149,8 +149,10 @@ def test_a_function_of_one_worker_is_run_for_each(mode, mesh):
 
 
 def test_an_unknown_worker_map_is_refused_with_what_is_near():
-    with refused("unknown worker map 'vmapp'; did you mean 'vmap' or 'map'? known: vmap, map"):
-        workers.over_workers(lambda x: x, "vmapp")
+    with refused(
+        "unknown worker map 'vmapp'; did you mean 'vmap' or 'map'? known: vmap, map, blocks:N"
+    ):
+        worker_maps.over_workers(lambda x: x, "vmapp")
 
 
 def test_convolutions_are_found_however_deep_they_lie():
@@ -169,7 +171,7 @@ def test_convolutions_are_found_however_deep_they_lie():
         body = lambda carry, _: (lax.cond(carry > 0, lambda: inner(x, k).sum(), lambda: 0.0), None)
         return lax.scan(body, 1.0, None, length=2)[0]
 
-    found = lambda fn: workers.has_convolution(jax.make_jaxpr(fn)(image, kernel))
+    found = lambda fn: worker_maps.has_convolution(jax.make_jaxpr(fn)(image, kernel))
     assert found(convolve) and found(pool) and found(deep) and found(jax.grad(deep))
     assert not found(lambda x, k: jnp.tanh(x).sum() + k.sum() + jnp.linalg.norm(x[0, 0] @ k[0, 0]))
 
@@ -177,10 +179,10 @@ def test_convolutions_are_found_however_deep_they_lie():
 def test_the_worker_map_of_a_backend(monkeypatch):
     shape = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)
     pool = lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-    assert workers.worker_map_for(jnp.sin, shape) == "map"
+    assert worker_maps.worker_map_for(jnp.sin, shape) == "map"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert workers.worker_map_for(jnp.sin, shape) == "vmap"
-    assert workers.worker_map_for(pool, shape) == "map"
+    assert worker_maps.worker_map_for(jnp.sin, shape) == "vmap"
+    assert worker_maps.worker_map_for(pool, shape) == "map"
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])

@@ -1,0 +1,103 @@
+"""How a device runs its workers: all at once, one after another, or in blocks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+
+from jaxlocal.errors import unknown
+from jaxlocal.types import Tree
+from jaxlocal.workers import vary
+
+WORKER_MAPS: dict[str, int | None] = {"vmap": None, "map": 1}  # workers at once
+
+
+def over_workers(fn: Callable, mode: str, kept: int = 0) -> Callable:
+    """fn of one worker's trees → fn of trees with leaves [d, n, ...]; how a device runs its
+    workers.
+
+    `vmap`: all at once, as one batched program. `map`: one after another in a loop, each with the
+    speed and the memory of a model of its own. `blocks:N`: N at once, block after block. The
+    results are the same up to rounding.
+
+    Args:
+      kept: how many of fn's results, the first ones, take the place of its first trees: a loop
+        then writes each worker's into the array that it read them from.
+    """
+    size = block_size(mode)
+
+    def mapped(*trees):
+        d, n = jax.tree.leaves(trees)[0].shape[:2]
+        flat = jax.tree.map(lambda x: x.reshape((d * n,) + x.shape[2:]), trees)
+        one = lambda *worker: vary(fn(*worker))
+        if size == d * n == 1:  # no vmap of one, under which a cond would run both of its branches
+            out = jax.tree.map(lambda x: x[None], one(*jax.tree.map(lambda x: x[0], flat)))
+        elif size is None or size >= d * n:
+            out = jax.vmap(one)(*flat)
+        elif size == 1 and kept:
+            out = _in_turn(one, flat, kept)
+        else:
+            in_blocks = None if size == 1 else size
+            out = lax.map(lambda worker: one(*worker), flat, batch_size=in_blocks)
+        return jax.tree.map(lambda x: x.reshape((d, n) + x.shape[1:]), out)
+
+    return mapped
+
+
+def block_size(mode: str) -> int | None:
+    """How many workers a mode runs at once; None for all.
+
+    >>> block_size("map"), block_size("blocks:4"), block_size("vmap")
+    (1, 4, None)
+    """
+    if mode in WORKER_MAPS:
+        return WORKER_MAPS[mode]
+    word, _, number = mode.partition(":")
+    if word != "blocks" or not number.isdecimal() or int(number) < 1:
+        raise unknown("worker map", mode, (*WORKER_MAPS, "blocks:N"))
+    return int(number)
+
+
+def _in_turn(fn: Callable, trees: tuple, kept: int) -> tuple:
+    """fn over the first dimension of its trees, one after another, the kept ones in place."""
+
+    def step(carry, rest):
+        number, places = carry
+        worker = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, 0, False), places)
+        out = fn(*worker, *rest)
+        put = lambda x, new: lax.dynamic_update_index_in_dim(x, new.reshape(x.shape[1:]), number, 0)
+        return (number + 1, jax.tree.map(put, places, out[:kept])), out[kept:]
+
+    count = jax.tree.leaves(trees)[0].shape[0]
+    (_, places), rest = lax.scan(step, (0, trees[:kept]), trees[kept:], length=count)
+    return (*places, *rest)
+
+
+def has_convolution(jaxpr: Any) -> bool:
+    """Whether a jaxpr convolves or pools, at any depth."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    hot = ("conv_general_dilated", "reduce_window", "select_and_scatter")
+    return any(
+        eqn.primitive.name.startswith(hot)
+        or any(has_convolution(sub) for sub in _subjaxprs(eqn.params))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _subjaxprs(params: dict) -> list:
+    values = [v for p in params.values() for v in (p if isinstance(p, (tuple, list)) else (p,))]
+    return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+
+
+def worker_map_for(fn: Callable, *arguments: Tree) -> str:
+    """The mode in which this backend runs `fn` fastest, for one worker's arguments (shapes are
+    enough).
+
+    On a CPU a loop over workers keeps each in cache and its convolutions plain, where vmap would
+    group them. An accelerator needs all workers at once to be busy, unless a convolution would be
+    grouped.
+    """
+    if jax.default_backend() == "cpu":
+        return "map"
+    return "map" if has_convolution(jax.make_jaxpr(fn)(*arguments)) else "vmap"
