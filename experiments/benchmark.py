@@ -1,8 +1,10 @@
 """Measure what the library costs on this machine: python -m experiments.benchmark.
 
-Suite `compression`: seconds of a partial synchronisation by each compressor beside those of the
-gradient of a tick, in the same run and in turns; and the peak memory of methods above Local SGD's.
-Prints tables and writes the figures as JSON.
+Suite `speed`: rounds of jaxlocal beside those of other ways to train as many workers, each in a
+process of its own, in turns; for each workload the seconds of a round, and how many times as fast
+jaxlocal is. Suite `compression`: seconds of a partial synchronisation by each compressor beside
+those of the gradient of a tick, in the same run and in turns; and the peak memory of methods above
+Local SGD's. Prints tables and writes the figures as JSON.
 """
 
 import platform
@@ -17,10 +19,14 @@ from rich.console import Console
 
 import jaxlocal
 from experiments import compression_costs
-from experiments.benchmarking import ALONE, QUIET, load, wait_until_idle
-from experiments.command_line import run_tool
+from experiments.benchmarking import QUIET, Others, wait_until_idle
+from experiments.command_line import FAILED, run_tool
 from experiments.display import data_size, number, show_table
 from experiments.recording import write_json
+from experiments.speed.contender import JAXLOCAL
+from experiments.speed.in_jax import local_sgd
+from experiments.speed.suite import compare, growth, show_growth, show_workload
+from experiments.speed.workloads import WORKLOADS
 from jaxlocal.errors import ConfigurationError, lookup
 
 COMPRESSORS = (
@@ -29,13 +35,41 @@ COMPRESSORS = (
 )
 
 
-def compression() -> dict[str, Any]:
+def speed(console: Console) -> dict[str, Any]:
+    """Rounds per second beside other ways', each workload shown when it is done."""
+    chosen = [lookup("workload", name, WORKLOADS) for name in FLAGS.workloads]
+    for workload in chosen:
+        local_sgd(workload, FLAGS.worker_map)  # a mistake is told before anything is measured
+    given = (FLAGS.repeats, FLAGS.limit, FLAGS.worker_map)
+    before = wait_until_idle(FLAGS.wait_idle)
+    parts = []
+    for workload in chosen:
+        parts.append(compare(workload, *given))
+        show_workload(parts[-1], console)
+    figures: dict[str, Any] = {"workloads": list(parts), "worker_map": FLAGS.worker_map}
+    if FLAGS.growth:
+        figures["growth"] = growth(*given)
+        show_growth(figures["growth"], console)
+        parts.append(figures["growth"])
+    during = [part.pop("others") for part in parts]
+    figures["complete"] = not any(
+        p["contenders"][JAXLOCAL]["failure"] for p in figures["workloads"]
+    )
+    return {**figures, "others_before": before, "others_during": during}
+
+
+def compression(console: Console) -> dict[str, Any]:
     """Time and memory of compressed messages."""
     image = (FLAGS.image, FLAGS.image, 3)
     task = compression_costs.make_task(FLAGS.model, image, FLAGS.batch_size)
     small = compression_costs.make_task(FLAGS.memory_model, image, FLAGS.batch_size)
-    time = compression_costs.overhead(task, FLAGS.compressors, FLAGS.repeats)
-    return {"overhead": time, "memory": compression_costs.memory(small, FLAGS.workers)}
+    before, others = wait_until_idle(FLAGS.wait_idle), Others()
+    figures = {
+        "overhead": compression_costs.overhead(task, FLAGS.compressors, FLAGS.repeats),
+        "memory": compression_costs.memory(small, FLAGS.workers),
+    }
+    show_compression(figures, console)
+    return {**figures, "others_before": before, "others_during": [others.share()]}
 
 
 def show_compression(figures: dict[str, Any], console: Console) -> None:
@@ -63,29 +97,30 @@ def _memory(row: dict[str, Any]) -> str:
     return f"kept {kept:+.2f}, peak of a round {peak:+.2f} ({data_size(8 * row['peak_bytes'])})"
 
 
-SUITES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[dict, Console], None]]] = {
-    "compression": (compression, show_compression)
+SUITES: dict[str, Callable[[Console], dict[str, Any]]] = {
+    "speed": speed,
+    "compression": compression,
 }
 
 
 def benchmark() -> int:
     """Run a suite on a machine that is idle, or say that it is not."""
-    run, show = lookup("suite", FLAGS.suite, SUITES)
+    run = lookup("suite", FLAGS.suite, SUITES)
     if not Path(FLAGS.output).absolute().parent.is_dir():
         raise ConfigurationError(f"--output={FLAGS.output} is in a folder that does not exist")
-    before = wait_until_idle(FLAGS.wait_idle)
-    figures = run()
-    after = load()
     console = Console()
-    show(figures, console)
-    busy = before > QUIET or after > ALONE
+    figures = run(console)
+    before, during = (
+        figures["others_before"],
+        max(filter(None, figures["others_during"]), default=0),
+    )
+    busy = max(before or 0, during) > QUIET
     if busy:
         console.print(
-            f"\nthe machine was busy: {before:.0%} of its cores before, {after:.0%} at the end"
+            f"\nthe machine was busy: others used {before:.0%} of its cores before, up to "
+            f"{during:.0%} meanwhile"
         )
     machine = {
-        "load_before": before,
-        "load_after": after,
         "busy": busy,
         "devices": [device.device_kind for device in jax.devices()],
         "machine": platform.machine(),
@@ -93,19 +128,25 @@ def benchmark() -> int:
     }
     write_json(Path(FLAGS.output), {"suite": FLAGS.suite, **figures, **machine})
     console.print(FLAGS.output, highlight=False, soft_wrap=True)
-    return 0
+    return 0 if figures.get("complete", True) else FAILED
 
 
 def main() -> None:
-    flags.DEFINE_string("suite", "compression", f"What is measured: {', '.join(SUITES)}.")
-    flags.DEFINE_string("model", "resnet18_layer_norm", "Whose gradients and parameters are timed.")
-    flags.DEFINE_string("memory_model", "mll_cnn", "Whose rounds' memory is counted.")
-    flags.DEFINE_integer("image", 32, "Height and width of its images.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 32, "Examples in a worker's batch.", lower_bound=1)
-    flags.DEFINE_integer("workers", 4, "Workers whose memory is counted.", lower_bound=1)
-    flags.DEFINE_list("compressors", list(COMPRESSORS), "What is timed, separated by commas.")
-    flags.DEFINE_integer("repeats", 5, "Turns in which each is timed.", lower_bound=1)
-    flags.DEFINE_float("wait_idle", 0.0, "Seconds to wait for an idle machine.", lower_bound=0.0)
+    flags.DEFINE_string("suite", "speed", f"What is measured: {', '.join(SUITES)}.")
+    flags.DEFINE_list("workloads", list(WORKLOADS), "Of speed: what is trained.")
+    flags.DEFINE_bool("growth", False, "Of speed: also time and memory with more workers.")
+    flags.DEFINE_string("worker_map", None, "Of speed: how a device runs jaxlocal's workers.")
+    flags.DEFINE_float("limit", 300.0, "Of speed: seconds to wait for one.", lower_bound=1.0)
+    flags.DEFINE_string(
+        "model", "resnet18_layer_norm", "Of compression: whose gradients and parameters are timed."
+    )
+    flags.DEFINE_string("memory_model", "mll_cnn", "Of compression: whose memory is counted.")
+    flags.DEFINE_integer("image", 32, "Of compression: sides of its images.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 32, "Of compression: a worker's batch.", lower_bound=1)
+    flags.DEFINE_integer("workers", 4, "Of compression: whose memory is counted.", lower_bound=1)
+    flags.DEFINE_list("compressors", list(COMPRESSORS), "Of compression: what is timed.")
+    flags.DEFINE_integer("repeats", 7, "Turns in which each is timed.", lower_bound=1)
+    flags.DEFINE_float("wait_idle", 120.0, "Seconds to wait for an idle machine.", lower_bound=0.0)
     flags.DEFINE_string("output", "benchmark.json", "File for the figures.")
     run_tool(benchmark, lambda: (__doc__ or "").strip())
 

@@ -74,7 +74,7 @@ class Job(NamedTuple):
 def build_job(config: Config) -> Job:
     """The job of a config; raises ConfigurationError for what does not fit."""
     check_numbers(config)
-    layout_shape = _grid(config)
+    layout_shape = worker_grid(config)
     dataset = model = None
     grad_fn: GradFn = lambda *_: ({}, {}, {})
     augmentation = parse_augmentation(config.augment)
@@ -201,7 +201,7 @@ def _mixing_matrix(config: Config, layout: Layout) -> np.ndarray:
     return topology.mixing_matrix(graph, layout.hub_weight)
 
 
-def _grid(config: Config) -> tuple[int, int]:
+def worker_grid(config: Config) -> tuple[int, int]:
     """Hubs and workers a hub."""
     if config.method == "cooperative_sgd":
         if config.hubs not in (1, config.workers):

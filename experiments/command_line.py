@@ -13,6 +13,8 @@ from absl import app, flags, logging
 from absl.flags import FLAGS
 
 from experiments.config import Config
+from experiments.program_cache import CacheTrouble
+from experiments.starting import ABOUT
 from jaxlocal import ConfigurationError
 from jaxlocal.checkpoints import SavingError
 
@@ -52,7 +54,7 @@ def help_text(about: str) -> str:
         lines += textwrap.wrap(
             text, 100, initial_indent=f"  --{field.name}: ", subsequent_indent="      "
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", ABOUT])
 
 
 def run_binary(main: Callable[[Config], int | None], about: str) -> None:
@@ -85,7 +87,8 @@ def _parse(argv: list[str], help_of: Callable[[], str]) -> list[str]:
 
 def _guarded(main: Callable[[], int | None]) -> int | None:
     sys.unraisablehook = _without_what_follows_a_failed_write
-    warnings.showwarning = lambda message, *_, **__: _warn(str(message))
+    shown = CacheTrouble()
+    warnings.showwarning = lambda message, *_, **__: _warn(shown(str(message)))
     try:
         status = main()
     except ConfigurationError as error:
@@ -108,9 +111,10 @@ def _without_what_follows_a_failed_write(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _warn(sentence: str) -> None:
+def _warn(sentence: str | None) -> None:
     """A warning, without the place in the code that it came from."""
-    print("warning: " + " ".join(sentence.split()), file=sys.stderr, flush=True)
+    if sentence:
+        print("warning: " + " ".join(sentence.split()), file=sys.stderr, flush=True)
 
 
 def _extra_help() -> str:

@@ -154,7 +154,7 @@ class Config:
     worker_map: str | None = _flag(
         "workers",
         None,
-        "How a device runs its workers: vmap or map. By default what is fast for the model.",
+        "How a device runs its workers: vmap, map or blocks:N. By default what is fast.",
         str,
     )
     dataset: str = _flag(

@@ -19,6 +19,7 @@ from experiments.compressing import ratio_by_formula
 from experiments.config import Config
 from experiments.display import data_size, number, show_table
 from experiments.recording import finite
+from experiments.starting import start
 from jaxlocal.compression import payload_bits
 from jaxlocal.errors import unknown
 from jaxlocal.local import bits
@@ -171,6 +172,7 @@ def main_on(config: Config) -> int:
     output = flags.FLAGS.format
     if output not in FORMATS:
         raise unknown("format", output, FORMATS)
+    start([config])
     figures = plan(build_job(config))
     print(json.dumps(finite(figures), indent=2)) if output == "json" else show(figures)
     return 0

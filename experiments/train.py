@@ -24,6 +24,7 @@ from experiments.partition_plot import plot_partition
 from experiments.recording import CHECKPOINTS, PARTITION, Recorder
 from experiments.reporting import export_model, leave, title_of
 from experiments.several import train_several
+from experiments.starting import start
 from jaxlocal import ConfigurationError, RoundFn
 from jaxlocal.checkpoints import Checkpoints, SavingError
 from jaxlocal.data import StreamError
@@ -182,9 +183,14 @@ class _Run:
         plot_partition(path, targets, self.feed.batches, classes, title)
 
 
+def main_on(config: Config) -> int:
+    start([config])
+    return train(config)
+
+
 def main() -> None:
     define_flags()
-    run_binary(train, __doc__ or "")
+    run_binary(main_on, __doc__ or "")
 
 
 if __name__ == "__main__":

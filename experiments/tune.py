@@ -29,6 +29,7 @@ from experiments.display import number
 from experiments.plan import plan
 from experiments.recording import SUMMARY, check_same_run, write_json, write_whole
 from experiments.settings import read_settings
+from experiments.starting import start
 from experiments.train import train
 from experiments.tuning_results import DIVERGED, diverged, figures_of, markdown, rank
 from jaxlocal import ConfigurationError
@@ -45,6 +46,7 @@ class _Stopped(Exception):
 def tune(config: Config, settings_file: Path, rates: Sequence[float], jobs: int = 1) -> int:
     """Tune and run every setting of a file, so many runs at once; returns the exit status."""
     settings = read_settings(settings_file, config)
+    start(settings.values(), jobs)
     folder = Path(config.workdir or f"runs/tune-{settings_file.stem}")
     planned = {name: _planned(name, chosen, rates) for name, chosen in settings.items()}
     trials = {name: _trials(chosen, folder / name, rates) for name, chosen in settings.items()}
@@ -117,7 +119,8 @@ def _run_all(configs: dict[str, list[Config]], jobs: int) -> dict[str, list[dict
         run_each: Any = map
         if jobs > 1:
             spawn = multiprocessing.get_context("spawn")
-            run_each = stack.enter_context(ProcessPoolExecutor(jobs, spawn)).map
+            pool = ProcessPoolExecutor(jobs, spawn, initializer=start, initargs=(flat, jobs))
+            run_each = stack.enter_context(pool).map
         summaries = iter([_told(*done) for done in zip(flat, run_each(_run, flat), strict=True)])
     return {name: list(itertools.islice(summaries, len(ones))) for name, ones in configs.items()}
 

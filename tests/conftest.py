@@ -1,11 +1,26 @@
-"""Every test sees eight virtual devices, so that meshes are real."""
+"""Every test sees eight virtual devices, so that meshes are real; no program is compiled twice."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import jax
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# One compilation cache for the session: xdist's workers and the binaries that tests start inherit
+# its folder from the process that made it, which removes it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxlocal-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs",
+    float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
+)
 
 # Compilation makes the first example slow, whatever the property; CI looks at the same ones always.
 settings.register_profile(

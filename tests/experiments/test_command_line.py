@@ -3,6 +3,7 @@ nothing behind."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,7 @@ def test_help_shows_every_flag_in_groups():
         assert f"\n{group}\n" in done.stdout
     for name in Config.__dataclass_fields__:
         assert f"--{name}:" in done.stdout
+    assert "JAX_NUM_CPU_DEVICES" in done.stdout and "JAX_COMPILATION_CACHE_DIR" in done.stdout
 
 
 def test_the_plan_prints_json_for_programs():
@@ -207,3 +209,9 @@ def test_flags_txt_runs_again_on_more_devices_with_the_same_numbers(tmp_path):
         # 50 ticks of SGD: float32 sums in another order
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
     assert json.loads((tmp_path / "four" / "summary.json").read_text())["devices"] == 4
+    shutil.rmtree(one / "checkpoints" / "50")
+    resumed = call("train", *flags, f"--workdir={one}", JAX_NUM_CPU_DEVICES="2")
+    assert resumed.returncode == 0 and "going on from tick 45" in resumed.stdout
+    last = json.loads((one / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["tick"] == 50
+    assert last["train_loss"] == pytest.approx(lines[0][-1]["train_loss"], rel=1e-5)

@@ -1,0 +1,71 @@
+"""What a binary settles before JAX starts: the virtual devices of a CPU, their patience with each
+other, and the compilation cache."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator
+
+import jax
+
+from experiments.build import worker_grid
+from experiments.checks import check_numbers
+from experiments.config import Config
+from experiments.program_cache import keep_programs
+from jaxlocal import ConfigurationError
+from jaxlocal.workers import largest_mesh
+
+# By default XLA ends the process where one of a CPU's devices comes to a collective 40 s after the
+# other, as happens after long rounds on cores that have other work too, or to a suspended process.
+# XLA ends the process at a flag that it does not know: these are known to jaxlib up to 0.11.
+PATIENCE_UP_TO = (0, 11)
+PATIENCE = {
+    "xla_cpu_collective_call_warn_stuck_timeout_seconds": 600,
+    "xla_cpu_collective_call_terminate_timeout_seconds": 3600,
+}
+ABOUT = """On a CPU the workers are divided over as many virtual devices as use the cores;
+JAX_NUM_CPU_DEVICES=N makes it N. Compiled programs are kept in ~/.cache/jaxlocal;
+JAX_COMPILATION_CACHE_DIR=FOLDER keeps them elsewhere, and empty nowhere."""
+
+
+def start(configs: Iterable[Config], processes: int = 1) -> None:
+    """Settle it for some runs, so many processes at once.
+
+    What the user has settled by JAX's own variables stays, as does all once JAX has started.
+    """
+    use_the_cores(_grids(configs), max(1, cores() // processes))
+    be_patient()
+    keep_programs()
+
+
+def _grids(configs: Iterable[Config]) -> Iterator[tuple[int, int]]:
+    """Hubs and workers a hub of all that can be run; what is wrong is told when it is built."""
+    for config in configs:
+        with contextlib.suppress(ConfigurationError):
+            check_numbers(config)
+            yield worker_grid(config)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # which Linux has
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def use_the_cores(grids: Iterable[tuple[int, int]], count: int) -> None:
+    """Make a CPU as many virtual devices, at most so many, as the largest mesh of a grid fills."""
+    by_flag = "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if by_flag or jax.config.values["jax_num_cpu_devices"] >= 0:
+        return
+    wanted = max((math.prod(largest_mesh(grid, count)) for grid in grids), default=1)
+    with contextlib.suppress(RuntimeError):  # JAX has started
+        jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def be_patient() -> None:
+    """Let a CPU's collectives wait PATIENCE, where the user has not said how long."""
+    if jax.__version_info__[:2] > PATIENCE_UP_TO:
+        return
+    chosen = os.environ.get("XLA_FLAGS", "")
+    patience = [f"--{name}={seconds}" for name, seconds in PATIENCE.items() if name not in chosen]
+    os.environ["XLA_FLAGS"] = " ".join([*chosen.split(), *patience])
