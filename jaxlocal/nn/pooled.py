@@ -10,7 +10,6 @@ arithmetic runs along them.
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -97,12 +96,11 @@ def _by_layers(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Arr
 def _by_pools(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     batch, height, width, _ = images.shape
     down, across = height // 2, width // 2
-    wide = jnp.promote_types(images.dtype, jnp.float32)
-    rows = partial(lax.dot_general, preferred_element_type=wide)(
+    rows = lax.dot_general(
         _of_pools(kernel), _patches(images, kernel.shape[:2]), (((0,), (0,)), ((), ()))
     )
     largest = _first_maximum(rows.reshape(4, -1, down * across * batch))
-    pooled = nnx.relu(largest + bias[:, None]).astype(images.dtype)
+    pooled = nnx.relu(largest + bias[:, None])
     return pooled.reshape(-1, down, across, batch).transpose(3, 1, 2, 0)
 
 

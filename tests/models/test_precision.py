@@ -33,9 +33,9 @@ def equations(jaxpr):
 
 
 def types(jaxpr, *primitives):
-    """The types of what goes into these primitives and comes out of them, and how many they are."""
+    """The types of what goes into these primitives, and how many they are."""
     chosen = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in primitives]
-    return {str(v.aval.dtype) for e in chosen for v in (*e.invars, *e.outvars)}, len(chosen)
+    return {str(v.aval.dtype) for e in chosen for v in e.invars}, len(chosen)
 
 
 def training_step(model, inputs, classes=4):

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from plain_layers import LAYOUT, digits
 
 from jaxlocal.nn import conv_relu_max_pool
+from jaxlocal.nn.pooled import MOST_IN, MOST_OUT, pays
 
 
 def three_layers(images, kernel, bias):
@@ -48,6 +49,14 @@ def test_equals_three_layers(batch, sides, taps, ins, outs):
 def test_square_kernels(taps):
     """On sides of both kinds, larger and smaller than the kernel."""
     assert_equal(*operands(2, (4, 9), (taps, taps), 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("sides", "ins", "outs"), [((4, 6), MOST_IN + 1, 2), ((4, 6), 1, MOST_OUT + 1), ((1, 4), 1, 2)]
+)
+def test_where_one_product_does_not_pay_it_is_the_layers(sides, ins, outs):
+    assert not pays(sides, ins, outs)
+    assert_equal(*operands(2, sides, (3, 3), ins, outs))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float64])
