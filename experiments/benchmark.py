@@ -7,7 +7,10 @@ those of the gradient of a tick, in the same run and in turns; and the peak memo
 Local SGD's. Prints tables and writes the figures as JSON.
 """
 
+import os
 import platform
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,8 @@ COMPRESSORS = (
 def speed(console: Console) -> dict[str, Any]:
     """Rounds per second beside other ways', each workload shown when it is done."""
     chosen = [lookup("workload", name, WORKLOADS) for name in FLAGS.workloads]
+    if not chosen:
+        raise ConfigurationError(f"--workloads= names none; there are {', '.join(WORKLOADS)}")
     for workload in chosen:
         local_sgd(workload, FLAGS.worker_map)  # a mistake is told before anything is measured
     given = (FLAGS.repeats, FLAGS.limit, FLAGS.worker_map)
@@ -103,11 +108,22 @@ SUITES: dict[str, Callable[[Console], dict[str, Any]]] = {
 }
 
 
+def check_output(path: Path) -> None:
+    """Figures that took minutes must have a place to go."""
+    folder = path.absolute().parent
+    if path.name == "" or path.is_dir():
+        raise ConfigurationError(f"--output={FLAGS.output} is no name for a file")
+    if not folder.is_dir():
+        raise ConfigurationError(f"--output={FLAGS.output} is in a folder that does not exist")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"--output={FLAGS.output} is in a folder that cannot be written")
+
+
 def benchmark() -> int:
     """Run a suite on a machine that is idle, or say that it is not."""
     run = lookup("suite", FLAGS.suite, SUITES)
-    if not Path(FLAGS.output).absolute().parent.is_dir():
-        raise ConfigurationError(f"--output={FLAGS.output} is in a folder that does not exist")
+    check_output(Path(FLAGS.output))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the children
     console = Console()
     figures = run(console)
     before, during = (

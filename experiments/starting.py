@@ -66,6 +66,8 @@ def be_patient() -> None:
     """Let a CPU's collectives wait PATIENCE, where the user has not said how long."""
     if jax.__version_info__[:2] > PATIENCE_UP_TO:
         return
-    chosen = os.environ.get("XLA_FLAGS", "")
+    chosen = os.environ.get("XLA_FLAGS", "").strip()
+    if chosen and not chosen.startswith("-"):  # a file of flags
+        return
     patience = [f"--{name}={seconds}" for name, seconds in PATIENCE.items() if name not in chosen]
     os.environ["XLA_FLAGS"] = " ".join([*chosen.split(), *patience])

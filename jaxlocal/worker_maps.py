@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-from jaxlocal.errors import unknown
+from jaxlocal.errors import ConfigurationError, unknown
 from jaxlocal.types import Tree
 from jaxlocal.workers import vary
 
@@ -30,7 +31,12 @@ def over_workers(fn: Callable, mode: str, kept: int = 0) -> Callable:
     def mapped(*trees):
         d, n = jax.tree.leaves(trees)[0].shape[:2]
         flat = jax.tree.map(lambda x: x.reshape((d * n,) + x.shape[2:]), trees)
-        one = lambda *worker: vary(fn(*worker))
+
+        def one(*worker):
+            out = vary(fn(*worker))
+            _check_kept(worker[:kept], out[:kept] if kept else ())
+            return out
+
         if size == d * n == 1:  # no vmap of one, under which a cond would run both of its branches
             out = jax.tree.map(lambda x: x[None], one(*jax.tree.map(lambda x: x[0], flat)))
         elif size is None or size >= d * n:
@@ -54,9 +60,19 @@ def block_size(mode: str) -> int | None:
     if mode in WORKER_MAPS:
         return WORKER_MAPS[mode]
     word, _, number = mode.partition(":")
-    if word != "blocks" or not number.isdecimal() or int(number) < 1:
+    if word != "blocks" or not number:
         raise unknown("worker map", mode, (*WORKER_MAPS, "blocks:N"))
+    if not number.isdecimal() or len(number) > 9 or int(number) < 1:
+        raise ConfigurationError(f"blocks:N takes a number of workers from 1 on, got {mode!r}")
     return int(number)
+
+
+def _check_kept(given: tuple, back: tuple) -> None:
+    """What takes the place of a tree must have its structure, shapes and types."""
+    told = lambda x: f"{jax.typeof(x).dtype}{list(jnp.shape(x))}"
+    before, after = jax.tree.map(told, given), jax.tree.map(told, tuple(back))
+    if before != after:
+        raise ConfigurationError(f"a worker's step was given {before} and gives back {after}")
 
 
 def _in_turn(fn: Callable, trees: tuple, kept: int) -> tuple:
@@ -66,7 +82,7 @@ def _in_turn(fn: Callable, trees: tuple, kept: int) -> tuple:
         number, places = carry
         worker = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, 0, False), places)
         out = fn(*worker, *rest)
-        put = lambda x, new: lax.dynamic_update_index_in_dim(x, new.reshape(x.shape[1:]), number, 0)
+        put = lambda x, new: lax.dynamic_update_index_in_dim(x, new, number, 0)
         return (number + 1, jax.tree.map(put, places, out[:kept])), out[kept:]
 
     count = jax.tree.leaves(trees)[0].shape[0]

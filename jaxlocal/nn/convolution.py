@@ -106,6 +106,8 @@ def why_slow(lhs: Any, rhs: Any, batch_group_count: int = 1) -> str:
     """
     if lhs.dtype != rhs.dtype or not jnp.issubdtype(lhs.dtype, jnp.floating):
         return f"{lhs.dtype} by {rhs.dtype}"
+    if lhs.dtype.itemsize == 1:
+        return str(lhs.dtype)
     if batch_group_count != 1:
         return "batch groups"
     if not 3 <= len(lhs.shape) <= 5:

@@ -46,6 +46,7 @@ def conv_relu_max_pool(images: jax.Array, kernel: jax.Array, bias: jax.Array) ->
     >>> conv_relu_max_pool(images, kernel, jnp.zeros(10)).shape
     (4, 14, 14, 10)
     """
+    jax.eval_shape(_by_layers, images, kernel, bias)  # so that what is wrong is said as JAX says it
     return _pooled(*equally_varying(images, kernel, bias))
 
 
@@ -69,7 +70,8 @@ def _pooled(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _fast_form(images: jax.Array, kernel: jax.Array) -> Callable:
-    return _by_pools if pays(images.shape[1:3], *kernel.shape[2:]) else _by_layers
+    few = pays(images.shape[1:3], *kernel.shape[2:])
+    return _by_pools if few and images.size and kernel.size else _by_layers
 
 
 def _forward(*operands: jax.Array) -> tuple[jax.Array, Any]:
@@ -90,7 +92,7 @@ _pooled.defvjp(_forward, _backward)
 def _by_layers(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     layout = ("NHWC", "HWIO", "NHWC")
     convolved = conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=layout)
-    return max_pool(nnx.relu(convolved + bias), POOL, POOL)
+    return max_pool(nnx.relu(convolved + bias.reshape(1, 1, 1, -1)), POOL, POOL)
 
 
 def _by_pools(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -114,7 +116,7 @@ def _first_maximum(x: jax.Array) -> jax.Array:
 def _slope_of_first_maximum(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     (x,), (slope,) = primals, tangents
     largest = _first_maximum(x)
-    has_it = list(x == largest)
+    has_it = list(x == largest[None])
     earlier = itertools.accumulate(has_it[:-1], jnp.logical_or)
     first = jnp.stack([has_it[0], *(a & ~b for a, b in zip(has_it[1:], earlier, strict=True))])
     return largest, jnp.where(first, slope, 0).sum(0)

@@ -135,7 +135,7 @@ def _product(
     x: jax.Array, y: jax.Array, precision: Any, over: tuple[int, int] = (-1, 0)
 ) -> jax.Array:
     """The product over a dimension of each; half precision is summed in float32."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     dims = (((over[0] % x.ndim,), (over[1],)), ((), ()))
     return lax.dot_general(x, y, dims, precision, preferred_element_type=wide)
 

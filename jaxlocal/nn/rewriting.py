@@ -202,6 +202,7 @@ def _exchange_layer(eqn: core.JaxprEqn, report: Report) -> core.JaxprEqn:
     if reason:
         report.slow.append(f"{_describe(eqn)}: {reason}")
         return eqn
+    assert layer.ours is not None
     report.fast.append(_describe(eqn))
     options = {name: eqn.params[name] for name in layer.options}
     call = functools.partial(layer.ours, **options)
@@ -232,7 +233,9 @@ def _describe(eqn: core.JaxprEqn) -> str:
     if eqn.primitive.name == "conv_general_dilated":
         lhs, rhs = (list(x.shape) for x in inputs(eqn))
         return f"convolution {lhs} by {rhs}"
-    return f"max pooling {list(inputs(eqn)[0].shape)} by {list(_window(eqn))}"
+    of_gradient = eqn.primitive.name == "select_and_scatter_add"
+    what = "gradient of a max pooling" if of_gradient else "max pooling"
+    return f"{what} {list(inputs(eqn)[0].shape)} by {list(_window(eqn))}"
 
 
 def _window(eqn: core.JaxprEqn) -> tuple[int, ...]:
@@ -266,6 +269,10 @@ def _why_slow_pooling(eqn: core.JaxprEqn) -> str:
     return "" if entries <= LARGEST_WINDOW else f"a window of {entries} entries"
 
 
+def _why_slow_gradient(eqn: core.JaxprEqn) -> str:
+    return "fast_layers belongs around the loss"
+
+
 @functools.partial(jax.jit, static_argnames="window_dimensions")
 def _max_pooling(inputs, *, window_dimensions):
     """The maximum over windows side by side along any axes; in a `jax.jit` as a convolution is."""
@@ -279,11 +286,12 @@ def _max_pooling(inputs, *, window_dimensions):
 
 class _Layer(NamedTuple):
     why_slow: Callable[[core.JaxprEqn], str]
-    ours: Callable
+    ours: Callable | None  # None: there is no faster one
     options: tuple[str, ...]  # the equation's parameters that ours takes
 
 
 _LAYERS = {
     "conv_general_dilated": _Layer(_why_slow_convolution, _convolution, _OPTIONS),
+    "select_and_scatter_add": _Layer(_why_slow_gradient, None, ()),
     "reduce_window_max": _Layer(_why_slow_pooling, _max_pooling, ("window_dimensions",)),
 }

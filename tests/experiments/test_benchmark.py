@@ -86,6 +86,8 @@ def test_the_binary_prints_a_table_and_writes_json(tmp_path):
         ("--worker_map=vmp", "unknown worker map 'vmp'"),
         ("--repeats=0", "repeats"),
         ("--output=nowhere/figures.json", "--output=nowhere/figures.json is in a folder"),
+        ("--output=experiments", "--output=experiments is no name for a file"),
+        ("--workloads=", "--workloads= names none; there are logistic"),
     ],
 )
 def test_mistakes_end_in_one_sentence(flag, words):

@@ -77,3 +77,9 @@ def test_collectives_wait_as_long_as_the_user_says_or_long(monkeypatch):
     starting.be_patient()
     flags = os.environ["XLA_FLAGS"].split()
     assert flags == [f"--{end}=50", "--xla_cpu_max_isa=AVX2", f"--{warn}=600"]
+
+
+def test_a_file_of_flags_stays_one(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "flags.txt")
+    starting.be_patient()
+    assert os.environ["XLA_FLAGS"] == "flags.txt"

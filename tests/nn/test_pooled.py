@@ -130,3 +130,16 @@ def test_in_a_loop_on_devices(spec):
         return jax.jit(jax.shard_map(per_device, mesh=mesh, **specs))(images, *params)
 
     assert_same(run(conv_relu_max_pool), run(three_layers))
+
+
+def test_no_example_is_no_output():
+    images, kernel, bias = operands(2, (4, 6), (3, 3), 1, 2)
+    assert_equal(images[:0], kernel, bias)
+
+
+def test_what_does_not_fit_is_said_as_jax_says_it():
+    images, kernel, bias = operands(2, (4, 6), (3, 3), 1, 2)
+    with pytest.raises(ValueError, match="feature"):
+        conv_relu_max_pool(jnp.ones((2, 4, 6, 3)), kernel, bias)
+    with jax.numpy_rank_promotion("raise"):
+        jax.jit(jax.grad(lambda kernel: conv_relu_max_pool(images, kernel, bias).sum()))(kernel)

@@ -41,6 +41,10 @@ def pooled(images, window, strides=None, padding="VALID"):
     return linen.max_pool(images, window, strides or window, padding)
 
 
+def gradient_of_pooling(kernel, images):
+    return jax.grad(lambda x: pooled(x, (2, 2)).sum())(images)
+
+
 CONVOLUTION = "convolution [2, 4, 6, 3] by [3, 3, 3, 2]"
 POOLING = "max pooling [2, 4, 6, 3] by"
 LEFT = {
@@ -111,6 +115,12 @@ def test_our_own_layers_are_fast_already():
         assert len(report.fast) == 1 and not report.slow
     once, twice = (fast_layers_report(fn, KERNEL, IMAGES) for fn in (loss, fast_layers(loss)))
     assert len(once.fast) == 2 and twice == ([CONVOLUTION], [])  # the pooling is no longer one
+
+
+def test_around_a_gradient_it_says_that_it_comes_too_late():
+    slow = fast_layers_report(gradient_of_pooling, KERNEL, IMAGES).slow
+    line = "gradient of a max pooling [2, 2, 3, 3] by [1, 2, 2, 1]"
+    assert slow == [f"{line}: fast_layers belongs around the loss"]
 
 
 def test_a_module_as_an_argument_is_refused():
