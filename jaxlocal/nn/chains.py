@@ -158,7 +158,9 @@ def _is_relu(eqn: core.JaxprEqn) -> bool:
 
 
 def _pools(eqn: core.JaxprEqn, axes: Sequence[int]) -> bool:
-    if eqn.primitive.name != "reduce_window_max":
+    """Whether it is our pooling: of equal entries the first has the gradient, so that the kernel's
+    first dimension must come first in its output too."""
+    if eqn.primitive.name != "reduce_window_max" or axes[0] > axes[1]:
         return False
     window = [1] * 4
     for axis, size in zip(axes, POOL, strict=True):
