@@ -208,7 +208,7 @@ def _averaged_step(one, state, memory, batch, world, mode, mixer, compressor):
         stay = lambda shapes: (_zeros(shapes[0]), model_state)
         return _if_active(one.active(worker, rate), mode, take, stay)
 
-    def step(grads, opt_state, params, loss):
+    def step(params, opt_state, grads, loss):
         updates, opt_state = one.update(grads, opt_state, params, loss)
         return optax.apply_updates(params, updates), opt_state
 
@@ -224,7 +224,7 @@ def _averaged_step(one, state, memory, batch, world, mode, mixer, compressor):
         nothing = jax.tree.map(lambda x: jnp.zeros_like(x[:1, :1]), grads)
         grads, memory = spread(synced.add(nothing), grads), Memory(stacked=synced.memory)
         loss = spread(mixer.average(loss, world), loss)
-    params, opt_state = over_workers(step, mode)(grads, state.opt_state, state.params, loss)
+    params, opt_state = over_workers(step, mode, kept=2)(state.params, state.opt_state, grads, loss)
     return _advance(state, memory, params, opt_state, model_state, metrics)
 
 
