@@ -24,7 +24,6 @@ from jaxlocal.compression import payload_bits
 from jaxlocal.errors import unknown
 from jaxlocal.local import bits
 from jaxlocal.training import dispatches, schedule
-from jaxlocal.types import Messages
 
 FORMATS = ("text", "json")
 ROWS = 12  # of the H schedule that are printed; JSON has all
@@ -37,9 +36,7 @@ def plan(job: Job) -> dict[str, Any]:
     shapes = model_shapes(job.config, job.model)
     state = round_fn.shapes(*shapes)
     programs = {d.ticks for d in dispatches(round_fn, job.ticks, measure_every(job))}
-    inner, outer = round_fn.traffic(state)
-    times = job.ticks // job.rounds.inner.ticks
-    said = Messages().plus(inner, times).plus(outer, len(lengths))
+    said = round_fn.messages(state, job.ticks, len(lengths))
     model = bits(state.params)
     ticks_a_round = job.ticks / len(lengths)
     return {

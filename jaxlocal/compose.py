@@ -1,11 +1,13 @@
 """Stages made of stages."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.types import Info, Leaf, Messages, Stage
+from jaxlocal.types import Info, Leaf, Stage
 
 
 def repeat(stage: Stage, times: int) -> Stage:
@@ -27,10 +29,16 @@ def repeat(stage: Stage, times: int) -> Stage:
         (state, memory), info = lax.scan(body, (state, memory), split, length=times)
         return state, memory, jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), info)
 
-    def traffic(state, layout):
-        return Messages().plus(stage.traffic(state, layout), times)
+    def says(state, number=0):
+        applies = lambda turn: len(range(turn, times, stage.turns))
+        return [
+            said._replace(times=said.times * applies(turn))
+            for turn in range(min(times, stage.turns))
+            for said in stage.says(state, number * times + turn)
+        ]
 
-    return stage._replace(apply=apply, ticks=times * stage.ticks, traffic=traffic)
+    turns = stage.turns // math.gcd(stage.turns, times)
+    return stage._replace(apply=apply, ticks=times * stage.ticks, says=says, turns=turns)
 
 
 def sequence(*stages: Stage) -> Stage:
@@ -52,14 +60,16 @@ def sequence(*stages: Stage) -> Stage:
             start += stage.ticks
         return state, tuple(memories), join(infos)
 
-    def traffic(state, layout):
-        total = Messages()
-        for stage in stages:
-            total = total.plus(stage.traffic(state, layout))
-        return total
+    def says(state, number=0):
+        return [said for stage in stages for said in stage.says(state, number)]
 
     return Stage(
-        init, apply, sum(s.ticks for s in stages), traffic, any(s.anchored for s in stages)
+        init,
+        apply,
+        sum(stage.ticks for stage in stages),
+        says,
+        any(stage.anchored for stage in stages),
+        math.lcm(*(stage.turns for stage in stages)),
     )
 
 

@@ -2,18 +2,17 @@
 averaged, the rest stays where it is."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jaxlocal.compression import payload_bits
+from jaxlocal.compression import payload_shapes
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.types import Compressor, Messages, Mixer, Tree, World
+from jaxlocal.types import Compressor, Mixer, Said, Tree, World
 from jaxlocal.worker_maps import over_workers, worker_map_for
-from jaxlocal.workers import AXES, Layout, vary
+from jaxlocal.workers import AXES, one_worker, vary
 
 Add = Callable[[Tree], Tree]  # leaves [d or 1, n or 1, ...]
 
@@ -56,12 +55,12 @@ def partial_sync(
         return Synced(residual, hear(mixer, compressor, payload, tree, key, world), memory)
     second = compressor.second
     first = _mapped(lambda x, kept: compressor.encode(x, kept, key))(tree, memory)
-    known = _grid(second.settle)(_average(mixer, first, world))
+    known = _grid(second.settle)(mixer.average(first, world))
     told = _to_workers(known, world)
     rest = _mapped(lambda x, known: second.encode(x, known, key))(tree, told)
     minus = lambda x, known, rest: compressor.decode({**known, **rest}, key, x, -1.0)
     residual = _mapped(minus)(tree, told, rest)
-    average = _average(mixer, rest, world)
+    average = mixer.average(rest, world)
     remember = lambda kept, payload: second.remember(kept, payload, key)
     memory = _mapped(remember)(memory, {**told, **_to_workers(average, world)})
     return Synced(residual, _adder(compressor, {**known, **average}, key), memory)
@@ -81,7 +80,7 @@ def hear(
 ) -> Add:
     """What adds Σ_j W_ji C(x_j) to a tree, from all workers' payloads of trees like this one."""
     if compressor.averageable:
-        return _adder(compressor, _average(mixer, payload, world), key)
+        return _adder(compressor, mixer.average(payload, world), key)
     assert mixer.gather is not None
     payloads, weights = mixer.gather(payload, world)
 
@@ -127,19 +126,10 @@ def check_common(what: str, mixer: Mixer) -> None:
         )
 
 
-def messages_of(mixer: Mixer, compressor: Compressor, stacked: Tree, layout: Layout) -> Messages:
-    """The messages of one partial synchronisation of a tree, leaves (or shapes) [D, N, ...].
-
-    A hub says the average of its workers' payloads or, where there is none, all of them.
-    """
-    messages = mixer.messages(payload_bits(compressor, one_worker(stacked)), layout)
-    payloads = 1 if compressor.averageable else layout.workers_per_hub
-    return messages._replace(hubs=messages.hubs * payloads)
-
-
-def one_worker(stacked: Tree) -> Tree:
-    """The shapes of one worker's tree, of leaves (or shapes) [D, N, ...]."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), stacked)
+def partly_said(mixer: Mixer, compressor: Compressor, stacked: Tree) -> list[Said]:
+    """What one partial synchronisation of a tree says, leaves (or shapes) [D, N, ...]."""
+    payloads = payload_shapes(compressor, one_worker(stacked))
+    return [Said(mixer, payload, not compressor.averageable) for payload in payloads]
 
 
 def compressor_memory(compressor: Compressor, stacked: Tree) -> Tree:
@@ -160,20 +150,6 @@ def _adder(compressor: Compressor, average: Tree, key: jax.Array) -> Add:
         return _grid(lambda said, x: compressor.decode(said, key, x, 1.0))(spread, tree)
 
     return add
-
-
-def _average(mixer: Mixer, tree: Tree, world: World) -> Tree:
-    """The mixer's average of all leaves at once, one message a dtype."""
-    leaves, structure = jax.tree.flatten(tree)
-    averaged: list[Any] = list(leaves)
-    for dtype in dict.fromkeys(x.dtype for x in leaves):
-        places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
-        flat = [leaves[i].reshape(leaves[i].shape[:2] + (-1,)) for i in places]
-        mixed = mixer.average(jnp.concatenate(flat, axis=2), world)
-        ends = np.cumsum([x.shape[2] for x in flat])
-        for i, part in zip(places, jnp.split(mixed, ends[:-1], axis=2), strict=True):
-            averaged[i] = part.reshape(part.shape[:2] + leaves[i].shape[2:])
-    return jax.tree.unflatten(structure, averaged)
 
 
 def _grid(fn: Callable) -> Callable:

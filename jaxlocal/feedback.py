@@ -12,10 +12,9 @@ from jaxlocal.exchange import (
     check_common,
     check_exchange,
     compressor_memory,
-    messages_of,
     partial_sync,
+    partly_said,
 )
-from jaxlocal.local import bits
 from jaxlocal.syncing import Others
 from jaxlocal.types import Compressor, Info, Memory, Mixer, Stage
 from jaxlocal.workers import AXES, ROUND_MESSAGE, spread, stream
@@ -46,7 +45,7 @@ def sync_partly(
         return others.treat(state, mixer, world), Memory(stacked=synced.memory), Info()
 
     init = lambda state: Memory(stacked=compressor_memory(compressor, state.params))
-    return Stage(init, apply, 0, _traffic(mixer, compressor, others))
+    return Stage(init, apply, 0, _says(mixer, compressor, others))
 
 
 def send_compressed(
@@ -133,7 +132,7 @@ def reset_error(mixer: Mixer, compressor: Compressor, model_state: str = "keep")
         state = state._replace(params=params, anchor=anchor)
         return others.treat(state, mixer, world), Memory(stacked=synced.memory), Info()
 
-    return Stage(init, apply, 0, _traffic(mixer, compressor, others), anchored=True)
+    return Stage(init, apply, 0, _says(mixer, compressor, others), anchored=True)
 
 
 def _from_anchor(mixer, compressor, outer_optimizer, error_decay, others) -> Stage:
@@ -162,8 +161,7 @@ def _from_anchor(mixer, compressor, outer_optimizer, error_decay, others) -> Sta
         memory = Memory((synced.residual, synced.memory), outer)
         return others.treat(state, mixer, world), memory, Info()
 
-    traffic = _traffic(mixer, compressor, others, _wide)
-    return Stage(init, apply, 0, traffic, anchored=True)
+    return Stage(init, apply, 0, _says(mixer, compressor, others, _wide), anchored=True)
 
 
 def _from_start(mixer, compressor, error_decay, after, others) -> Stage:
@@ -182,19 +180,16 @@ def _from_start(mixer, compressor, error_decay, after, others) -> Stage:
         memory = (own, Memory((synced.residual, synced.memory)))
         return others.treat(state, mixer, world), memory, info
 
-    def traffic(state, layout):
-        own = _traffic(mixer, compressor, others, _wide)(state, layout)
-        return after.traffic(state, layout).plus(own)
-
-    return Stage(init, apply, after.ticks, traffic, after.anchored)
+    own = _says(mixer, compressor, others, _wide)
+    says = lambda state, number=0: [*after.says(state, number), *own(state)]
+    return Stage(init, apply, after.ticks, says, after.anchored, after.turns)
 
 
-def _traffic(mixer, compressor, others, of=lambda params: params):
-    def traffic(state, layout):
-        rest = mixer.messages(bits(others.said(state)), layout)
-        return messages_of(mixer, compressor, of(state.params), layout).plus(rest)
+def _says(mixer, compressor, others, of=lambda params: params):
+    def says(state, number=0):
+        return partly_said(mixer, compressor, of(state.params)) + others.said(mixer, state)
 
-    return traffic
+    return says
 
 
 def _wide(params):

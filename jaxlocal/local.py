@@ -17,14 +17,14 @@ from jaxlocal.exchange import (
     check_exchange,
     compressor_memory,
     hear,
-    messages_of,
     partial_sync,
+    partly_said,
     speak,
 )
 from jaxlocal.gradient import GradFn
-from jaxlocal.types import Compressor, Info, Memory, Messages, Mixer, Stage, Tree
+from jaxlocal.types import Compressor, Info, Memory, Mixer, Said, Stage, Tree
 from jaxlocal.worker_maps import block_size, over_workers, worker_map_for
-from jaxlocal.workers import GRADIENT, RATE, TICK_MESSAGE, spread, stream, vary
+from jaxlocal.workers import GRADIENT, RATE, TICK_MESSAGE, one_worker, spread, stream, vary
 
 
 def scale_by_tick(schedule: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -101,14 +101,14 @@ def tick(
         step = _exchanged_step if update_mixer else _averaged_step
         return step(one, state, memory, batch, world, mode, mixer, compressor)
 
-    def traffic(state, layout):
+    def says(state, number=0):
         if mixer is None:
-            return Messages()
+            return []
         if compressor is None:
-            return mixer.messages(bits(state.params), layout)
-        return messages_of(mixer, compressor, state.params, layout)
+            return [Said(mixer, one_worker(state.params))]
+        return partly_said(mixer, compressor, state.params)
 
-    return Stage(init, apply, 1, traffic)
+    return Stage(init, apply, 1, says)
 
 
 def _check_sync(gradient_mixer, update_mixer, compressor):

@@ -1,12 +1,15 @@
 """Mixers: the linear averages by which workers and hubs become alike."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.topology import check_mixing
+from jaxlocal.topology import check_mixing, routes
 from jaxlocal.types import Leaf, Messages, Mixer, Tree, World
 from jaxlocal.workers import AXES, Layout, weighted_sum
 
@@ -18,40 +21,49 @@ def mean() -> Mixer:
     """
 
     def average(tree: Tree, world: World) -> Tree:
-        return jax.tree.map(lambda x: lax.psum(weighted_sum(world.weight, x, "all"), AXES), tree)
+        sums = jax.tree.map(lambda x: weighted_sum(world.weight, x, "all"), tree)
+        return _at_once(lambda x: lax.psum(x, AXES), sums, AXES)
 
     def messages(bits: int, layout: Layout) -> Messages:
         return Messages(workers=bits * (layout.workers_per_hub > 1), hubs=bits * (layout.hubs - 1))
+
+    def collectives(layout, mesh, gathered):
+        return [("all-gather", AXES, layout.workers) if gathered else ("all-reduce", AXES, 1)]
 
     def gather(tree: Tree, world: World) -> tuple[Tree, Leaf]:
         def one(x):
             x = x.reshape((x.shape[0] * x.shape[1],) + x.shape[2:])
             return lax.all_gather(x, AXES, axis=0, tiled=True, to="invarying")[:, None]
 
-        return jax.tree.map(one, tree), one(world.weight)
+        return _at_once(one, tree, AXES), one(world.weight)
 
-    return Mixer(average, AXES, messages, gather)
+    return Mixer(average, AXES, messages, collectives, gather)
 
 
 def hub_mean() -> Mixer:
     """Every worker gets its hub's z_d = Σ v_i x_i. A worker says its model to its hub."""
 
     def average(tree: Tree, world: World) -> Tree:
-        return jax.tree.map(
-            lambda x: lax.psum(weighted_sum(world.hub_share, x, "workers"), "workers"), tree
-        )
+        sums = jax.tree.map(lambda x: weighted_sum(world.hub_share, x, "workers"), tree)
+        return _at_once(lambda x: lax.psum(x, "workers"), sums, ["workers"])
 
     def messages(bits: int, layout: Layout) -> Messages:
         return Messages(workers=bits * (layout.workers_per_hub > 1))
+
+    def collectives(layout, mesh, gathered):
+        hubs = layout.hubs // mesh["hubs"]
+        if gathered:
+            return [("all-gather", ("workers",), hubs * layout.workers_per_hub)]
+        return [("all-reduce", ("workers",), hubs)]
 
     def gather(tree: Tree, world: World) -> tuple[Tree, Leaf]:
         def one(x):
             x = jnp.moveaxis(x, 1, 0)
             return lax.all_gather(x, "workers", axis=0, tiled=True, to="invarying")
 
-        return jax.tree.map(one, tree), one(world.hub_share)
+        return _at_once(one, tree, ["workers"]), one(world.hub_share)
 
-    return Mixer(average, ("workers",), messages, gather)
+    return Mixer(average, ("workers",), messages, collectives, gather)
 
 
 def hub_diffusion(matrix: np.ndarray, workers_per_hub: int | None = None) -> Mixer:
@@ -59,8 +71,7 @@ def hub_diffusion(matrix: np.ndarray, workers_per_hub: int | None = None) -> Mix
 
     Takes hub consensus as given (every worker of hub d holds z_d, as after `hub_mean`), so that
     workers say nothing. A hub says its model to each of its neighbours. Between devices a complete
-    graph's H = b 1ᵀ is an all-reduce, a ring passes models to neighbours only, and any other H
-    gathers one model of every hub.
+    graph's H = b 1ᵀ is an all-reduce; by any other H, models pass to neighbours only.
 
     Args:
       matrix: H [D, D] with columns that sum to 1 and H b = b; see `topology.mixing_matrix`.
@@ -71,7 +82,13 @@ def hub_diffusion(matrix: np.ndarray, workers_per_hub: int | None = None) -> Mix
     complete = bool(np.abs(matrix - matrix[:, :1]).max() < 1e-12)
 
     def average(tree: Tree, world: World) -> Tree:
-        return jax.tree.map(lambda x: _mix(matrix, complete, x[:, :1], _hub_numbers(world)), tree)
+        hubs = _hub_numbers(world)
+        models = jax.tree.map(lambda x: x[:, :1].astype(_wide(x)), tree)
+        if complete:
+            share = jnp.asarray(matrix)[hubs, :1]
+            sums = jax.tree.map(lambda z: weighted_sum(share, z, "all"), models)
+            return _at_once(lambda z: lax.psum(z, "hubs"), sums, ["hubs"])
+        return _at_once(lambda z: _pass_on(matrix, z, hubs), models, ["hubs"])
 
     def messages(bits: int, layout: Layout) -> Messages:
         if workers_per_hub not in (None, layout.workers_per_hub):
@@ -82,7 +99,13 @@ def hub_diffusion(matrix: np.ndarray, workers_per_hub: int | None = None) -> Mix
         check_mixing(matrix, layout.hub_weight)
         return Messages(hubs=bits * int(neighbours.max()))
 
-    return Mixer(average, ("hubs",) if complete else (), messages)
+    def collectives(layout, mesh, gathered):
+        if complete:
+            return [("all-reduce", ("hubs",), 1)]
+        passed = routes(matrix, mesh["hubs"])
+        return [("collective-permute", ("hubs",), route.said.shape[1]) for route in passed]
+
+    return Mixer(average, ("hubs",) if complete else (), messages, collectives)
 
 
 def _hub_numbers(world: World) -> jax.Array:
@@ -91,40 +114,19 @@ def _hub_numbers(world: World) -> jax.Array:
     return world.worker[:, 0] // (world.worker.shape[1] * lax.axis_size("workers"))
 
 
-def _mix(matrix: np.ndarray, complete: bool, z: jax.Array, hubs: jax.Array) -> jax.Array:
-    """y_d = Σ_j H_jd z_j for this device's hubs; z [d, 1, ...] → [d or 1, 1, ...]."""
-    wide = jnp.promote_types(z.dtype, jnp.float32)
-    z, coefficients = z.astype(wide), jnp.asarray(matrix, wide)
-    devices = lax.axis_size("hubs")
-    if complete:
-        return lax.psum(weighted_sum(coefficients[hubs, :1], z, "all"), "hubs")
-    if devices > 1 and _is_ring(matrix):
-        return _pass_round(coefficients, z, hubs, devices)
-    everyone = lax.all_gather(z, "hubs", axis=0, tiled=True) if devices > 1 else z
-    return jnp.einsum(
-        "jd,j...->d...", coefficients[:, hubs], everyone, precision=lax.Precision.HIGHEST
-    )
-
-
-def _is_ring(matrix: np.ndarray) -> bool:
-    """Whether hub j speaks to hubs j ± 1 only, around the circle of D ≥ 3."""
-    size = len(matrix)
-    offsets = {int(j - i) % size for i, j in np.argwhere(matrix)}
-    return size > 2 and offsets <= {0, 1, size - 1}
-
-
-def _pass_round(coefficients: jax.Array, z: jax.Array, hubs: jax.Array, devices: int) -> jax.Array:
-    """Mixing on a ring: each device hears the last hub of the device before it and the first of
-    the one after it."""
-    before = lax.ppermute(z[-1:], "hubs", [(i, (i + 1) % devices) for i in range(devices)])
-    after = lax.ppermute(z[:1], "hubs", [(i, (i - 1) % devices) for i in range(devices)])
-    padded = jnp.concatenate([before, z, after])
-
-    def share(offset: int) -> jax.Array:
-        column = coefficients[(hubs + offset) % len(coefficients), hubs]
-        return column.reshape((-1,) + (1,) * (z.ndim - 1))
-
-    return share(-1) * padded[:-2] + share(0) * z + share(1) * padded[2:]
+def _pass_on(matrix: np.ndarray, z: jax.Array, hubs: jax.Array) -> jax.Array:
+    """y_d = Σ_j H_jd z_j for this device's hubs, z [d, 1, ...], with what neighbours pass on."""
+    own, place = len(hubs), hubs[0] // len(hubs)
+    coefficients = jnp.asarray(matrix, z.dtype)[:, hubs]
+    mix = lambda share, z: jnp.einsum("jd,j...->d...", share, z, precision=lax.Precision.HIGHEST)
+    mixed = mix(lax.dynamic_slice_in_dim(coefficients, place * own, own), z)
+    for route in routes(matrix, lax.axis_size("hubs")):
+        said = z[jnp.asarray(route.said)[place]]
+        heard = lax.ppermute(said, "hubs", route.pairs)
+        known = jnp.asarray(route.heard)[place]
+        share = jnp.where(known[:, None] >= 0, coefficients[known], 0)
+        mixed += mix(share, heard)
+    return mixed
 
 
 def from_matrix(matrix: np.ndarray) -> Mixer:
@@ -139,15 +141,13 @@ def from_matrix(matrix: np.ndarray) -> Mixer:
 
     def average(tree: Tree, world: World) -> Tree:
         def one(x):
-            wide = jnp.promote_types(x.dtype, jnp.float32)
-            everyone = x.astype(wide)
             for axis, name in enumerate(AXES):
-                everyone = lax.all_gather(everyone, name, axis=axis, tiled=True)
-            everyone = everyone.reshape((len(matrix),) + x.shape[2:])
-            columns = jnp.asarray(matrix, wide)[:, world.worker]
+                x = lax.all_gather(x, name, axis=axis, tiled=True)
+            everyone = x.reshape((len(matrix),) + x.shape[2:])
+            columns = jnp.asarray(matrix, x.dtype)[:, world.worker]
             return jnp.einsum("jdn,j...->dn...", columns, everyone, precision=lax.Precision.HIGHEST)
 
-        return jax.tree.map(one, tree)
+        return _at_once(one, jax.tree.map(lambda x: x.astype(_wide(x)), tree), AXES)
 
     def messages(bits: int, layout: Layout) -> Messages:
         if len(matrix) != layout.workers:
@@ -157,4 +157,32 @@ def from_matrix(matrix: np.ndarray) -> Mixer:
         check_mixing(matrix, layout.weight.reshape(-1))
         return Messages(workers=bits * int(neighbours.max()))
 
-    return Mixer(average, (), messages)
+    def collectives(layout, mesh, gathered):
+        here = layout.hubs * (layout.workers_per_hub // mesh["workers"])
+        return [("all-gather", ("hubs",), here), ("all-gather", ("workers",), layout.workers)]
+
+    return Mixer(average, (), messages, collectives)
+
+
+def _wide(x: jax.Array) -> np.dtype:
+    """The type in which values are averaged, and averages cross the wire."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _at_once(fn: Callable, tree: Tree, axes: Any) -> Tree:
+    """fn of leaves [a, b, ...] → [c, d, ...], of all leaves of a type at once: one message, where
+    each would wait for a link. Leaf by leaf where nothing is sent, or where an automatic mesh axis
+    shards the leaves, which would be gathered to be joined."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if all(lax.axis_size(axis) == 1 for axis in axes) or mesh.auto_axes:
+        return jax.tree.map(fn, tree)
+    leaves, structure = jax.tree.flatten(tree)
+    done: list[Any] = list(leaves)
+    for dtype in dict.fromkeys(x.dtype for x in leaves):
+        places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+        flat = [leaves[i].reshape(leaves[i].shape[:2] + (-1,)) for i in places]
+        whole = fn(jnp.concatenate(flat, axis=2))
+        ends = np.cumsum([x.shape[2] for x in flat])
+        for i, part in zip(places, jnp.split(whole, ends[:-1], axis=2), strict=True):
+            done[i] = part.reshape(part.shape[:2] + leaves[i].shape[2:])
+    return jax.tree.unflatten(structure, done)

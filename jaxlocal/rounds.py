@@ -12,11 +12,21 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlocal import workers
+from jaxlocal import ledger, workers
 from jaxlocal.compose import join, repeat
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.syncing import NOTHING
-from jaxlocal.types import Info, Memory, Messages, Rounds, Stage, TrainState, Tree, World
+from jaxlocal.types import (
+    Collective,
+    Info,
+    Memory,
+    Messages,
+    Rounds,
+    Stage,
+    TrainState,
+    Tree,
+    World,
+)
 from jaxlocal.workers import AXES, SINGLE, STACKED, Layout, over_mesh
 
 BATCHES = P(None, *AXES)
@@ -172,10 +182,46 @@ class RoundFn:
         """√(Σ a_i ‖x_i − u‖²) of the workers' models now."""
         return self._measure(workers.consensus_distance)(state.params, self.world)
 
-    def traffic(self, state: TrainState) -> tuple[Messages, Messages]:
-        """The messages of one inner stage and of one round's end; a state or its shapes."""
+    def traffic(self, state: TrainState, number: int = 0) -> tuple[Messages, Messages]:
+        """The messages of one inner stage and of the end of the number-th round, from 0; a state or
+        its shapes."""
         inner, outer = self.rounds.inner, self.rounds.outer
-        return inner.traffic(state, self.layout), outer.traffic(state, self.layout)
+        told = inner.says(state), outer.says(state, number)
+        return ledger.messages(told[0], self.layout), ledger.messages(told[1], self.layout)
+
+    def messages(self, state: TrainState, ticks: int, rounds: int) -> Messages:
+        """What is said in so many ticks, in which so many rounds end; a state or its shapes."""
+        total = Messages().plus(self.traffic(state)[0], ticks // self.rounds.inner.ticks)
+        turns = self.rounds.outer.turns
+        for turn in range(min(turns, rounds)):
+            total = total.plus(self.traffic(state, turn)[1], len(range(turn, rounds, turns)))
+        return total
+
+    def wire(self, state: TrainState, ticks: int, number: int = 0) -> list[Collective]:
+        """The collectives between devices in the number-th round, of so many ticks; a state or its
+        shapes."""
+        inner, outer = self.rounds.inner, self.rounds.outer
+        times = ticks // inner.ticks
+        told = [one._replace(times=one.times * times) for one in inner.says(state)]
+        return ledger.wire([*told, *outer.says(state, number)], self.layout, self.mesh.shape)
+
+    def compiled(self, state: TrainState, batches: Tree) -> list[Any]:
+        """The compiled programs of a round in the order in which they run, for `ledger.audit`; of a
+        state and batches or their shapes."""
+        shape = lambda x, size: jax.ShapeDtypeStruct(
+            (size, *x.shape[1:]), x.dtype, sharding=NamedSharding(self.mesh, BATCHES)
+        )
+        runs: list[tuple[Any, Tree]] = [
+            (size // self.rounds.inner.ticks, jax.tree.map(lambda x, n=size: shape(x, n), batches))
+            for size in self.chunks(self._ticks_of(batches))
+        ]
+        runs += [("outer", ())] if self.rounds.outer is not NOTHING else []
+        lowered = {
+            which: self._program(which, state).lower(state, part, self.world)
+            for which, part in runs
+        }
+        programs = {which: program.compile() for which, program in lowered.items()}
+        return [programs[which] for which, _ in runs]
 
     def _measure(self, fn: Any):
         if fn not in self._programs:

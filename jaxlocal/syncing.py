@@ -9,17 +9,16 @@ from jax import lax
 
 from jaxlocal.errors import ConfigurationError, lookup
 from jaxlocal.exchange import check_common
-from jaxlocal.local import bits
-from jaxlocal.types import Info, Memory, Messages, Mixer, Stage, TrainState, World
+from jaxlocal.types import Info, Memory, Mixer, Said, Stage, TrainState, World
 from jaxlocal.worker_maps import over_workers
-from jaxlocal.workers import AXES, spread, vary
+from jaxlocal.workers import AXES, one_worker, spread, vary
 
 # The end of a round at which nobody says anything.
 NOTHING = Stage(
     init=lambda state: (),
     apply=lambda state, memory, batches, world: (state, memory, Info()),
     ticks=0,
-    traffic=lambda state, layout: Messages(),
+    says=lambda state, number=0: [],
 )
 
 OPTIMIZER_STATES = ("keep", "average", "reset")
@@ -57,10 +56,10 @@ def sync(
         state = state._replace(params=spread(params, state.params), anchor=anchor)
         return others.treat(state, mixer, world), memory, Info()
 
-    def traffic(state, layout):
-        return mixer.messages(bits((state.params, others.said(state))), layout)
+    def says(state, number=0):
+        return [Said(mixer, one_worker(state.params)), *others.said(mixer, state)]
 
-    return Stage(lambda state: (), apply, 0, traffic)
+    return Stage(lambda state: (), apply, 0, says)
 
 
 def outer_step(
@@ -106,10 +105,10 @@ def outer_step(
         memory = Memory(single=(outer_state, state.tick))
         return others.treat(state, mixer, world), memory, Info()
 
-    def traffic(state, layout):
-        return mixer.messages(bits((state.params, others.said(state))), layout)
+    def says(state, number=0):
+        return [Said(mixer, one_worker(state.params)), *others.said(mixer, state)]
 
-    return Stage(init, apply, 0, traffic, anchored=True)
+    return Stage(init, apply, 0, says, anchored=True)
 
 
 def sync_model_state(mixer: Mixer, model_state: str = "average") -> Stage:
@@ -121,10 +120,8 @@ def sync_model_state(mixer: Mixer, model_state: str = "average") -> Stage:
     def apply(state, memory, batches, world):
         return others.treat(state, mixer, world), memory, Info()
 
-    def traffic(state, layout):
-        return mixer.messages(bits(others.said(state)), layout)
-
-    return Stage(lambda state: (), apply, 0, traffic)
+    says = lambda state, number=0: others.said(mixer, state)
+    return Stage(lambda state: (), apply, 0, says)
 
 
 def _moved(anchor, params):
@@ -164,10 +161,11 @@ class Others:
             state = state._replace(model_state=_average(state.model_state, mixer, world))
         return state
 
-    def said(self, state: TrainState) -> list:
+    def said(self, mixer: Mixer, state: TrainState) -> list[Said]:
         """What of it is said to others."""
         averaged = [state.opt_state] * (self.optimizer_state == "average")
-        return _floats(averaged + [state.model_state] * (self.model_state == "average"))
+        averaged += [state.model_state] * (self.model_state == "average")
+        return [Said(mixer, one_worker(_floats(tree))) for tree in averaged]
 
 
 def _floats(tree):

@@ -5,6 +5,7 @@ Hierarchical Networks", ICLR 2021, https://arxiv.org/abs/2007.13819.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import networkx as nx
 import numpy as np
@@ -169,3 +170,68 @@ def zeta(matrix: np.ndarray) -> float:
     """
     values = np.sort(np.abs(np.linalg.eigvals(np.asarray(matrix, np.float64))))
     return float(values[-2]) if len(values) > 1 else 0.0
+
+
+class Route(NamedTuple):
+    """One permutation of a mixing: which devices speak to whom, and of which hubs."""
+
+    pairs: tuple[tuple[int, int], ...]  # (from, to); a device is at most once in each place
+    said: np.ndarray  # int [devices, m]: hubs whose models a device says, counted from its first
+    heard: np.ndarray  # int [devices, m]: which hubs those are that a device hears; −1 for none
+
+
+def routes(matrix: np.ndarray, devices: int) -> list[Route]:
+    """The fewest permutations by which devices, each with an equal share of the hubs, hear of all
+    hubs that theirs mix with: as many as the most devices that one device speaks to or hears.
+
+    On a ring two, from either side. A device that speaks to fewer than others is silent in some.
+
+    Args:
+      matrix: H [D, D]; hub d hears hub j where H_jd is not 0.
+
+    >>> ring = mixing_matrix(hub_graph("ring", 6), np.full(6, 1 / 6))
+    >>> [(len(route.pairs), route.said.shape) for route in routes(ring, 3)]
+    [(3, (3, 1)), (3, (3, 1))]
+    """
+    own = len(matrix) // devices
+    blocks = np.asarray(matrix).reshape(devices, own, devices, own)
+    told = {
+        (i, j): np.flatnonzero(blocks[i, :, j].any(axis=1))
+        for i in range(devices)
+        for j in range(devices)
+        if i != j and blocks[i, :, j].any()
+    }
+    found = []
+    for pairs in _matchings(set(told), devices):
+        most = max(len(told[pair]) for pair in pairs)
+        said, heard = np.zeros((devices, most), np.int32), np.full((devices, most), -1, np.int32)
+        for i, j in pairs:
+            said[i, : len(told[i, j])] = told[i, j]
+            heard[j, : len(told[i, j])] = i * own + told[i, j]
+        found.append(Route(tuple(pairs), said, heard))
+    return found
+
+
+def _matchings(edges: set[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
+    """Directed edges in as few groups as can be in which no end and no beginning is met twice.
+
+    As many as the largest degree (Kőnig): edges are added until every degree is that one, and a
+    bipartite graph of equal degrees has a perfect matching, without which it is one again.
+    """
+    counts = np.zeros((size, size), int)
+    for edge in edges:
+        counts[edge] = 1
+    degree = max([0, *counts.sum(0), *counts.sum(1)])
+    for i in range(size):
+        for j in range(size):
+            counts[i, j] += min(degree - counts[i].sum(), degree - counts[:, j].sum())
+    left, groups = set(edges), []
+    for _ in range(degree):
+        graph = nx.Graph((int(i), int(size + j)) for i, j in np.argwhere(counts))
+        partner = nx.bipartite.hopcroft_karp_matching(graph, range(size))
+        matching = [(i, partner[i] - size) for i in range(size)]
+        for pair in matching:
+            counts[pair] -= 1
+        groups.append([pair for pair in matching if pair in left])
+        left -= set(matching)
+    return groups

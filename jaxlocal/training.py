@@ -129,14 +129,15 @@ def run(
       Diverged: a worker's loss is NaN or infinite; known at most two dispatches later, and before
         any measurement and any checkpoint.
     """
-    inner, outer = round_fn.traffic(state)
+    turns = range(round_fn.rounds.outer.turns)
+    inner, outer = round_fn.traffic(state)[0], [round_fn.traffic(state, n)[1] for n in turns]
     if save_every < 0:
         raise ConfigurationError(f"ticks between checkpoints must be ≥ 0, got {save_every}")
     begin, losses = int(state.tick), _Losses(round_fn)
     pieces = dispatches(round_fn, ticks, measure_every, begin)
     ends = itertools.accumulate(schedule(round_fn.rounds, ticks))
     rounds = sum(1 for _ in itertools.takewhile(lambda end: end <= begin, ends))
-    said = Messages().plus(inner, begin // round_fn.rounds.inner.ticks).plus(outer, rounds)
+    said = round_fn.messages(state, begin, rounds)
     if begin == 0:
         first = next(schedule(round_fn.rounds, ticks))
         yield Step(state, 0, 0, first, said, math.nan, True, False, 0.0)
@@ -147,7 +148,7 @@ def run(
         distance = float(round_fn.consensus_distance(state)) if due else 0.0
         if ends_round:
             state, _ = round_fn.end_round(state)
-            said, rounds = said.plus(outer), rounds + 1
+            said, rounds = said.plus(outer[rounds % len(outer)]), rounds + 1
         now = start + size
         save = bool(save_every) and (now == ticks or now // save_every > start // save_every)
         losses.check(0 if due or save else _AHEAD)

@@ -5,7 +5,7 @@ Shapes: D hubs, N workers a hub, K = D·N workers. A *stacked* leaf leads with t
 grid, [d, n, ...]. A *tick* is one local step of every worker.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import optax
@@ -64,6 +64,16 @@ class Messages(NamedTuple):
         return Messages(self.workers + times * other.workers, self.hubs + times * other.hubs)
 
 
+class Collective(NamedTuple):
+    """A collective operation between devices, of which each takes part in one like it."""
+
+    kind: str  # "all-reduce", "all-gather", "collective-permute", ... as XLA names it
+    axes: tuple[str, ...]  # the mesh axes along which the devices of a group lie
+    dtype: str  # "float32", "uint8", ...
+    nbytes: int  # of the result on one device
+    times: int = 1
+
+
 class Mixer(NamedTuple):
     """A linear average over workers: every leaf x_i becomes Σ_j x_j W_ji, with W's columns summing
     to 1.
@@ -72,14 +82,26 @@ class Mixer(NamedTuple):
     against them: a size of 1 where the result does not depend on the axis. `axes` are the mesh axes
     over which the result is common. `messages(bits, layout)` says what one average of a message of
     so many bits costs, and raises ConfigurationError where the mixer does not fit the layout.
-    `gather(tree, world)` gives what the senders hold, leaves [senders, d or 1, ...], and their
-    weights [senders, d or 1], for messages that cannot be averaged as they are.
+    `collectives(layout, mesh, gathered)` lists (kind, axes, copies) of those by which a message is
+    averaged or gathered on a mesh of {axis: devices}; the result on one device holds so many copies
+    of it. `gather(tree, world)` gives what the senders hold, leaves [senders, d or 1, ...], and
+    their weights [senders, d or 1], for messages that cannot be averaged as they are.
     """
 
     average: Callable[[Tree, World], Tree]
     axes: tuple[str, ...]
     messages: Callable[[int, Any], Messages]
+    collectives: Callable[[Any, Mapping[str, int], bool], list[tuple[str, tuple[str, ...], int]]]
     gather: Callable[[Tree, World], tuple[Tree, Leaf]] | None = None
+
+
+class Said(NamedTuple):
+    """One exchange between workers: what each of them says, and who hears it."""
+
+    mixer: Mixer
+    payload: Tree  # shapes of what one worker says, leaves [...]
+    gathered: bool = False  # whether payloads are gathered, which cannot be averaged as they are
+    times: int = 1
 
 
 class SecondMessage(NamedTuple):
@@ -117,15 +139,17 @@ class Stage(NamedTuple):
     known of it.
 
     `init(state)` gives its memory, a tree of Memory. `apply(state, memory, batches, world)` gives
-    (state, memory, Info); the batches lead with [ticks, d, n]. `traffic(state, layout)` counts the
-    messages of one apply from the state's shapes.
+    (state, memory, Info); the batches lead with [ticks, d, n]. `says(state, number)` lists what is
+    said in its number-th apply, counted from 0, by the state's shapes, and again after `turns`
+    applies; the ledger counts messages and bytes from it.
     """
 
     init: Callable[[TrainState], Tree]
     apply: Callable[[TrainState, Tree, Tree, World], tuple[TrainState, Tree, Info]]
     ticks: int  # how many ticks of batches one apply consumes
-    traffic: Callable[[TrainState, Any], Messages]
+    says: Callable[..., list[Said]]
     anchored: bool = False  # whether it needs the anchor
+    turns: int = 1
 
 
 class Period(NamedTuple):

@@ -202,6 +202,11 @@ def vary(tree: Tree, axes: Sequence[str] = AXES) -> Tree:
     return jax.tree.map(one, tree) if _TYPED.get() else tree
 
 
+def one_worker(stacked: Tree) -> Tree:
+    """The shapes of one worker's tree, of leaves (or shapes) [D, N, ...]."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), stacked)
+
+
 def spread(tree: Tree, like: Tree) -> Tree:
     """An average, leaves [d or 1, n or 1, ...], given back to every worker with the type of
     `like`."""

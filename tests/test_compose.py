@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlocal import Layout
+from jaxlocal import Layout, mixing
 from jaxlocal.compose import repeat, sequence
+from jaxlocal.ledger import messages
 from jaxlocal.syncing import NOTHING
-from jaxlocal.types import Info, Memory, Messages, Stage
+from jaxlocal.types import Info, Memory, Messages, Said, Stage
 
 LAYOUT = Layout(1, 2)
 BATCHES = np.arange(24.0, dtype=np.float32).reshape(12, 1, 2)
@@ -27,9 +28,13 @@ def adder(ticks=1, name="sum", factor=1.0, bits=1, anchored=False):
         lambda state: Memory(single=jnp.int32(0)),
         apply,
         ticks,
-        lambda state, layout: Messages(workers=bits, hubs=layout.workers * bits),
+        lambda state, number=0: [Said(mixing.mean(), values(bits))],
         anchored,
     )
+
+
+def values(size):
+    return jax.ShapeDtypeStruct((size,), np.uint8)
 
 
 def doubler():
@@ -38,8 +43,19 @@ def doubler():
         lambda state: (),
         lambda state, memory, batches, world: (2 * state, memory, Info()),
         0,
-        lambda state, layout: Messages(hubs=5),
+        lambda state, number=0: [Said(mixing.mean(), values(5), times=2)],
     )
+
+
+def in_turn(*sizes):
+    """Says something else at each application, in turn."""
+    says = lambda state, number=0: [Said(mixing.mean(), values(sizes[number % len(sizes)]))]
+    return adder()._replace(says=says, turns=len(sizes))
+
+
+def said(stage, number=0):
+    """The bits that a worker says in one application."""
+    return messages(stage.says(None, number), LAYOUT).workers
 
 
 def apply(stage, batches=BATCHES):
@@ -58,8 +74,7 @@ def test_a_stage_repeated_sees_each_of_its_batches_once_and_in_turn():
 def test_repeating_counts_ticks_and_messages_and_keeps_the_rest():
     stage = repeat(adder(ticks=3, bits=2**40, anchored=True), 1000)
     assert stage.ticks == 3000 and stage.anchored and not repeat(adder(), 2).anchored
-    said = stage.traffic(None, LAYOUT)
-    assert said == Messages(1000 * 2**40, 2000 * 2**40) and isinstance(said.hubs, int)
+    assert said(stage) == 8000 * 2**40 and isinstance(said(stage), int)
     assert isinstance(stage.init(None), Memory)
 
 
@@ -67,7 +82,7 @@ def test_splitting_a_number_of_times_keeps_the_bits():
     def one(state, memory, batches, world):
         return jnp.sin(state * 1.7 + batches[0]), memory, Info({"state": state[None]})
 
-    stage = Stage(lambda state: (), one, 1, lambda state, layout: Messages())
+    stage = Stage(lambda state: (), one, 1, lambda state, number=0: [])
     at_once, _, info = jax.jit(lambda: apply(repeat(stage, 12)))()
     for sizes in [(6, 6), (8, 4), (5, 4, 2, 1), (1,) * 12]:
         state, start, reports = jnp.zeros((1, 2)), 0, []
@@ -101,8 +116,20 @@ def test_reports_are_joined_by_name():
 
 def test_a_sequence_says_what_its_stages_say_and_is_anchored_if_one_is():
     stage = sequence(adder(bits=3), doubler(), adder(bits=4))
-    assert stage.traffic(None, LAYOUT) == Messages(7, 14 + 5)
+    assert said(stage) == 8 * (3 + 2 * 5 + 4)
     assert not stage.anchored and sequence(doubler(), adder(anchored=True)).anchored
+
+
+@pytest.mark.parametrize("times", [1, 2, 3, 6, 7])
+def test_what_is_said_in_turn_is_counted_in_turn(times):
+    stage = sequence(repeat(in_turn(1, 10, 100), times), in_turn(1000, 5000))
+    turns = [n % 3 for n in range(12 * times)]
+    expected = [
+        sum(10 ** turns[i] for i in range(n * times, n * times + times)) + (1000, 5000)[n % 2]
+        for n in range(12)
+    ]
+    assert [said(stage, n) for n in range(12)] == [8 * e for e in expected]
+    assert [said(stage, n + stage.turns) for n in range(6)] == [said(stage, n) for n in range(6)]
 
 
 @pytest.mark.parametrize("stage", [sequence(), NOTHING], ids=["empty sequence", "nothing"])
@@ -110,13 +137,13 @@ def test_what_does_nothing_does_nothing(stage):
     state = jnp.ones((1, 2))
     after, memory, info = stage.apply(state, stage.init(state), BATCHES[:0], None)
     assert after is state and memory == () and info == Info({}, {})
-    assert stage.ticks == 0 and stage.traffic(state, LAYOUT) == Messages(0, 0)
+    assert stage.ticks == 0 and stage.says(state) == []
 
 
 def test_stages_nest():
     """τ ticks and an average, q times over: the shape of every method on hubs."""
     stage = repeat(sequence(repeat(adder(), 3), doubler()), 4)
-    assert stage.ticks == 12 and stage.traffic(None, LAYOUT) == Messages(12, 24 + 20)
+    assert stage.ticks == 12 and said(stage) == 8 * (12 + 4 * 2 * 5)
     state, memory, info = apply(stage)
     expected = np.zeros((1, 2))
     for start in range(0, 12, 3):

@@ -1,7 +1,6 @@
 """The partial synchronisation of trees against its equation, worker by worker, and what of it
 crosses the wire."""
 
-import re
 import warnings
 
 import jax
@@ -15,6 +14,7 @@ import jaxlocal
 from jaxlocal import ConfigurationError, Layout, compression, make_mesh, mixing
 from jaxlocal.exchange import partial_sync
 from jaxlocal.feedback import reset_error, send_compressed, sync_partly
+from jaxlocal.ledger import audit, by_kind
 from jaxlocal.local import tick
 from jaxlocal.rounds import WORLD
 from jaxlocal.topology import hub_graph, mixing_matrix
@@ -125,34 +125,36 @@ def test_over_any_graph_what_can_be_averaged():
     jax.tree.map(assert_close, new, expected)
 
 
-def collectives(program: str) -> list[tuple[str, int]]:
-    """The dtype and the number of values of every array that crosses between devices."""
-    found = []
-    for line in program.splitlines():
-        made = re.search(r"= (.*?) (all-reduce|all-gather|collective-permute)(-start)?\(", line)
-        if made:
-            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", made[1]):
-                found.append((dtype, int(np.prod([int(n) for n in shape.split(",") if n]))))
-    return found
-
-
 # 41 values, of which a third of 30, a third of 10, and the one.
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("grbs:3", {("f32", 10 + 4 + 1)}),
-        ("random_k:3", {("f32", 10 + 4 + 1)}),
-        ("zero", set()),
-        # From each of 8 workers: values and indices, whatever their order in the program.
-        ("top_k:3", {("f32", 8 * 10), ("u8", 8 * 10), ("f32", 8 * 4), ("u8", 8 * 4), ("f32", 8)}),
-        ("sign", {("u8", 8 * 4), ("u8", 8 * 2), ("f32", 8)}),
+        ("grbs:3", {("all-reduce", "float32"): 4 * (10 + 4 + 1)}),
+        ("random_k:3", {("all-reduce", "float32"): 4 * (10 + 4 + 1)}),
+        ("zero", {}),
+        # From each of 8 workers: values, indices in bytes, and its weight in the average.
+        (
+            "top_k:3",
+            {
+                ("all-gather", "float32"): 4 * 8 * (10 + 4 + 1 + 1),
+                ("all-gather", "uint8"): 8 * (10 + 4),
+            },
+        ),
+        # Signs of 30 and of 10 values in bits; of each its scale, the one value, and the weight.
+        (
+            "sign",
+            {
+                ("all-gather", "uint8"): 8 * (4 + 2),
+                ("all-gather", "float32"): 4 * 8 * (1 + 1 + 1 + 1),
+            },
+        ),
     ],
 )
 def test_only_the_payload_crosses_the_wire(word, expected):
     layout = Layout(1, 8)
-    text = synced(mixing.mean(), compression.parse(word), trees(layout), layout, (1, 8), True)
-    crossed = collectives(text)
-    assert {pair for pair in crossed if pair != ("f32", 8)} == expected - {("f32", 8)}
+    program = synced(mixing.mean(), compression.parse(word), trees(layout), layout, (1, 8), True)
+    found = by_kind(one.collective() for one in audit(program, make_mesh(layout)))
+    assert found == {(kind, ("workers",), dtype): n for (kind, dtype), n in expected.items()}
 
 
 def test_messages_are_the_payload():

@@ -19,7 +19,7 @@ PROJECT = PACKAGE.parent
 # file of a package from the package too.
 FLOORS = (
     ("errors", "types", "workers", "worker_maps"),
-    ("topology", "mixing", "periods", "compose"),
+    ("topology", "mixing", "periods", "compose", "ledger"),
     ("compression",),
     ("exchange",),
     ("gradient", "local"),

@@ -13,6 +13,7 @@ import jaxlocal
 from jaxlocal import Layout, RoundFn, make_mesh, mixing, periods
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.gradient import gradients
+from jaxlocal.ledger import messages
 from jaxlocal.local import bits, fetch, scale_by_tick, tick
 from jaxlocal.syncing import NOTHING
 from jaxlocal.types import Messages, Rounds
@@ -213,9 +214,9 @@ def test_bits_are_of_one_workers_tree():
 def test_local_steps_say_nothing_and_averaged_ones_their_gradient():
     state = ticks_only(problems.grad_fn, optax.sgd(0.1), HALF).shapes(problems.START)
     silent = tick(problems.grad_fn, optax.sgd(0.1))
-    assert silent.ticks == 1 and silent.traffic(state, HALF) == Messages(0, 0)
+    assert silent.ticks == 1 and silent.says(state) == []
     loud = tick(problems.grad_fn, optax.sgd(0.1), gradient_mixer=mixing.mean())
-    assert loud.traffic(state, HALF) == Messages(workers=4 * 32, hubs=4 * 32)
+    assert messages(loud.says(state), HALF) == Messages(workers=4 * 32, hubs=4 * 32)
 
 
 def test_an_unknown_worker_map_is_refused():

@@ -10,6 +10,7 @@ import problems
 import pytest
 
 from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh, mixing, periods
+from jaxlocal.ledger import messages
 from jaxlocal.local import bits, tick
 from jaxlocal.syncing import NOTHING, sync
 from jaxlocal.topology import hub_graph, mixing_matrix
@@ -173,13 +174,13 @@ def test_nothing_ends_a_round_without_a_change():
 
 def test_what_is_said_is_the_parameters_and_the_state_that_is_averaged():
     state = syncing(mixing.mean()).shapes(problems.START)
-    said = lambda option: sync(mixing.mean(), option, ADAMW).traffic(state, GRID)
+    said = lambda option: messages(sync(mixing.mean(), option, ADAMW).says(state), GRID)
     model = (problems.FEATURES + 1) * 32
     assert bits(state.params) == model
     assert said("keep") == said("reset") == Messages(workers=model, hubs=model)
     # Two moments as large as the model; counts are not said.
     assert said("average") == Messages(workers=3 * model, hubs=3 * model)
-    assert sync(mixing.mean()).ticks == 0 and NOTHING.traffic(state, GRID) == Messages()
+    assert sync(mixing.mean()).ticks == 0 and NOTHING.says(state) == []
 
 
 def test_an_unknown_treatment_of_optimizer_state_is_refused():

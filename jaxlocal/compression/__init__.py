@@ -4,7 +4,7 @@ from jaxlocal.compression.low_rank import powersgd
 from jaxlocal.compression.parsing import COMPRESSORS, parse
 from jaxlocal.compression.quantize import bfloat16, int8, qsgd, sign
 from jaxlocal.compression.sparsify import grbs, random_k, top_k
-from jaxlocal.compression.tensors import identity, payload_bits, zero
+from jaxlocal.compression.tensors import identity, payload_bits, payload_shapes, zero
 
 __all__ = [
     "COMPRESSORS",
@@ -14,6 +14,7 @@ __all__ = [
     "int8",
     "parse",
     "payload_bits",
+    "payload_shapes",
     "powersgd",
     "qsgd",
     "random_k",

@@ -149,13 +149,18 @@ def payload_bits(compressor: Compressor, like: Tree) -> int:
     Raises:
       ConfigurationError: the compressor does not fit the tree.
     """
+    return tree_bits(payload_shapes(compressor, like))
+
+
+def payload_shapes(compressor: Compressor, like: Tree) -> list[Tree]:
+    """The shapes of a worker's payload, or of its two."""
 
     def said(tree):
         key, second = jax.random.key(0), compressor.second
         first = compressor.encode(tree, compressor.init(tree), key)
-        return first, second and second.encode(tree, second.settle(first), key)
+        return [first, second.encode(tree, second.settle(first), key)] if second else [first]
 
-    return tree_bits(jax.eval_shape(said, like))
+    return jax.eval_shape(said, like)
 
 
 def groups(leaves: Sequence[Leaf], granularity: str) -> list[list[int]]:

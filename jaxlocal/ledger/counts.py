@@ -1,0 +1,75 @@
+"""The two counts of what stages say: messages, whatever the mesh, and collectives on one."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxlocal.types import Collective, Messages, Said
+from jaxlocal.workers import Layout
+
+
+def messages(said: Iterable[Said], layout: Layout) -> Messages:
+    """Bits that a worker says, and a hub.
+
+    A hub says the average of its workers' payloads or, where there is none, all of them.
+    """
+    total = Messages()
+    for one in said:
+        bits = 8 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one.payload))
+        spoken = one.mixer.messages(bits, layout)
+        payloads = layout.workers_per_hub if one.gathered else 1
+        total = total.plus(spoken._replace(hubs=spoken.hubs * payloads), one.times)
+    return total
+
+
+def wire(said: Iterable[Said], layout: Layout, mesh: Mapping[str, int]) -> list[Collective]:
+    """The collectives by which it is said on a mesh of {axis: devices}.
+
+    The workers of a device average among themselves first, so that an average costs what a model
+    does, and on one device nothing. Averages cross in float32 at least; gathered payloads in their
+    own types, together with the weights of the average.
+    """
+    return [collective for one in said for collective in _carried(one, layout, mesh)]
+
+
+def _carried(one: Said, layout: Layout, mesh: Mapping[str, int]) -> Iterator[Collective]:
+    values: dict[str, int] = {}
+    for x in jax.tree.leaves(one.payload):
+        dtype = x.dtype if one.gathered else jnp.promote_types(x.dtype, jnp.float32)
+        values[str(dtype)] = values.get(str(dtype), 0) + x.size
+    if one.gathered and values:
+        weight = str(jnp.result_type(float))
+        values[weight] = values.get(weight, 0) + 1
+    for kind, axes, copies in one.mixer.collectives(layout, mesh, one.gathered):
+        apart = tuple(axis for axis in axes if mesh[axis] > 1)
+        for dtype, size in values.items():
+            if apart and size:
+                nbytes = copies * size * jnp.dtype(dtype).itemsize
+                yield Collective(kind, apart, dtype, nbytes, one.times)
+
+
+def by_kind(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...], str], int]:
+    """The bytes of all collectives of a kind, axes and type.
+
+    >>> by_kind([Collective("all-reduce", ("workers",), "float32", 40, times=3)])
+    {('all-reduce', ('workers',), 'float32'): 120}
+    """
+    total: dict[tuple[str, tuple[str, ...], str], int] = {}
+    for one in collectives:
+        key = (one.kind, one.axes, one.dtype)
+        total[key] = total.get(key, 0) + one.nbytes * one.times
+    return total
+
+
+def sent(collective: Collective, mesh: Mapping[str, int]) -> float:
+    """Bytes that a device sends in it: by a ring of its group in all-reduces and all-gathers, to
+    one other in permutes.
+
+    >>> sent(Collective("all-reduce", ("workers",), "float32", 400), {"hubs": 1, "workers": 4})
+    600.0
+    """
+    group = math.prod(mesh[axis] for axis in collective.axes)
+    share = {"all-reduce": 2 * (group - 1) / group, "all-gather": (group - 1) / group}
+    return collective.times * collective.nbytes * share.get(collective.kind, 1.0)
