@@ -71,6 +71,15 @@ def test_hubs_average_in_themselves_and_speak_to_neighbours():
     assert seconds(figures["planned"]) == pytest.approx([48, 4 * round_end, 0])
 
 
+def test_a_round_s_end_that_takes_ticks_overlaps_them():
+    planned = job(period="constant", workers=4)
+    outer = planned.rounds.outer._replace(ticks=2)
+    overlapped = planned._replace(rounds=planned.rounds._replace(outer=outer))
+    figures = on_cluster(overlapped, tick_ms=4.0)
+    average = 6 * 1e-3 + 1.5 * 4 * MODEL / 1e9
+    assert seconds(figures["planned"]) == pytest.approx([0.192, 12 * (average - 0.008), 0])
+
+
 def test_compressed_messages_are_averaged_or_gathered():
     quarter = MODEL / 1e9  # a fourth of 4 bytes a value
     averaged = on_cluster(job(method="csea", workers=4, reset_compressor="grbs:4"))
