@@ -20,12 +20,12 @@ from experiments.display import number, show_table
 from experiments.feeding import Feed
 from experiments.hours_fit import fitted, show_fit
 from experiments.measuring import check_model
-from jaxlocal import ConfigurationError, RoundFn
+from jaxlocal import ConfigurationError, ledger
 from jaxlocal.cluster import ALL_REDUCE, Cluster, Collective, Hours, hours
 from jaxlocal.local import bits
 from jaxlocal.training import schedule
-from jaxlocal.types import Messages, TrainState
-from jaxlocal.workers import largest_mesh
+from jaxlocal.types import Said, TrainState
+from jaxlocal.workers import AXES, largest_mesh
 
 SIZES, TURNS = (4, 16), 5  # of what is timed where no tick is given: ticks, and how often
 POSITIVE = ("bandwidth_gbps", "cluster_devices", "tick_ms", "hours_data_parallel", "hours_planned")
@@ -104,9 +104,9 @@ def on_cluster(job: Job, options: Options) -> dict[str, Any]:
     tick = _tick(job, options.tick_ms)
     at_once = job.layout.workers / cluster.devices
     cluster = dataclasses.replace(cluster, tick_seconds=1e-3 * tick["median"] * at_once)
-    round_fn, rounds = make_round_fn(job), job.rounds
-    state = round_fn.shapes(*model_shapes(job.config, job.model))
-    said = sent(job, round_fn, state, mesh)
+    rounds = job.rounds
+    state = make_round_fn(job).shapes(*model_shapes(job.config, job.model))
+    said = sent(job, state, mesh)
     lengths = schedule(rounds, job.ticks)
     planned = hours(lengths, cluster, *said, rounds.inner.ticks, rounds.outer.ticks)
     everyone = dataclasses.replace(cluster, slowdown=_of_all_steps(job, cluster, mesh))
@@ -133,23 +133,20 @@ def _cluster(options: Options, devices: int) -> Cluster:
 
 
 def sent(
-    job: Job, round_fn: RoundFn, state: TrainState, mesh: tuple[int, int]
+    job: Job, state: TrainState, mesh: tuple[int, int]
 ) -> tuple[list[Collective], list[Collective]]:
     """What crosses the links at one inner stage and at one round's end on a mesh of hubs ×
-    workers: what workers say in their hub, averaged or else gathered, and what hubs say, as
-    messages to neighbours."""
+    workers."""
+    shape = dict(zip(AXES, mesh, strict=True))
 
-    def collectives(said: Messages, *compressed: str) -> list[Collective]:
-        (hubs, workers), used = mesh, [job.compressors.get(what) for what in compressed]
-        own = said.workers / 8
-        gathered: Collective = ("all-gather", workers * own, workers)
-        averaged: Collective = ("all-reduce", own, workers)
-        in_hub = averaged if all(c.averageable for c in used if c) else gathered
-        both = (in_hub, ("collective-permute", said.hubs / 8, hubs))
-        return [one for one in both if one[1] and one[2] > 1]
+    def collectives(said: list[Said]) -> list[Collective]:
+        return [
+            (one.kind, one.nbytes, math.prod(shape[axis] for axis in one.axes))
+            for one in ledger.wire(said, job.layout, shape)
+            for _ in range(one.times)
+        ]
 
-    inner, outer = round_fn.traffic(state)
-    return collectives(inner, "gradient", "sync"), collectives(outer, "reset", "sync")
+    return collectives(job.rounds.inner.says(state)), collectives(job.rounds.outer.says(state))
 
 
 def _parts(spent: Hours) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What a run would do and say, without training: rounds, H, communication, parameters, memory.
 
-Takes the flags of experiments.train. Reads no data and runs no model, unless hours are asked for
-and the time of a tick is not given.
+Takes the flags of experiments.train. Reads no data and runs no model, unless an audit is asked for,
+or hours and the time of a tick is not given.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from absl import flags
 from rich.console import Console
 
 from experiments import hours
+from experiments.auditing import audited, show_audit
 from experiments.build import Job, build_job, make_round_fn, measure_every, model_shapes
 from experiments.command_line import define_flags, run_binary
 from experiments.compressing import ratio_by_formula
@@ -145,6 +146,8 @@ def show(figures: dict[str, Any]) -> None:
     ]
     show_table(console, f"\nH schedule{more}", schedule_rows)
     hours.show_hours(console, figures)
+    if "audit" in figures:
+        show_audit(console, figures["audit"])
 
 
 def _said(total: int, model: int) -> str:
@@ -176,6 +179,8 @@ def main_on(config: Config) -> int:
     start([config])
     job = build_job(config)
     figures = plan(job) | hours.plan_hours(job, options)
+    if flags.FLAGS.audit:
+        figures["audit"] = audited(job)
     print(json.dumps(finite(figures), indent=2)) if output == "json" else show(figures)
     return 0
 
@@ -183,6 +188,9 @@ def main_on(config: Config) -> int:
 def main() -> None:
     define_flags()
     flags.DEFINE_string("format", "text", "How to print the plan: text or json.")
+    flags.DEFINE_boolean(
+        "audit", False, "Compile a round, and tell what it sends between this machine's devices."
+    )
     hours.define_flags()
     flags.adopt_module_key_flags(hours)
     run_binary(main_on, __doc__ or "")

@@ -238,22 +238,23 @@ def _exchanged_step(one, state, memory, batch, world, mode, mixer, compressor):
     update = _stepped(one, mode, lambda params, updates: updates, _zeros)
     places = (state.params, state.opt_state, state.model_state, batch, world.worker, world.rate)
 
-    def speaking(kept, params, opt_state, model_state, batch, worker, rate):
-        updates, *new = update(params, opt_state, model_state, batch, worker, rate)
+    def speaking(params, opt_state, model_state, batch, worker, rate, kept):
+        updates, *new, metrics = update(params, opt_state, model_state, batch, worker, rate)
         payload, residual = speak(compressor, updates, kept, key, worker)
-        return payload, optax.apply_updates(params, residual), *new
+        return optax.apply_updates(params, residual), *new, payload, metrics
 
     if compressor.second is None:
-        payload, params, *new = over_workers(speaking, mode)(memory.stacked, *places)
+        step = over_workers(speaking, mode, kept=3)
+        params, opt_state, model_state, payload, metrics = step(*places, memory.stacked)
         add = hear(mixer, compressor, payload, state.params, key, world)
     else:
-        updates, *new = over_workers(update, mode)(*places)
+        updates, opt_state, model_state, metrics = over_workers(update, mode)(*places)
         synced = partial_sync(mixer, compressor, updates, memory.stacked, key, world)
         params = optax.apply_updates(state.params, synced.residual)
         add, memory = synced.add, Memory(stacked=synced.memory)
     if jax.tree.leaves(state.anchor):
         state = state._replace(anchor=add_single(add, state.anchor))
-    return _advance(state, memory, add(params), *new)
+    return _advance(state, memory, add(params), opt_state, model_state, metrics)
 
 
 def _zeros(tree):

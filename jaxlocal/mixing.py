@@ -35,7 +35,7 @@ def mean() -> Mixer:
             x = x.reshape((x.shape[0] * x.shape[1],) + x.shape[2:])
             return lax.all_gather(x, AXES, axis=0, tiled=True, to="invarying")[:, None]
 
-        return _at_once(one, tree, AXES), one(world.weight)
+        return _at_once(one, (tree, world.weight), AXES)
 
     return Mixer(average, AXES, messages, collectives, gather)
 
@@ -61,7 +61,7 @@ def hub_mean() -> Mixer:
             x = jnp.moveaxis(x, 1, 0)
             return lax.all_gather(x, "workers", axis=0, tiled=True, to="invarying")
 
-        return _at_once(one, tree, ["workers"]), one(world.hub_share)
+        return _at_once(one, (tree, world.hub_share), ["workers"])
 
     return Mixer(average, ("workers",), messages, collectives, gather)
 

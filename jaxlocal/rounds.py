@@ -2,6 +2,7 @@
 round_fn(state, batches)`."""
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -205,23 +206,21 @@ class RoundFn:
         told = [one._replace(times=one.times * times) for one in inner.says(state)]
         return ledger.wire([*told, *outer.says(state, number)], self.layout, self.mesh.shape)
 
-    def compiled(self, state: TrainState, batches: Tree) -> list[Any]:
-        """The compiled programs of a round in the order in which they run, for `ledger.audit`; of a
-        state and batches or their shapes."""
-        shape = lambda x, size: jax.ShapeDtypeStruct(
-            (size, *x.shape[1:]), x.dtype, sharding=NamedSharding(self.mesh, BATCHES)
-        )
-        runs: list[tuple[Any, Tree]] = [
-            (size // self.rounds.inner.ticks, jax.tree.map(lambda x, n=size: shape(x, n), batches))
-            for size in self.chunks(self._ticks_of(batches))
+    def lower(self, state: TrainState, batches: Tree) -> list[tuple[int, Any]]:
+        """The programs of a round, each with how often the round runs it: lowered, not compiled,
+        as `jax.jit(f).lower` gives them; of a state and batches or their shapes."""
+        sizes = Counter(self.chunks(self._ticks_of(batches)))
+        lowered = [
+            (times, self._lowered(size // self.rounds.inner.ticks, state, batches, size))
+            for size, times in sizes.items()
         ]
-        runs += [("outer", ())] if self.rounds.outer is not NOTHING else []
-        lowered = {
-            which: self._program(which, state).lower(state, part, self.world)
-            for which, part in runs
-        }
-        programs = {which: program.compile() for which, program in lowered.items()}
-        return [programs[which] for which, _ in runs]
+        ends = self.rounds.outer is not NOTHING
+        return lowered + ([(1, self._lowered("outer", state, (), 0))] if ends else [])
+
+    def _lowered(self, which: int | str, state: TrainState, batches: Tree, ticks: int):
+        sharding = NamedSharding(self.mesh, BATCHES)
+        shape = lambda x: jax.ShapeDtypeStruct((ticks, *x.shape[1:]), x.dtype, sharding=sharding)
+        return self._program(which, state).lower(state, jax.tree.map(shape, batches), self.world)
 
     def _measure(self, fn: Any):
         if fn not in self._programs:

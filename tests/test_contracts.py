@@ -18,7 +18,7 @@ import jaxlocal
 from jaxlocal import Layout, RoundFn, compose, compressed, methods, mixing
 from jaxlocal.local import tick
 from jaxlocal.syncing import NOTHING
-from jaxlocal.types import Info, Memory, Messages, Rounds, Stage, TrainState
+from jaxlocal.types import Info, Memory, Rounds, Stage, TrainState
 
 
 class Case(NamedTuple):
@@ -234,7 +234,7 @@ def test_every_stage_keeps_its_own_memory_over_the_rounds():
             counts = Memory(memory.stacked + step * world.worker, memory.single + step)
             return state, counts, Info()
 
-        return Stage(init, apply, 0, lambda state, layout: Messages())
+        return Stage(init, apply, 0, lambda state, number=0: [])
 
     optimizer = optax.adam(0.1)
     grad_fn = jaxlocal.gradients(lambda w, batch, key: jnp.square(w - batch).sum())

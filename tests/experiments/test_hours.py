@@ -17,6 +17,7 @@ from experiments.config import Config
 from experiments.plan import main_on
 from experiments.recording import finite
 from jaxlocal import ConfigurationError
+from jaxlocal.ledger import messages
 from jaxlocal.local import bits
 
 PRESET = Path(__file__).parents[2] / "experiments" / "presets" / "qsr_vit_b.flags"
@@ -64,7 +65,7 @@ def test_hubs_average_in_themselves_and_speak_to_neighbours():
     ring = job(method="mll_sgd", workers=8, hubs=4, hub_graph="ring", hub_period=3)
     figures = on_cluster(ring)
     size = 4 * MODEL / 1e9
-    in_hub, round_end = 2 * 1e-3 + size, 1e-3 + 2 * size
+    in_hub, round_end = 2 * 1e-3 + size, 2 * (1e-3 + size)
     assert seconds(figures["planned"]) == pytest.approx([24, 12 * in_hub + 4 * round_end, 0])
     # A hub on each device: only hubs have something to say.
     figures = on_cluster(ring, cluster_devices=4)
@@ -86,11 +87,12 @@ def test_compressed_messages_are_averaged_or_gathered():
     ring = 6 * 1e-3 + 1.5 * quarter
     assert seconds(averaged["planned"])[1] == pytest.approx(48 * ring)
     gathered = job(method="qsparse_local_sgd", workers=4, sync_compressor="int8")
-    said = gathered.rounds.outer.traffic(_state(gathered), gathered.layout).workers / 8
+    said = messages(gathered.rounds.outer.says(_state(gathered)), gathered.layout).workers / 8
     figures = on_cluster(gathered)
-    # Three devices' messages reach each; quantised to a byte a value and a few scales.
+    # Three devices' messages reach each, of two types: quantised to a byte a value, and a few
+    # scales and the worker's weight.
     assert MODEL < said < 1.1 * MODEL
-    assert seconds(figures["planned"])[1] == pytest.approx(12 * (3e-3 + 3 * said / 1e9))
+    assert seconds(figures["planned"])[1] == pytest.approx(12 * (6e-3 + 3 * (said + 4) / 1e9))
 
 
 def _state(planned):
