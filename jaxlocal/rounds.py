@@ -2,7 +2,7 @@
 round_fn(state, batches)`."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -70,6 +70,11 @@ class RoundFn:
         data: Tree = (),
         max_chunk: int = 1024,
     ):
+        if rounds.outer.ticks % rounds.inner.ticks:
+            raise ConfigurationError(
+                f"a round's end of {rounds.outer.ticks} ticks is no multiple of the "
+                f"{rounds.inner.ticks} of its inner stage"
+            )
         self.rounds = rounds
         self.layout = layout
         self.mesh = mesh if mesh is not None else workers.make_mesh(layout)
@@ -135,16 +140,21 @@ class RoundFn:
         return jax.jit(placed)
 
     def __call__(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
-        """One whole round: H ticks, then what ends the round."""
-        state, info = self.local_steps(state, batches)
-        state, last = self.end_round(state)
-        return state, join([info, last])
+        """One whole round: H ticks and what ends the round, which may take the last of them."""
+        ticks, own, rest = self._ticks_of(batches), batches, ()
+        if ending := self.rounds.outer.ticks:
+            check_length(self.rounds, ticks)
+            own, rest = (
+                jax.tree.map(lambda b, p=part: b[p], batches)
+                for part in (slice(ticks - ending), slice(ticks - ending, None))
+            )
+        state, info = self.local_steps(state, own)
+        state, last = self.end_round(state, rest)
+        return state, _concatenate([info, last])
 
     def local_steps(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
         """Some ticks of a round without what ends it; cut anywhere between two inner stages."""
         ticks, infos, start = self._ticks_of(batches), [], 0
-        if self._examples is not None:
-            _check_indices(batches, self._examples)
         for size in self.chunks(ticks):
             part = jax.tree.map(lambda b, a=start, n=size: b[a : a + n], batches)
             state, info = self._program(size // self.rounds.inner.ticks, state)(
@@ -154,11 +164,17 @@ class RoundFn:
             start += size
         return state, _concatenate(infos)
 
-    def end_round(self, state: TrainState) -> tuple[TrainState, Info]:
-        """What ends a round."""
-        if self.rounds.outer is NOTHING:
+    def end_round(self, state: TrainState, batches: Tree = ()) -> tuple[TrainState, Info]:
+        """What ends a round; the batches are those of the ticks that it takes, if any."""
+        outer = self.rounds.outer
+        if outer is NOTHING:
             return state, Info()
-        return self._program("outer", state)(state, (), self.world)
+        if outer.ticks and (ticks := self._ticks_of(batches)) != outer.ticks:
+            raise ConfigurationError(
+                f"the end of a round takes {outer.ticks} ticks, got batches of {ticks}"
+            )
+        placed = self._place(batches, BATCHES) if outer.ticks else ()
+        return self._program("outer", state)(state, placed, self.world)
 
     def chunks(self, ticks: int) -> Iterator[int]:
         """The sizes, in ticks, in which so many ticks are dispatched: descending powers of four.
@@ -191,8 +207,9 @@ class RoundFn:
 
     def messages(self, state: TrainState, ticks: int, rounds: int) -> Messages:
         """What is said in so many ticks, in which so many rounds end; a state or its shapes."""
-        total = Messages().plus(self.traffic(state)[0], ticks // self.rounds.inner.ticks)
-        turns = self.rounds.outer.turns
+        inner, outer = self.rounds.inner, self.rounds.outer
+        times, turns = (ticks - rounds * outer.ticks) // inner.ticks, outer.turns
+        total = Messages().plus(self.traffic(state)[0], times)
         for turn in range(min(turns, rounds)):
             total = total.plus(self.traffic(state, turn)[1], len(range(turn, rounds, turns)))
         return total
@@ -201,7 +218,7 @@ class RoundFn:
         """The collectives between devices in the number-th round, of so many ticks; a state or its
         shapes."""
         inner, outer = self.rounds.inner, self.rounds.outer
-        times = ticks // inner.ticks
+        times = (ticks - outer.ticks) // inner.ticks
         told = [one._replace(times=one.times * times) for one in inner.says(state)]
         return ledger.wire([*told, *outer.says(state, number)], self.layout, self.mesh.shape)
 
@@ -211,11 +228,14 @@ class RoundFn:
         shape = lambda x, size: jax.ShapeDtypeStruct(
             (size, *x.shape[1:]), x.dtype, sharding=NamedSharding(self.mesh, BATCHES)
         )
+        ending = self.rounds.outer.ticks
         runs: list[tuple[Any, Tree]] = [
             (size // self.rounds.inner.ticks, jax.tree.map(lambda x, n=size: shape(x, n), batches))
-            for size in self.chunks(self._ticks_of(batches))
+            for size in self.chunks(self._ticks_of(batches) - ending)
         ]
-        runs += [("outer", ())] if self.rounds.outer is not NOTHING else []
+        if self.rounds.outer is not NOTHING:
+            own = jax.tree.map(lambda x: shape(x, ending), batches) if ending else ()
+            runs.append(("outer", own))
         lowered = {
             which: self._program(which, state).lower(state, part, self.world)
             for which, part in runs
@@ -249,11 +269,22 @@ class RoundFn:
                 f"a round of {ticks} ticks is not a positive multiple of the "
                 f"{self.rounds.inner.ticks} of its inner stage"
             )
+        if self._examples is not None:
+            _check_indices(batches, self._examples)
         return ticks
 
     def _place(self, tree: Tree, specs: Any) -> Tree:
         shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
         return jax.device_put(tree, shardings)
+
+
+def check_length(rounds: Rounds, ticks: int) -> None:
+    """Whether a round has ticks before its end begins."""
+    if ticks <= rounds.outer.ticks:
+        raise ConfigurationError(
+            f"a round of H = {ticks} is too short for a synchronisation that runs beside its last "
+            f"τ = {rounds.outer.ticks} ticks"
+        )
 
 
 def _specs(state: TrainState) -> TrainState:
@@ -318,10 +349,8 @@ def _strong(x: jax.Array) -> jax.Array:
     return x if is_key else lax.convert_element_type(x, x.dtype)
 
 
-def _concatenate(infos: Sequence[Info]) -> Info:
-    """One report of several chunks; joined on the host, where it takes no compilation."""
-    if len(infos) == 1:
-        return infos[0]
+def _concatenate(infos: list[Info]) -> Info:
+    """One report of several dispatches; joined on the host, where it takes no compilation."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(infos)):
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *infos)
-    return jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts]), *infos)
+        return join(infos)
+    return join(infos, lambda parts: np.concatenate([np.asarray(p) for p in parts]))
