@@ -37,10 +37,14 @@ def audited(job: Job) -> dict[str, Any]:
         for times, program in programs
         for one in audit(program.compile(), round_fn.mesh)
     ]
-    promised = by_kind(round_fn.wire(state, ticks))
+    # A round's end that takes turns has all of them in its program, each as a branch.
+    turns, ending = job.rounds.outer.turns, job.rounds.outer.ticks
+    others = [one for n in range(1, turns) for one in round_fn.wire(state, ending, n)]
+    promised = by_kind(round_fn.wire(state, ticks) + others)
     sent = by_kind(one.collective() for one in found)
     return {
         "ticks": ticks,
+        "turns": turns,
         "mesh": dict(round_fn.mesh.shape),
         "round": [
             {
@@ -60,6 +64,8 @@ def show_audit(console: Console, figures: dict[str, Any]) -> None:
     """What `audited` gives, as a table."""
     mesh = " × ".join(f"{size} {axis}" for axis, size in figures["mesh"].items())
     title = f"\nsent in a round of {figures['ticks']} ticks on a mesh of {mesh}"
+    if figures["turns"] > 1:
+        title += f", at all {figures['turns']} of its ends that take turns"
     console.print(Text(title, style="bold"), soft_wrap=True)
     if not figures["round"]:
         console.print("nothing: all workers are on one device; JAX_NUM_CPU_DEVICES=8 makes eight")

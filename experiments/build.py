@@ -18,6 +18,7 @@ from experiments.config import Config
 from experiments.methods import METHODS, Parts
 from experiments.schedules import (
     HUB_METHODS,
+    count_fragments,
     count_ticks,
     make_optimizer,
     make_period,
@@ -36,6 +37,7 @@ from jaxlocal.errors import lookup
 from jaxlocal.gradient import GradFn
 from jaxlocal.models import Model, build, in_precision, outputs_for
 from jaxlocal.models.supervised import training_loss
+from jaxlocal.overlap import fragments_of
 from jaxlocal.types import Compressor, Rounds
 from jaxlocal.workers import make_mesh
 
@@ -96,6 +98,7 @@ def build_job(config: Config) -> Job:
     matrix = _mixing_matrix(config, layout)
     optimizer = make_optimizer(config, schedule)
     compressors = _fitting(make_compressors(config), config, model)
+    fragments_of(model_shapes(config, model)[0], count_fragments(config))
     parts = Parts(config, grad_fn, optimizer, layout, period, matrix, compressors)
     rounds = METHODS[config.method](parts)
     zeta = topology.zeta(matrix) if config.method in NETWORKED else None

@@ -5,19 +5,20 @@ from typing import Any
 
 from experiments.config import Config
 from experiments.methods import METHODS
-from experiments.schedules import OUTER_DEFAULTS
+from experiments.schedules import OUTER_DEFAULTS, STREAMING_DEFAULTS
 from jaxlocal import ConfigurationError
 from jaxlocal.errors import lookup
 
 MODEL_STATES = ("keep", "average", "reestimate")
 # Methods at whose averages optimizer states may not be averaged or reset.
-OWN_OPTIMIZERS = ("ef_sgd", "cser", "csea", "cser_pl")
+OWN_OPTIMIZERS = ("ef_sgd", "cser", "csea", "cser_pl", "streaming_diloco")
 LEAST = {
     **dict.fromkeys(("workers", "hubs", "local_steps", "hub_period", "batch_size"), 1),
     **dict.fromkeys(("ticks", "rounds", "accumulation", "seeds", "keep", "parameters"), 1),
+    "fragments": 1,
     **dict.fromkeys(("warmup_ticks", "train_eval_examples", "test_eval_examples"), 0),
     **dict.fromkeys(("eval_every", "switch_tick", "checkpoint_every"), 0),
-    **dict.fromkeys(("seed", "stream_workers"), 0),
+    **dict.fromkeys(("seed", "stream_workers", "delay_ticks"), 0),
 }
 
 
@@ -37,6 +38,7 @@ def check_numbers(config: Config) -> None:
     lookup("model state option", config.model_state, dict.fromkeys(MODEL_STATES))
     _check_rates(config)
     _check_outer(config)
+    _check_streaming(config)
     _check_compression(config)
 
 
@@ -72,6 +74,18 @@ def _check_outer(config: Config) -> None:
 
 def _outer(config: Config, name: str) -> Any:
     return getattr(config, f"outer_{name}")
+
+
+def _check_streaming(config: Config) -> None:
+    for name in STREAMING_DEFAULTS:
+        value = getattr(config, name)
+        if value is not None and config.method != "streaming_diloco":
+            raise ConfigurationError(
+                f"--{name}={value} is for streaming_diloco, not for {config.method}"
+            )
+    factor = config.mixing_factor
+    if factor is not None and not 0 <= factor < 1:
+        raise ConfigurationError(f"--mixing_factor must be in [0, 1), got {factor}")
 
 
 def _check_compression(config: Config) -> None:

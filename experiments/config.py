@@ -28,8 +28,8 @@ class Config:
         "method",
         "local_sgd",
         """data_parallel, local_sgd, post_local_sgd, swap, mll_sgd, hl_sgd, cooperative_sgd, slowmo,
-        diloco; with compressed messages ef_sgd, qsparse_local_sgd, cser, csea, cser_pl or
-        sparse_loco.""",
+        diloco, streaming_diloco; with compressed messages ef_sgd, qsparse_local_sgd, cser, csea,
+        cser_pl or sparse_loco.""",
     )
     local_steps: int = _flag(
         "method",
@@ -75,17 +75,39 @@ class Config:
     outer_optimizer: str | None = _flag(
         "method",
         None,
-        """slowmo, diloco, sparse_loco: what steps on the difference of averages; one of
-        --optimizer. By default nesterov in diloco, sgd in the others.""",
+        """slowmo, diloco, streaming_diloco, sparse_loco: what steps on the difference of averages;
+        one of --optimizer. By default nesterov in the two dilocos, sgd in the others.""",
         str,
     )
     outer_learning_rate: float | None = _flag(
-        "method", None, "Its learning rate. By default 0.7 in diloco, 1 in the others.", float
+        "method",
+        None,
+        "Its learning rate. By default 0.7 in the two dilocos, 1 in the others.",
+        float,
     )
     outer_momentum: float | None = _flag(
         "method",
         None,
-        "Its momentum. By default 0.7 in slowmo, 0.9 in diloco, 0 in sparse_loco.",
+        "Its momentum. By default 0.7 in slowmo, 0.9 in the two dilocos, 0 in sparse_loco.",
+        float,
+    )
+    fragments: int | None = _flag(
+        "method",
+        None,
+        """P of streaming_diloco: parts of the model that are synchronised in turn, each once in H
+        ticks. By default 2.""",
+        int,
+    )
+    delay_ticks: int | None = _flag(
+        "method",
+        None,
+        "τ of streaming_diloco: ticks that run beside a synchronisation. By default 1.",
+        int,
+    )
+    mixing_factor: float | None = _flag(
+        "method",
+        None,
+        "α of streaming_diloco: the share of its own model that a worker keeps. By default 0.5.",
         float,
     )
     accumulation: int = _flag(

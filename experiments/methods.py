@@ -8,7 +8,12 @@ import optax
 
 import jaxlocal
 from experiments.config import Config
-from experiments.schedules import count_ticks, make_outer_optimizer, make_schedule
+from experiments.schedules import (
+    count_ticks,
+    make_outer_optimizer,
+    make_schedule,
+    streaming_options,
+)
 from jaxlocal import Layout
 from jaxlocal.gradient import GradFn
 from jaxlocal.types import Compressor, Period, Rounds
@@ -67,6 +72,11 @@ def _sparse_loco(p: Parts) -> Rounds:
     return jaxlocal.sparse_loco(*p.own, p.compressors["sync"], p.period, outer, **options)
 
 
+def _streaming_diloco(p: Parts) -> Rounds:
+    options = p.options | streaming_options(p.config)
+    return jaxlocal.streaming_diloco(*p.own, p.period, make_outer_optimizer(p.config), **options)
+
+
 METHODS: dict[str, Callable[[Parts], Rounds]] = {
     "data_parallel": lambda p: jaxlocal.data_parallel(
         *p.own, compressor=p.compressors.get("gradient"), **p.options
@@ -81,6 +91,7 @@ METHODS: dict[str, Callable[[Parts], Rounds]] = {
     "cooperative_sgd": lambda p: jaxlocal.cooperative_sgd(*p.own, p.matrix, p.period, **p.kept),
     "slowmo": _slowmo,
     "diloco": lambda p: jaxlocal.diloco(*p.own, p.period, make_outer_optimizer(p.config), **p.kept),
+    "streaming_diloco": _streaming_diloco,
     "ef_sgd": lambda p: jaxlocal.ef_sgd(*p.own, p.compressors["gradient"], **p.options),
     "qsparse_local_sgd": lambda p: jaxlocal.qsparse_local_sgd(
         *p.own, p.compressors["sync"], p.period, **p.kept

@@ -38,7 +38,9 @@ def plan(job: Job) -> dict[str, Any]:
     round_fn = make_round_fn(job)
     shapes = model_shapes(job.config, job.model)
     state = round_fn.shapes(*shapes)
-    programs = {d.ticks for d in dispatches(round_fn, job.ticks, measure_every(job))}
+    pieces = dispatches(round_fn, job.ticks, measure_every(job))
+    ending = job.rounds.outer.ticks
+    programs = {d.ticks for d in pieces if not (ending and d.ends_round)}
     said = round_fn.messages(state, job.ticks, len(lengths))
     model = bits(state.params)
     ticks_a_round = job.ticks / len(lengths)

@@ -28,7 +28,10 @@ OUTER_DEFAULTS = {
     "slowmo": ("sgd", 1.0, 0.7),
     "diloco": ("nesterov", 0.7, 0.9),
     "sparse_loco": ("sgd", 1.0, 0.0),
+    "streaming_diloco": ("nesterov", 0.7, 0.9),
 }
+# Of streaming_diloco.
+STREAMING_DEFAULTS = {"fragments": 2, "delay_ticks": 1, "mixing_factor": 0.5}
 EXPONENTS = {"linear": 1, "quadratic": 2, "cubic": 3}
 
 
@@ -75,6 +78,12 @@ def make_outer_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(*_directions(name, beta, 0.0), optax.scale(-rate))
 
 
+def streaming_options(config: Config) -> dict[str, Any]:
+    """What streaming_diloco is handed of the flags."""
+    given = {name: getattr(config, name) for name in STREAMING_DEFAULTS}
+    return STREAMING_DEFAULTS | {name: value for name, value in given.items() if value is not None}
+
+
 def _directions(name: str, beta: float, weight_decay: float) -> tuple:
     """What an optimizer makes of a gradient before the learning rate."""
     plain = optax.identity()
@@ -94,9 +103,9 @@ def _directions(name: str, beta: float, weight_decay: float) -> tuple:
 
 
 def make_period(config: Config, schedule: Callable, ticks: int) -> Period:
-    """The rule for H; on hubs in multiples of τ."""
+    """The rule for H; on hubs in multiples of τ, with fragments in multiples of their number."""
     hubs = config.method in HUB_METHODS
-    multiple = config.local_steps if hubs else 1
+    multiple = config.local_steps if hubs else count_fragments(config)
     base = config.local_steps * (config.hub_period if hubs else 1)
     name = period_name(config)
     exponent = EXPONENTS.get(name, 2)
@@ -127,6 +136,11 @@ def make_period(config: Config, schedule: Callable, ticks: int) -> Period:
         "swap": lambda: periods.swap(switch),
     }
     return lookup("period", name, table)()
+
+
+def count_fragments(config: Config) -> int:
+    """Into how many rounds, of a fragment each, H is divided."""
+    return streaming_options(config)["fragments"] if config.method == "streaming_diloco" else 1
 
 
 def period_name(config: Config) -> str:
@@ -162,7 +176,8 @@ def count_ticks(config: Config) -> int:
             f"{config.schedule} schedule; give --ticks"
         )
     endless = 1 << 40
-    period = make_period(config, make_schedule(config, endless), endless)
+    rule = make_period(config, make_schedule(config, endless), endless)
+    period = periods.split(rule, count_fragments(config))
     tick = 0
     for _ in range(config.rounds):
         tick += period.length(tick, endless)

@@ -14,6 +14,7 @@ from jaxlocal.methods import (
     mll_sgd,
     post_local_sgd,
     slowmo,
+    streaming_diloco,
     swap,
 )
 from jaxlocal.rounds import RoundFn
@@ -46,6 +47,7 @@ __all__ = [
     "scale_by_tick",
     "slowmo",
     "sparse_loco",
+    "streaming_diloco",
     "swap",
     "topology",
 ]

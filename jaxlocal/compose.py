@@ -1,13 +1,14 @@
 """Stages made of stages."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.types import Info, Leaf, Stage
+from jaxlocal.types import Info, Leaf, Memory, Stage
 
 
 def repeat(stage: Stage, times: int) -> Stage:
@@ -73,14 +74,53 @@ def sequence(*stages: Stage) -> Stage:
     )
 
 
-def join(infos: list[Info]) -> Info:
+def in_turn(*stages: Stage) -> Stage:
+    """One of the stages at each apply: the first, the second, and so on, and again from the first.
+
+    One program has all of them, as the branches of a `lax.switch`, and each keeps its own memory.
+    """
+    ticks = sorted({stage.ticks for stage in stages})
+    if len(ticks) != 1:
+        raise ConfigurationError(f"stages that take turns must take the same ticks, got {ticks}")
+
+    def init(state):
+        return Memory(single=jnp.int32(0)), tuple(stage.init(state) for stage in stages)
+
+    def apply(state, memory, batches, world):
+        (_, count), memories = memory
+
+        def turn(number):
+            def run(state, memories):
+                own = list(memories)
+                state, own[number], info = stages[number].apply(state, own[number], batches, world)
+                return state, tuple(own), info
+
+            return run
+
+        turns = [turn(number) for number in range(len(stages))]
+        state, memories, info = lax.switch(count % len(stages), turns, state, memories)
+        return state, (Memory(single=count + 1), memories), info
+
+    def says(state, number=0):
+        return stages[number % len(stages)].says(state, number // len(stages))
+
+    turns = len(stages) * math.lcm(*(stage.turns for stage in stages))
+    anchored = any(stage.anchored for stage in stages)
+    return Stage(init, apply, ticks[0], says, anchored, turns)
+
+
+def join(infos: list[Info], concatenate: Callable = jnp.concatenate) -> Info:
     """One report of several, by name one after another."""
-    return Info(_by_name([i.worker for i in infos]), _by_name([i.common for i in infos]))
+    by_name = lambda reports: {
+        name: values[0] if len(values) == 1 else concatenate(values)
+        for name, values in _collected(reports).items()
+    }
+    return Info(by_name([i.worker for i in infos]), by_name([i.common for i in infos]))
 
 
-def _by_name(reports: list[dict[str, Leaf]]) -> dict[str, Leaf]:
+def _collected(reports: list[dict[str, Leaf]]) -> dict[str, list[Leaf]]:
     found: dict[str, list[Leaf]] = {}
     for report in reports:
         for name, values in report.items():
             found.setdefault(name, []).append(values)
-    return {name: v[0] if len(v) == 1 else jnp.concatenate(v) for name, v in found.items()}
+    return found

@@ -16,10 +16,12 @@ import numpy as np
 import optax
 
 from jaxlocal import mixing, periods, topology
-from jaxlocal.compose import repeat, sequence
+from jaxlocal.compose import in_turn, repeat, sequence
+from jaxlocal.errors import ConfigurationError
 from jaxlocal.feedback import send_compressed
 from jaxlocal.gradient import GradFn
 from jaxlocal.local import tick
+from jaxlocal.overlap import overlapped
 from jaxlocal.syncing import outer_step, sync, sync_model_state
 from jaxlocal.types import Compressor, Period, Rounds
 from jaxlocal.workers import Layout
@@ -243,3 +245,50 @@ def diloco(
         optimizer,
         periods.of(period),
     )
+
+
+def streaming_diloco(
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    period: Period | int,
+    outer_optimizer: optax.GradientTransformation | None = None,
+    fragments: int = 2,
+    delay_ticks: int = 1,
+    mixing_factor: float = 0.5,
+    model_state: str = "keep",
+    **options,
+) -> Rounds:
+    """Streaming DiLoCo: DiLoCo of a fragment of the model at a time, averaged while ticks run.
+
+        every tick:       x_i ← optimizer_i(x_i, g_i)
+        every H/P ticks:  of the next fragment p of P, with the x_j of τ ticks ago,
+                          d ← y_p − Σ_j a_j x_jp;
+                          y_p ← outer_p(y_p, d);  x_ip ← α x_ip + (1 − α) y_p
+
+    y is the anchor. A round is H/P ticks, the last τ of which run while the pseudo-gradient d of a
+    fragment is averaged. See `overlap.overlapped` for where a machine does both at once.
+
+    Args:
+      period: H, the ticks between two synchronisations of the same fragment, or a rule for it, in
+        multiples of P.
+      outer_optimizer: by default `optax.sgd(0.7, momentum=0.9, nesterov=True)`, DiLoCo's.
+      fragments: P; tensors are spread over them by `overlap.fragments_of`.
+      delay_ticks: τ, less than H/P.
+      mixing_factor: α; 0 throws away what a fragment has learnt in the τ ticks. With P = 1, τ = 0
+        and α = 0 this is DiLoCo.
+
+    Source: Douillard et al., "Streaming DiLoCo with overlapping communication", 2025,
+    https://arxiv.org/abs/2501.18512. Differs from the paper in: messages are not quantised, and
+    every message is received by the end of training, since it is sent τ ticks before a round's end.
+    """
+    if delay_ticks < 0:
+        raise ConfigurationError(f"the delay must be at least 0 ticks, got {delay_ticks}")
+    rounds = periods.split(period, fragments)
+    step = tick(grad_fn, optimizer, **options)
+    outer = outer_optimizer or optax.sgd(0.7, momentum=0.9, nesterov=True)
+    beside = repeat(step, delay_ticks) if delay_ticks else sequence()
+    turns = [
+        overlapped(beside, mixing.mean(), outer, mixing_factor, fragment, fragments, model_state)
+        for fragment in range(fragments)
+    ]
+    return Rounds(step, in_turn(*turns), optimizer, rounds)

@@ -149,6 +149,31 @@ def swap(switch_tick: int) -> Period:
     )
 
 
+def split(period: Period | int, parts: int) -> Period:
+    """Rounds of H / parts ticks: so many of them take as long as one round of the rule.
+
+    >>> list(lengths(split(8, 4), total_ticks=11))
+    [2, 2, 2, 2, 2, 1]
+    """
+    if not isinstance(parts, numbers.Integral) or parts < 1:
+        raise ConfigurationError(
+            f"the rounds of a period must be an integer of at least 1, got {parts}"
+        )
+    whole = of(period)
+    if parts == 1:
+        return whole
+
+    def length(tick: int, remaining: int) -> int:
+        ticks = whole.length(tick, parts * remaining)
+        if ticks % parts:
+            raise ConfigurationError(
+                f"a period of {ticks} ticks does not divide into {parts} rounds"
+            )
+        return ticks // parts
+
+    return Period(length, f"{whole.description}, in {parts} rounds")
+
+
 def lengths(period: Period, total_ticks: int) -> Iterator[int]:
     """H of every round of a run, in turn; they sum to the total."""
     tick = 0

@@ -3,7 +3,7 @@ round_fn(state, batches)`."""
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -74,6 +74,11 @@ class RoundFn:
         data: Tree = (),
         max_chunk: int = 1024,
     ):
+        if rounds.outer.ticks % rounds.inner.ticks:
+            raise ConfigurationError(
+                f"a round's end of {rounds.outer.ticks} ticks is no multiple of the "
+                f"{rounds.inner.ticks} of its inner stage"
+            )
         self.rounds = rounds
         self.layout = layout
         self.mesh = mesh if mesh is not None else workers.make_mesh(layout)
@@ -147,16 +152,21 @@ class RoundFn:
         return jax.jit(placed)
 
     def __call__(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
-        """One whole round: H ticks, then what ends the round."""
-        state, info = self.local_steps(state, batches)
-        state, last = self.end_round(state)
-        return state, join([info, last])
+        """One whole round: H ticks and what ends the round, which may take the last of them."""
+        ticks, own, rest = self._ticks_of(batches), batches, ()
+        if ending := self.rounds.outer.ticks:
+            check_length(self.rounds, ticks)
+            own, rest = (
+                jax.tree.map(lambda b, p=part: b[p], batches)
+                for part in (slice(ticks - ending), slice(ticks - ending, None))
+            )
+        state, info = self.local_steps(state, own)
+        state, last = self.end_round(state, rest)
+        return state, _concatenate([info, last])
 
     def local_steps(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
         """Some ticks of a round without what ends it; cut anywhere between two inner stages."""
         ticks, infos, start = self._ticks_of(batches), [], 0
-        if self._examples is not None:
-            _check_indices(batches, self._examples)
         for size in self.chunks(ticks):
             part = batches
             if size < ticks:
@@ -168,11 +178,17 @@ class RoundFn:
             start += size
         return state, _concatenate(infos)
 
-    def end_round(self, state: TrainState) -> tuple[TrainState, Info]:
-        """What ends a round."""
-        if self.rounds.outer is NOTHING:
+    def end_round(self, state: TrainState, batches: Tree = ()) -> tuple[TrainState, Info]:
+        """What ends a round; the batches are those of the ticks that it takes, if any."""
+        outer = self.rounds.outer
+        if outer is NOTHING:
             return state, Info()
-        return self._program("outer", state)(state, (), self.world)
+        if outer.ticks and (ticks := self._ticks_of(batches)) != outer.ticks:
+            raise ConfigurationError(
+                f"the end of a round takes {outer.ticks} ticks, got batches of {ticks}"
+            )
+        placed = self._place(batches, BATCHES) if outer.ticks else ()
+        return self._program("outer", state)(state, placed, self.world)
 
     def chunks(self, ticks: int) -> Iterator[int]:
         """The sizes, in ticks, in which so many ticks are dispatched: descending powers of four.
@@ -210,8 +226,9 @@ class RoundFn:
 
     def messages(self, state: TrainState, ticks: int, rounds: int) -> Messages:
         """What is said in so many ticks, in which so many rounds end; a state or its shapes."""
-        total = Messages().plus(self.traffic(state)[0], ticks // self.rounds.inner.ticks)
-        turns = self.rounds.outer.turns
+        inner, outer = self.rounds.inner, self.rounds.outer
+        times, turns = (ticks - rounds * outer.ticks) // inner.ticks, outer.turns
+        total = Messages().plus(self.traffic(state)[0], times)
         for turn in range(min(turns, rounds)):
             total = total.plus(self.traffic(state, turn)[1], len(range(turn, rounds, turns)))
         return total
@@ -220,20 +237,23 @@ class RoundFn:
         """The collectives between devices in the number-th round, of so many ticks; a state or its
         shapes."""
         inner, outer = self.rounds.inner, self.rounds.outer
-        times = ticks // inner.ticks
+        times = (ticks - outer.ticks) // inner.ticks
         told = [one._replace(times=one.times * times) for one in inner.says(state)]
         return ledger.wire([*told, *outer.says(state, number)], self.layout, self.mesh.shape)
 
     def lower(self, state: TrainState, batches: Tree) -> list[tuple[int, Any]]:
         """The programs of a round, each with how often the round runs it: lowered, not compiled,
         as `jax.jit(f).lower` gives them; of a state and batches or their shapes."""
-        sizes = Counter(self.chunks(self._ticks_of(batches)))
+        ending = self.rounds.outer.ticks
+        sizes = Counter(self.chunks(self._ticks_of(batches) - ending))
         lowered = [
             (times, self._lowered(size // self.rounds.inner.ticks, state, batches, size))
             for size, times in sizes.items()
         ]
-        ends = self.rounds.outer is not NOTHING
-        return lowered + ([(1, self._lowered("outer", state, (), 0))] if ends else [])
+        if self.rounds.outer is not NOTHING:
+            own = batches if ending else ()
+            lowered.append((1, self._lowered("outer", state, own, ending)))
+        return lowered
 
     def _lowered(self, which: int | str, state: TrainState, batches: Tree, ticks: int):
         sharding = NamedSharding(self.mesh, BATCHES)
@@ -266,11 +286,22 @@ class RoundFn:
                 f"a round of {ticks} ticks is not a positive multiple of the "
                 f"{self.rounds.inner.ticks} of its inner stage"
             )
+        if self._examples is not None:
+            _check_indices(batches, self._examples)
         return ticks
 
     def _place(self, tree: Tree, specs: Any) -> Tree:
         shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
         return place(tree, shardings)
+
+
+def check_length(rounds: Rounds, ticks: int) -> None:
+    """Whether a round has ticks before its end begins."""
+    if ticks <= rounds.outer.ticks:
+        raise ConfigurationError(
+            f"a round of H = {ticks} is too short for a synchronisation that runs beside its last "
+            f"τ = {rounds.outer.ticks} ticks"
+        )
 
 
 def _specs(state: TrainState) -> TrainState:
@@ -335,12 +366,10 @@ def _strong(x: jax.Array) -> jax.Array:
     return x if is_key else lax.convert_element_type(x, x.dtype)
 
 
-def _concatenate(infos: Sequence[Info]) -> Info:
-    """One report of several chunks; joined on the host, where it takes no compilation, if it lies
-    in this process."""
-    if len(infos) == 1:
-        return infos[0]
+def _concatenate(infos: list[Info]) -> Info:
+    """One report of several dispatches; joined on the host, where it takes no compilation, if it
+    lies in this process."""
     here = lambda x: not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
     if not all(here(x) for x in jax.tree.leaves(infos)):
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *infos)
-    return jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts]), *infos)
+        return join(infos)
+    return join(infos, lambda parts: np.concatenate([np.asarray(p) for p in parts]))

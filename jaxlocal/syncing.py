@@ -96,8 +96,10 @@ def outer_step(
         outer_state, began = memory.single
         rate = _mean_rate(learning_rate, began, state.tick)
         # Differences are averaged, not models: where workers have not moved they are exactly zero.
-        moved = mixer.average(jax.tree.map(_moved, state.anchor, state.params), world)
-        gradient = jax.tree.map(lambda y, d: (d[0, 0] / rate).astype(y.dtype), state.anchor, moved)
+        average = mixer.average(jax.tree.map(moved, state.anchor, state.params), world)
+        gradient = jax.tree.map(
+            lambda y, d: (d[0, 0] / rate).astype(y.dtype), state.anchor, average
+        )
         updates, outer_state = update(gradient, outer_state, state.anchor, tick=state.tick - 1)
         anchor = jax.tree.map(lambda y, u: (y + rate * u).astype(y.dtype), state.anchor, updates)
         params = spread(jax.tree.map(lambda y: y[None, None], anchor), state.params)
@@ -124,7 +126,7 @@ def sync_model_state(mixer: Mixer, model_state: str = "average") -> Stage:
     return Stage(lambda state: (), apply, 0, says)
 
 
-def _moved(anchor, params):
+def moved(anchor, params):
     """y − x_i, from where a worker began, which is y in its own precision."""
     return anchor.astype(params.dtype).astype(anchor.dtype) - params.astype(anchor.dtype)
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlocal import periods
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.rounds import RoundFn
+from jaxlocal.rounds import RoundFn, check_length
 from jaxlocal.types import Info, Messages, Rounds, TrainState, Tree
 
 # Dispatches that may be under way before the host looks at what the oldest of them reported.
@@ -66,16 +66,24 @@ def schedule(rounds: Rounds, ticks: int) -> Iterator[int]:
             if ticks > 0
             else f"a run must take at least 1 tick, got {ticks}"
         )
-    return _in_whole_stages(periods.lengths(rounds.period, ticks), inner)
+    return _in_whole_stages(rounds, ticks)
 
 
-def _in_whole_stages(lengths: Iterator[int], inner: int) -> Iterator[int]:
-    for length in lengths:
-        if length % inner:
+def _in_whole_stages(rounds: Rounds, remaining: int) -> Iterator[int]:
+    """The lengths; what remains at last joins the round before where it is too short for one."""
+    for length in periods.lengths(rounds.period, remaining):
+        if remaining - length <= rounds.outer.ticks:
+            length = remaining
+        if length % rounds.inner.ticks:
             raise ConfigurationError(
-                f"a round of {length} ticks is no multiple of the {inner} ticks of its inner stage"
+                f"a round of {length} ticks is no multiple of the {rounds.inner.ticks} ticks of "
+                f"its inner stage"
             )
+        check_length(rounds, length)
         yield length
+        remaining -= length
+        if not remaining:
+            return
 
 
 def dispatches(
@@ -83,7 +91,8 @@ def dispatches(
 ) -> Iterator[Dispatch]:
     """The pieces in which a run goes to the device: rounds, cut where measurements are due, in
     chunks; from a tick on, where a piece may begin in the middle of a round."""
-    inner, tick = round_fn.rounds.inner.ticks, 0
+    rounds, tick = round_fn.rounds, 0
+    inner, ending = rounds.inner.ticks, rounds.outer.ticks
     if measure_every < 0:
         raise ConfigurationError(f"ticks between measurements must be ≥ 0, got {measure_every}")
 
@@ -94,14 +103,25 @@ def dispatches(
         raise ConfigurationError(
             f"a run of {ticks} ticks, {inner} between hub averages, cannot go on from tick {start}"
         )
-    for length in schedule(round_fn.rounds, ticks):
+    for length in schedule(rounds, ticks):
         end = tick + length
+        local = end - ending  # from where on ticks belong to what ends the round
         tick = min(max(tick, start), end)
-        while tick < end:
-            stop = next(t for t in range(tick + inner, end + 1, inner) if t == end or due(t, end))
+        if local < tick < end:
+            raise ConfigurationError(
+                f"a run cannot go on from tick {tick}, while the round from tick {local} to {end} "
+                f"ends"
+            )
+        while tick < local:
+            stops = range(tick + inner, local + 1, inner)
+            stop = next(t for t in stops if t == local or due(t, end))
             for size in round_fn.chunks(stop - tick):
                 tick += size
                 yield Dispatch(tick - size, size, length, tick == end, due(tick, end))
+        if tick < end:
+            measured = any(due(t, end) for t in range(tick + inner, end + 1, inner))
+            tick = end
+            yield Dispatch(local, ending, length, True, measured)
 
 
 def run(
@@ -137,7 +157,7 @@ def run(
     inner, outer = round_fn.traffic(state)[0], [round_fn.traffic(state, n)[1] for n in turns]
     if save_every < 0:
         raise ConfigurationError(f"ticks between checkpoints must be ≥ 0, got {save_every}")
-    begin, losses = int(state.tick), _Losses(round_fn)
+    begin, losses, ending = int(state.tick), _Losses(round_fn), round_fn.rounds.outer.ticks
     pieces = dispatches(round_fn, ticks, measure_every, begin)
     ends = itertools.accumulate(schedule(round_fn.rounds, ticks))
     rounds = sum(1 for _ in itertools.takewhile(lambda end: end <= begin, ends))
@@ -146,12 +166,15 @@ def run(
         first = next(schedule(round_fn.rounds, ticks))
         yield Step(state, 0, 0, first, said, math.nan, True, False, 0.0)
     for start, size, length, ends_round, due in pieces:
-        state, info = round_fn.local_steps(state, batches(start, size))
-        losses.add(start, info)
-        said = said.plus(inner, size // round_fn.rounds.inner.ticks)
+        fed = batches(start, size)
+        if not (ends_round and ending):
+            state, info = round_fn.local_steps(state, fed)
+            losses.add(start, info)
+            said = said.plus(inner, size // round_fn.rounds.inner.ticks)
         distance = float(round_fn.consensus_distance(state)) if due else 0.0
         if ends_round:
-            state, _ = round_fn.end_round(state)
+            state, info = round_fn.end_round(state, fed if ending else ())
+            losses.add(start, info)
             said, rounds = said.plus(outer[rounds % len(outer)]), rounds + 1
         now = start + size
         save = bool(save_every) and (now == ticks or now // save_every > start // save_every)

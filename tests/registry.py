@@ -67,6 +67,9 @@ METHODS = {
         FLAT,
     ),
     "diloco": Entry(lambda g, o: jaxlocal.diloco(g, o, 4, optax.adam(0.1), "average"), FLAT),
+    "streaming_diloco": Entry(
+        lambda g, o: jaxlocal.streaming_diloco(g, o, 8, None, 2, 2, model_state="average"), FLAT
+    ),
     "data_parallel-qsgd": Entry(
         lambda g, o: jaxlocal.data_parallel(g, o, compressor=parse("qsgd:4")), FLAT, ticks=1
     ),
@@ -127,6 +130,7 @@ CASES = [
     ("cooperative_sgd", "momentum"),
     ("slowmo", "momentum"),
     ("diloco", "adamw"),
+    ("streaming_diloco", "adamw"),
     ("data_parallel-qsgd", "momentum"),
     ("ef_sgd", "momentum"),
     ("qsparse_local_sgd", "adamw"),

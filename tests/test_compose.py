@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlocal import Layout, mixing
-from jaxlocal.compose import repeat, sequence
+from jaxlocal import ConfigurationError, Layout, mixing
+from jaxlocal.compose import in_turn, repeat, sequence
 from jaxlocal.ledger import messages
 from jaxlocal.syncing import NOTHING
 from jaxlocal.types import Info, Memory, Messages, Said, Stage
@@ -47,10 +47,9 @@ def doubler():
     )
 
 
-def in_turn(*sizes):
+def turning(*sizes):
     """Says something else at each application, in turn."""
-    says = lambda state, number=0: [Said(mixing.mean(), values(sizes[number % len(sizes)]))]
-    return adder()._replace(says=says, turns=len(sizes))
+    return in_turn(*(adder(bits=size) for size in sizes))
 
 
 def said(stage, number=0):
@@ -120,9 +119,27 @@ def test_a_sequence_says_what_its_stages_say_and_is_anchored_if_one_is():
     assert not stage.anchored and sequence(doubler(), adder(anchored=True)).anchored
 
 
+def test_stages_in_turn_run_one_at_each_apply_and_keep_their_memories():
+    stages = [adder(2, factor=factor, anchored=factor > 1) for factor in (1.0, 10.0, 100.0)]
+    stage = in_turn(*stages)
+    assert stage.ticks == 2 and stage.anchored
+    run = jax.jit(lambda state, memory, b: stage.apply(state, memory, b, None))
+    state, expected = jnp.zeros((1, 2)), np.zeros((1, 2))
+    memory = stage.init(state)
+    for number in range(5):
+        part = BATCHES[2 * number : 2 * number + 2]
+        state, memory, info = run(state, memory, part)
+        expected += (1.0, 10.0, 100.0)[number % 3] * part.sum(axis=0)
+        np.testing.assert_array_equal(state, expected)
+        np.testing.assert_array_equal(info.worker["sum"], part)
+    assert [int(own.single) for own in memory[1]] == [2, 2, 1]
+    with pytest.raises(ConfigurationError, match=r"the same ticks, got \[0, 1\]"):
+        in_turn(adder(), doubler())
+
+
 @pytest.mark.parametrize("times", [1, 2, 3, 6, 7])
 def test_what_is_said_in_turn_is_counted_in_turn(times):
-    stage = sequence(repeat(in_turn(1, 10, 100), times), in_turn(1000, 5000))
+    stage = sequence(repeat(turning(1, 10, 100), times), turning(1000, 5000))
     turns = [n % 3 for n in range(12 * times)]
     expected = [
         sum(10 ** turns[i] for i in range(n * times, n * times + times)) + (1000, 5000)[n % 2]

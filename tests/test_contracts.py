@@ -124,9 +124,10 @@ def test_four_more_rounds_trace_and_compile_nothing(case):
     with compilations.counted() as compiled:
         run(case, state, 4)
     # The inner stage and, unless that is nothing, what ends the round. Of each trace one may be for
-    # shapes only.
+    # shapes only. Ticks may stand in each of the turns that ends of rounds take, too.
     assert len(case.compiled) == (1 if case.round_fn.rounds.outer is NOTHING else 2)
-    assert 1 <= traced <= 2
+    outer = case.round_fn.rounds.outer
+    assert 1 <= traced <= 2 * (1 + (outer.turns if outer.ticks else 0))
     assert case.traces[0] == traced
     assert compiled == []
 
@@ -169,7 +170,7 @@ def test_what_a_round_reports_is_not_fed_back(case):
     for number in range(3):
         state, (info,) = run(case, state, 1, first=number)
         for leaf in jax.tree.leaves(info):
-            leaf.delete()
+            leaf.fill(0) if isinstance(leaf, np.ndarray) else leaf.delete()
     assert_same_bits(kept, state)
 
 

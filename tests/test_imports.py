@@ -23,7 +23,7 @@ FLOORS = (
     ("compression",),
     ("exchange",),
     ("gradient", "local"),
-    ("syncing", "feedback"),
+    ("syncing", "feedback", "overlap"),
     ("methods", "compressed"),
     ("rounds", "training", "evaluation", "checkpoints", "cluster"),
 )

@@ -59,23 +59,26 @@ def in_turn(lengths: list[int]) -> Period:
 @given(
     inner=st.integers(1, 4),
     times=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    ending=st.integers(0, 3),
     measure_every=st.integers(0, 60),
     max_chunk=st.integers(1, 64),
 )
 def test_dispatches_cover_every_tick_once_and_are_cut_where_measurements_are_due(
-    inner, times, measure_every, max_chunk
+    inner, times, ending, measure_every, max_chunk
 ):
-    lengths = [inner * n for n in times]
+    lengths, ending = [inner * (n + ending) for n in times], inner * ending
     total, ends = sum(lengths), list(itertools.accumulate(lengths))
     stage = repeat(tick(grad_fn, optax.sgd(0.1)), inner)
-    rounds = Rounds(stage, sync(mixing.mean()), optax.sgd(0.1), in_turn(lengths))
+    end = repeat(stage, ending // inner) if ending else sync(mixing.mean())
+    rounds = Rounds(stage, end, optax.sgd(0.1), in_turn(lengths))
     round_fn = one_device(rounds, Layout(), max_chunk=max_chunk)
     pieces = list(training.dispatches(round_fn, total, measure_every))
 
     stops = [piece.start + piece.ticks for piece in pieces]
     assert [piece.start for piece in pieces] == [0, *stops[:-1]] and stops[-1] == total
     assert all(piece.ticks % inner == 0 and piece.ticks > 0 for piece in pieces)
-    assert all(piece.ticks <= max(inner, max_chunk) for piece in pieces)
+    assert all(piece.ticks <= max(inner, max_chunk, ending) for piece in pieces)
+    assert all(piece.ticks == ending for piece in pieces if ending and piece.ends_round)
     assert [stop for piece, stop in zip(pieces, stops, strict=True) if piece.ends_round] == ends
     for piece, stop in zip(pieces, stops, strict=True):
         number = next(n for n, end in enumerate(ends) if stop <= end)
@@ -83,6 +86,9 @@ def test_dispatches_cover_every_tick_once_and_are_cut_where_measurements_are_due
     # On hubs a measurement waits for the first hub average from its tick on.
     multiples = range(measure_every, total + 1, measure_every) if measure_every else ends
     wanted = {-(-multiple // inner) * inner for multiple in multiples} | {total}
+    # And in what ends a round it waits for the end.
+    busy = {tick: end for end in ends for tick in range(end - ending + 1, end)}
+    wanted = {busy.get(tick, tick) for tick in wanted}
     assert {stop for piece, stop in zip(pieces, stops, strict=True) if piece.due} == wanted
 
 
@@ -94,6 +100,49 @@ def test_ticks_that_do_not_divide_are_refused_with_what_would():
         training.schedule(rounds, 3)
     with pytest.raises(ConfigurationError, match="at least 1 tick, got 0"):
         training.schedule(rounds, 0)
+
+
+def test_a_last_round_too_short_for_its_own_end_joins_the_one_before():
+    make = lambda delay: jaxlocal.streaming_diloco(grad_fn, SGD, 4, None, 1, delay)
+    assert list(training.schedule(make(1), 10)) == [4, 4, 2]
+    assert list(training.schedule(make(2), 10)) == [4, 6]
+    assert list(training.schedule(make(2), 6)) == [6]
+    assert list(training.schedule(make(2), 3)) == [3]
+    with pytest.raises(ConfigurationError, match="H = 2 is too short.*last τ = 2"):
+        next(training.schedule(make(2), 2))
+    with pytest.raises(ConfigurationError, match="H = 4 is too short.*last τ = 4"):
+        next(training.schedule(make(4), 10))
+
+
+@pytest.mark.parametrize("measure_every", [0, 1, 3])
+def test_a_run_whose_rounds_end_in_ticks_stops_anywhere_and_goes_on(measure_every):
+    layout = Layout(workers_per_hub=2)
+    method = jaxlocal.streaming_diloco(grad_fn, optax.adam(0.1), 10, None, 2, 2)
+    round_fn, batches = one_device(method, layout), batches_of(layout)
+    steps, ends = [], {}
+    for step in training.run(round_fn, start(round_fn), batches, 17, measure_every):
+        steps.append(step._replace(state=None))
+        ends[step.tick] = jax.tree.map(jnp.copy, step.state)
+    assert [s.tick for s in steps if s.due] == {
+        0: [0, 5, 10, 17],
+        1: [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15, 17],
+        3: [0, 3, 6, 10, 12, 15, 17],
+    }[measure_every]
+    assert [s.round for s in steps if s.tick in (5, 10, 17)] == [1, 2, 3]
+    for middle in (3, 5, 15):
+        state = jax.tree.map(jnp.copy, ends[middle])
+        rest = list(training.run(round_fn, state, batches, 17, measure_every))
+        for step, same in zip(rest, steps[-len(rest) :], strict=True):
+            assert step.tick == same.tick and step.messages == same.messages
+        jax.tree.map(np.testing.assert_array_equal, rest[-1].state.params, ends[17].params)
+    # The losses of all ticks are looked at, those beside a synchronisation too.
+    with pytest.raises(Diverged, match="worker 1 is nan at tick 9"):
+        poison = poisoned(layout, np.nan, (9, 0, 1))
+        list(training.run(round_fn, start(round_fn), poison, 17, measure_every))
+    with pytest.raises(
+        ConfigurationError, match="go on from tick 4, while the round from tick 3 to 5"
+    ):
+        next(training.dispatches(round_fn, 17, start=4))
 
 
 def test_a_run_asks_for_every_batch_once_and_only_when_a_step_is_wanted():

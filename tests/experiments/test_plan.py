@@ -13,10 +13,12 @@ from experiments.build import build_job
 from experiments.config import Config
 from experiments.plan import plan
 from experiments.recording import finite, read_metrics
+from jaxlocal import ConfigurationError
 
 SMALL_RATIOS = {  # which fit 32 parameters
     "cser": {"gradient_compressor": "grbs:16", "reset_compressor": "grbs:4"},
     "sparse_loco": {"sync_compressor": "top_k:8"},
+    "streaming_diloco": {"fragments": 1},
 }
 PRESETS = Path(__file__).parents[2] / "experiments" / "presets"
 
@@ -61,7 +63,9 @@ def test_schedules_equal_the_reference(kind, warmup):
 
 
 @pytest.mark.parametrize(
-    "method", ["local_sgd", "mll_sgd", "cooperative_sgd", "data_parallel", "cser", "sparse_loco"]
+    "method",
+    ["local_sgd", "mll_sgd", "cooperative_sgd", "data_parallel", "cser", "sparse_loco"]
+    + ["streaming_diloco"],
 )
 def test_the_run_does_what_the_plan_says(method, tmp_path):
     config = Config(
@@ -90,6 +94,24 @@ def test_the_default_coefficient_gives_h_base_at_the_peak():
     for period, base in [("linear", 3), ("quadratic", 5), ("cubic", 7)]:
         config = Config(schedule="constant", period=period, local_steps=base, ticks=70)
         assert {s["local_steps"] for s in plan(build_job(config))["local_steps"][:-1]} <= {base}
+
+
+def test_fragments_take_turns_in_a_period():
+    options = {"method": "streaming_diloco", "model": "mlp", "local_steps": 8, "fragments": 4}
+    figures = plan(build_job(Config(**options, rounds=12)))
+    assert figures["local_steps"] == [{"tick": 0, "local_steps": 2, "rounds": 12}]
+    assert figures["ticks"] == 24 and figures["bits_workers"] == 3 * figures["bits_model"]
+    # The last round of one tick is no longer than the delay.
+    figures = plan(build_job(Config(**options, ticks=25)))
+    assert [(s["local_steps"], s["rounds"]) for s in figures["local_steps"]] == [(2, 11), (3, 1)]
+    rising = plan(build_job(Config(**options, ticks=400, period="quadratic")))
+    assert all(s["local_steps"] > 1 for s in rising["local_steps"]) and rising["rounds"] < 200
+    for wrong, words in [
+        ({"fragments": 3}, "8 ticks does not divide into 3 rounds"),
+        ({"delay_ticks": 2}, "H = 2 is too short"),
+    ]:
+        with pytest.raises(ConfigurationError, match=words):
+            plan(build_job(Config(**{**options, **wrong})))
 
 
 def test_rounds_count_ticks_where_h_does_not_follow_a_schedule():

@@ -45,6 +45,13 @@ RUNS = {
         "stream_workers": 0,
     },
     "diloco": {"method": "diloco", "local_steps": 8, "optimizer": "adamw", "learning_rate": 0.01},
+    "streaming_diloco": {
+        "method": "streaming_diloco",
+        "fragments": 1,
+        "delay_ticks": 3,
+        "local_steps": 6,
+        "rates": "0.5,1,1,1",
+    },
 }
 
 

@@ -44,13 +44,19 @@ def audited(rounds: Rounds, layout: Layout, name: str, mesh_shape=None):
     """What a round promises by kind, axes and type, what it sends, and each collective of it."""
     made, _, batch = model(name)
     round_fn = RoundFn(rounds, layout, make_mesh(layout, shape=mesh_shape))
-    ticks = INNER * rounds.inner.ticks
+    ticks = INNER * rounds.inner.ticks + rounds.outer.ticks
     state = round_fn.shapes(*jax.eval_shape(made.init, jax.random.key(0)))
     lead = lambda x: jax.ShapeDtypeStruct((ticks, *layout.shape, *x.shape), x.dtype)
     programs = round_fn.lower(state, jax.tree.map(lead, batch))
     assert [times for times, _ in programs] == [1] * len(programs)
     found = [one for _, program in programs for one in audit(program.compile(FAST), round_fn.mesh)]
-    return by_kind(round_fn.wire(state, ticks)), by_kind(x.collective() for x in found), found
+    # A round's end that takes turns has all of them, each as a branch.
+    promised = round_fn.wire(state, ticks) + [
+        one
+        for turn in range(1, rounds.outer.turns)
+        for one in round_fn.wire(state, rounds.outer.ticks, turn)
+    ]
+    return by_kind(promised), by_kind(x.collective() for x in found), found
 
 
 def assert_kept(promised: dict, sent: dict, scalars: int = 0):
@@ -65,7 +71,7 @@ def assert_where_it_belongs(found: list[Audited], rounds: Rounds):
     loop of a worker's ticks or in that over workers."""
     said = bool(rounds.inner.says(SHAPES))
     assert {one.loops for one in found} <= ({(INNER,), ()} if said else {()})
-    assert all(one.branches == 0 for one in found)
+    assert all(one.branches == int(rounds.outer.turns > 1) for one in found)
 
 
 class _Anything:
