@@ -1,6 +1,6 @@
 """jaxlocal: train one model on many workers that rarely talk."""
 
-from jaxlocal import compression, mixing, periods, topology
+from jaxlocal import compression, mixing, periods, sharding, topology
 from jaxlocal.compressed import csea, cser, cser_pl, ef_sgd, qsparse_local_sgd, sparse_loco
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.gradient import accumulate, gradients
@@ -44,6 +44,7 @@ __all__ = [
     "post_local_sgd",
     "qsparse_local_sgd",
     "scale_by_tick",
+    "sharding",
     "slowmo",
     "sparse_loco",
     "swap",

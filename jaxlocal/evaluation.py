@@ -15,9 +15,10 @@ from jaxlocal import workers
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.local import fetch
 from jaxlocal.rounds import BATCHES, WORLD, RoundFn
+from jaxlocal.sharding import batch_specs, is_split
 from jaxlocal.types import TrainState, Tree
 from jaxlocal.worker_maps import over_workers
-from jaxlocal.workers import AXES, STACKED, over_mesh, spread
+from jaxlocal.workers import AXES, MODEL, STACKED, over_mesh, spread
 
 # Examples are moved to the devices, or looked up there, in pieces of about so many bytes.
 CHUNK_BYTES = 64 << 20
@@ -59,7 +60,12 @@ class Evaluation:
         have = len(leaves[0]) if leaves else len(source or ())
         self._examples = _checked(np.arange(have) if examples is None else examples, have)
         one = [x[0] for x in leaves] if source is None else source[0]
-        self._shape = _chunk_shape(len(self._examples), mesh.size, batch_size, _size_of(one))
+        devices, batches, batch = _chunk_shape(
+            len(self._examples), mesh.size, batch_size, _size_of(one)
+        )
+        parts = mesh.shape.get(MODEL, 1)  # the devices of a worker share its batches
+        self._shape = devices // parts, batches, batch * parts
+        self._places = P(AXES, None, MODEL) if is_split(mesh) else P(AXES)
         # The lookup is a program of its own, so that a pool and a source give the same bits.
         self._lookup = jax.jit(over_mesh(fetch, mesh, (P(), P(AXES)), P(AXES)))
         specs = (*_MODEL, P(AXES), P(AXES))
@@ -79,9 +85,9 @@ class Evaluation:
         return {name: value / len(self._examples) for name, value in totals.items()}
 
     def _chunks(self) -> Iterator[tuple[Tree, jax.Array]]:
-        """Examples [devices, batches, batch, ...], and which of them count: the last chunk is
+        """Examples [places, batches, batch, ...], and which of them count: the last chunk is
         filled up with some that do not."""
-        sharding = NamedSharding(self._round_fn.mesh, P(AXES))
+        sharding = NamedSharding(self._round_fn.mesh, self._places)
         total, size = len(self._examples), math.prod(self._shape)
         for start in range(0, total, size):
             places = np.arange(start, start + size).reshape(self._shape)
@@ -111,9 +117,12 @@ class Reestimation:
 
     def __init__(self, round_fn: RoundFn, apply: Callable[[Tree, Tree, Tree], Tree], batches: Tree):
         self._world = round_fn.world
-        self._batches = jax.device_put(batches, NamedSharding(round_fn.mesh, BATCHES))
+        mesh = round_fn.mesh
+        place = lambda spec: NamedSharding(mesh, spec)
+        places = jax.tree.map(place, batch_specs(mesh, BATCHES, batches))
+        self._batches = jax.device_put(batches, places)
         specs = (*_MODEL, BATCHES)
-        self._program = jax.jit(over_mesh(_statistics_of(apply), round_fn.mesh, specs, STACKED))
+        self._program = jax.jit(over_mesh(_statistics_of(apply), mesh, specs, STACKED))
 
     def __call__(self, state: TrainState) -> TrainState:
         model = (state.params, state.model_state)
@@ -223,7 +232,7 @@ def _sums_of(metrics):
 
         mine = jax.tree.map(lambda x: x[0], (batches, counts))
         _, sums = lax.scan(one_batch, (), mine)
-        return {name: lax.psum(value.sum(), AXES) for name, value in sums.items()}
+        return {name: workers.psum(value.sum(), AXES) for name, value in sums.items()}
 
     return program
 

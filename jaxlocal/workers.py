@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Tree, World
 
-AXES = ("hubs", "workers")
+AXES, MODEL = ("hubs", "workers"), "model"
 STACKED, SINGLE = P(*AXES), P()
 
 # What a random stream is for. Numbers are part of the format of a run: a new purpose takes a new
@@ -114,31 +114,42 @@ class Layout:
 def make_mesh(
     layout: Layout,
     devices: Sequence[jax.Device] | None = None,
-    shape: tuple[int, int] | None = None,
+    shape: Sequence[int] | None = None,
 ) -> Mesh:
     """A mesh of ('hubs', 'workers') that the worker grid divides into.
 
     Without a shape, the one that uses the most of the devices, hubs before workers; devices that
-    the grid does not divide into stay idle. With a shape, that one, or an error.
+    the grid does not divide into stay idle. With a shape, that one, or an error. A third entry
+    greater than 1 is the size of a last axis, 'model': every worker is then split over so many
+    neighbouring devices.
 
     >>> make_mesh(Layout(hubs=4, workers_per_hub=3), jax.devices()[:1]).devices.shape
     (1, 1)
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = largest_mesh(layout.shape, len(devices)) if shape is None else shape
-    for name, size, count in zip(AXES, shape, layout.shape, strict=True):
+    shape = tuple(largest_mesh(layout.shape, len(devices)) if shape is None else shape)
+    _check_mesh(layout, shape, len(devices))
+    if shape[2:] == (1,):
+        shape = shape[:2]
+    grid = np.array(devices[: math.prod(shape)]).reshape(shape)
+    return Mesh(grid, (*AXES, MODEL)[: len(shape)], axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _check_mesh(layout: Layout, shape: tuple[int, ...], devices: int) -> None:
+    named = " × ".join(map(str, shape))
+    if len(shape) not in (2, 3):
+        raise ConfigurationError(f"a mesh is hubs × workers or hubs × workers × model, got {named}")
+    for name, size, count in zip(AXES, shape, layout.shape, strict=False):
         if size < 1 or count % size:
             raise ConfigurationError(
                 f"{count} {name} do not divide over {size} devices of the mesh axis {name!r}"
             )
-    if math.prod(shape) > len(devices):
+    if shape[-1] < 1:
+        raise ConfigurationError(f"a worker cannot be split over {shape[-1]} devices")
+    if math.prod(shape) > devices:
         raise ConfigurationError(
-            f"a {shape[0]} × {shape[1]} mesh needs {math.prod(shape)} devices, there are "
-            f"{len(devices)}"
+            f"a {named} mesh needs {math.prod(shape)} devices, there are {devices}"
         )
-    return Mesh(
-        np.array(devices[: math.prod(shape)]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2
-    )
 
 
 def largest_mesh(grid: tuple[int, int], devices: int) -> tuple[int, int]:
@@ -167,12 +178,14 @@ _TYPED: ContextVar[bool] = ContextVar("_TYPED", default=True)
 
 
 def over_mesh(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    """fn run on every device of the mesh, on the device's own block.
+    """fn run on every device of the mesh, on the device's own block. Where a worker is split over
+    several devices, on a worker's own, which they share as the compiler sees fit.
 
     Values are typed by the mesh axes over which they differ, which proves that what is declared
     common is. A user's loop that carries a constant fails under those types; it runs without them.
     """
     places: dict[str, Any] = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
+    places["axis_names"] = set(AXES)
 
     def mapped(*arguments):
         try:
@@ -216,10 +229,38 @@ def weighted_sum(weight: jax.Array, x: jax.Array, over: str) -> jax.Array:
     times slower). Half-precision values are summed in float32.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    flat = x.reshape(x.shape[:2] + (-1,)).astype(wide)
-    form = "dn,dnp->dp" if over == "workers" else "dn,dnp->p"
-    total = jnp.einsum(form, weight.astype(wide), flat, precision=lax.Precision.HIGHEST)
-    return total.reshape((x.shape[0] if over == "workers" else 1, 1) + x.shape[2:])
+    apart = over == "workers"
+    # One long dimension is fastest; but it would gather a worker that is split over devices.
+    flat = x if are_split() else x.reshape(x.shape[:2] + (-1,))
+    form = "dn,dn...->d..." if apart else "dn,dn...->..."
+    total = jnp.einsum(
+        form, weight.astype(wide), flat.astype(wide), precision=lax.Precision.HIGHEST
+    )
+    return total.reshape((x.shape[0] if apart else 1, 1) + x.shape[2:])
+
+
+def are_split() -> bool:
+    """Whether, inside `over_mesh`, a worker is split over several devices, of which the compiler
+    takes care."""
+    return MODEL in jax.sharding.get_abstract_mesh().auto_axes
+
+
+def psum(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
+    """The sum of x over mesh axes, common to them."""
+    return _reduced(lax.psum, x, axes)
+
+
+def pmax(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
+    """The largest x over mesh axes, common to them."""
+    return _reduced(lax.pmax, x, axes)
+
+
+def _reduced(reduce: Callable, x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
+    # On a mesh of 1 × 1 × model XLA cannot partition an all-reduce over the axes of workers; the
+    # gather of what one device has, which nothing is sent for either, it can.
+    if are_split() and all(lax.axis_size(axis) == 1 for axis in AXES):
+        return lax.all_gather(x, axes, to="invarying")[0]
+    return reduce(x, axes)
 
 
 def mean(params: Tree, world: World) -> Tree:
@@ -232,7 +273,7 @@ def mean(params: Tree, world: World) -> Tree:
         if jnp.issubdtype(x.dtype, jnp.floating):
             return _mean(x, world).astype(x.dtype)
         largest = x.astype(jnp.int32).max((0, 1)) if x.dtype == bool else x.max((0, 1))
-        return lax.pmax(largest, AXES).astype(x.dtype)
+        return pmax(largest, AXES).astype(x.dtype)
 
     return jax.tree.map(one, params)
 
@@ -245,8 +286,8 @@ def consensus_distance(params: Tree, world: World) -> jax.Array:
         return weighted_sum(world.weight, jnp.square(x.astype(u.dtype) - u), "all").sum()
 
     floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.sqrt(lax.psum(sum(map(square, floats)), AXES))
+    return jnp.sqrt(psum(sum(map(square, floats)), AXES))
 
 
 def _mean(x: jax.Array, world: World) -> jax.Array:
-    return lax.psum(weighted_sum(world.weight, x, "all"), AXES)[0, 0]
+    return psum(weighted_sum(world.weight, x, "all"), AXES)[0, 0]
