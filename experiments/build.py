@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxlocal
-from experiments.checks import check_numbers
+from experiments.checks import check_numbers, mesh_shape
 from experiments.compressing import make_compressors
 from experiments.config import Config
 from experiments.methods import METHODS, Parts
@@ -22,7 +22,7 @@ from experiments.schedules import (
     make_period,
     make_schedule,
 )
-from jaxlocal import ConfigurationError, Layout, RoundFn, periods, topology
+from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh, periods, topology
 from jaxlocal.data import (
     CropFlip,
     Dataset,
@@ -145,7 +145,8 @@ def make_round_fn(job: Job, data: Any = ()) -> RoundFn:
     if job.config.stream and job.dataset is not None:
         item += sum(np.asarray(x).nbytes for x in job.dataset.train_source()[0].values())
     fits = CHUNK_BYTES // (item * job.config.workers * job.config.batch_size)
-    return RoundFn(job.rounds, job.layout, data=data, max_chunk=min(CHUNK_TICKS, fits))
+    mesh = make_mesh(job.layout, shape=mesh_shape(job.config))
+    return RoundFn(job.rounds, job.layout, mesh, data, min(CHUNK_TICKS, fits))
 
 
 def measure_every(job: Job) -> int:

@@ -62,6 +62,7 @@ def plan(job: Job) -> dict[str, Any]:
         "compression_ratio_counted": model * job.ticks / said.workers if said.workers else None,
         "compressors": _compressors(job, shapes[0]),
         "devices": round_fn.mesh.size,
+        "mesh": dict(round_fn.mesh.shape),
         "training_programs": len(programs) + 1,
         "memory_bytes": _memory(job, state),
     }
@@ -130,7 +131,7 @@ def show(figures: dict[str, Any]) -> None:
         ("workers", f"{figures['hubs']} hubs × {figures['workers'] // figures['hubs']}"),
         ("ζ of the hub network", "—" if figures["zeta"] is None else f"{figures['zeta']:.4f}"),
         ("parameters", f"{number(figures['parameters'])} ({data_size(model)})"),
-        ("devices", number(figures["devices"])),
+        ("devices", f"{number(figures['devices'])}: {_mesh(figures['mesh'])}"),
         ("training programs", number(figures["training_programs"])),
         (
             "memory on a device",
@@ -145,6 +146,10 @@ def show(figures: dict[str, Any]) -> None:
         (f"from tick {number(s['tick'])}", f"H = {number(s['local_steps'])}") for s in shown
     ]
     show_table(console, f"\nH schedule{more}", schedule_rows)
+
+
+def _mesh(sizes: dict[str, int]) -> str:
+    return f"{' × '.join(map(str, sizes.values()))} ({' × '.join(sizes)})"
 
 
 def _said(total: int, model: int) -> str:

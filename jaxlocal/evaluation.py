@@ -167,7 +167,7 @@ def _own_statistic(before, aside, here, there, beyond):
     kept = (there - here) / (aside - before)  # μ
     size = jnp.abs(here) + jnp.abs(there) + jnp.abs(beyond)
     straight = jnp.abs(beyond - 2 * there + here) <= 1e-5 * size
-    moves = straight & (kept >= 0) & (kept < 1 - 1e-5)
+    moves = straight & (kept > -1e-5) & (kept < 1 - 1e-5)  # 0 is met up to rounding only
     return jnp.where(moves, (here - kept * before) / jnp.where(moves, 1 - kept, 1), before)
 
 

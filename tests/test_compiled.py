@@ -43,17 +43,14 @@ class Collective(NamedTuple):
             order = [int(n) for n in iota[5].split(",")] if iota[5] else range(len(shape))
             grid = devices.reshape(shape).transpose(*order)
             return grid.reshape(int(iota[1]), int(iota[2])).tolist()
-        named = re.search(
-            r"replica_groups=mesh\['hubs'=\d+,'workers'=\d+\] ?\{([^}]*)\}", self.line
-        )
+        named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", self.line)
         assert named, f"replica groups in no known spelling: {self.line}"
-        inner = [axis for axis, name in enumerate(("hubs", "workers")) if f"'{name}'" in named[1]]
-        outer = [axis for axis in (0, 1) if axis not in inner]
-        return (
-            devices.transpose(*outer, *inner)
-            .reshape(-1, math.prod(mesh_shape[a] for a in inner))
-            .tolist()
-        )
+        names = re.findall(r"'(\w+)'", named[1])
+        inner = [axis for axis, name in enumerate(names) if f"'{name}'" in named[2]]
+        outer = [axis for axis in range(len(names)) if axis not in inner]
+        sizes = [int(size) for size in re.findall(r"=(\d+)", named[1])]
+        grid = devices.reshape(sizes).transpose(*outer, *inner)
+        return grid.reshape(-1, math.prod(sizes[axis] for axis in inner)).tolist()
 
 
 class Program:
