@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jaxlocal
-from experiments.checks import check_numbers
+from experiments.checks import check_numbers, mesh_shape
 from experiments.compressing import make_compressors
 from experiments.config import Config
 from experiments.methods import METHODS, Parts
@@ -24,7 +24,7 @@ from experiments.schedules import (
     make_period,
     make_schedule,
 )
-from jaxlocal import ConfigurationError, Layout, RoundFn, periods, topology
+from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh, periods, topology
 from jaxlocal.data import (
     CropFlip,
     Dataset,
@@ -39,7 +39,6 @@ from jaxlocal.models import Model, build, in_precision, outputs_for
 from jaxlocal.models.supervised import training_loss
 from jaxlocal.overlap import fragments_of
 from jaxlocal.types import Compressor, Rounds
-from jaxlocal.workers import make_mesh
 
 MEASUREMENTS, CHECKPOINTS = 25, 10  # about so many a run
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -146,7 +145,7 @@ def _gradients(
 
 def mesh_of(job: Job) -> Mesh:
     """Over which devices the workers are spread."""
-    return make_mesh(job.layout)
+    return make_mesh(job.layout, shape=mesh_shape(job.config))
 
 
 def make_round_fn(job: Job, data: Any = ()) -> RoundFn:

@@ -1,6 +1,7 @@
 """What no later piece checks of a config: the ranges of its numbers, and what goes together."""
 
 import math
+import re
 from typing import Any
 
 from experiments.config import Config
@@ -36,10 +37,23 @@ def check_numbers(config: Config) -> None:
             f"--accumulation={config.accumulation} does not divide --batch_size={config.batch_size}"
         )
     lookup("model state option", config.model_state, dict.fromkeys(MODEL_STATES))
+    mesh_shape(config)
     _check_rates(config)
     _check_outer(config)
     _check_streaming(config)
     _check_compression(config)
+
+
+def mesh_shape(config: Config) -> tuple[int, ...] | None:
+    """The sizes that --mesh asks for."""
+    if config.mesh is None:
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,5}(x[1-9][0-9]{0,5}){1,2}", config.mesh):
+        raise ConfigurationError(
+            f"--mesh must be HUBSxWORKERS or HUBSxWORKERSxMODEL, such as 2x4 or 1x2x4, got "
+            f"{config.mesh!r}"
+        )
+    return tuple(map(int, config.mesh.split("x")))
 
 
 def _check_rates(config: Config) -> None:

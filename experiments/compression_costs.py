@@ -18,8 +18,9 @@ from jaxlocal.compression import parse, payload_bits
 from jaxlocal.exchange import partial_sync
 from jaxlocal.models import build
 from jaxlocal.models.supervised import training_loss
+from jaxlocal.placement import make_mesh
 from jaxlocal.types import Compressor, Rounds, Tree
-from jaxlocal.workers import STACKED, make_mesh, over_mesh, stream
+from jaxlocal.workers import STACKED, over_mesh, stream
 
 GRADIENT = "gradient"
 CLASSES = 10

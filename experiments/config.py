@@ -179,6 +179,14 @@ class Config:
         "How a device runs its workers: vmap, map or blocks:N. By default what is fast.",
         str,
     )
+    mesh: str | None = _flag(
+        "workers",
+        None,
+        """Devices, as HxW: the hubs are spread over H, a hub's workers over W; as HxWxM every
+        worker is split over M besides. By default as many as the workers divide over.""",
+        str,
+        identity=False,
+    )
     dataset: str = _flag(
         "data",
         "digits",

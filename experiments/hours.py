@@ -23,9 +23,10 @@ from experiments.measuring import check_model
 from jaxlocal import ConfigurationError, ledger
 from jaxlocal.cluster import ALL_REDUCE, Cluster, Collective, Hours, hours
 from jaxlocal.local import bits
+from jaxlocal.placement import largest_mesh
 from jaxlocal.training import schedule
 from jaxlocal.types import Said, TrainState
-from jaxlocal.workers import AXES, largest_mesh
+from jaxlocal.workers import AXES
 
 SIZES, TURNS = (4, 16), 5  # of what is timed where no tick is given: ticks, and how often
 POSITIVE = ("bandwidth_gbps", "cluster_devices", "tick_ms", "hours_data_parallel", "hours_planned")

@@ -64,6 +64,7 @@ def plan(job: Job) -> dict[str, Any]:
         "compression_ratio_counted": model * job.ticks / said.workers if said.workers else None,
         "compressors": _compressors(job, shapes[0]),
         "devices": round_fn.mesh.size,
+        "mesh": dict(round_fn.mesh.shape),
         "training_programs": len(programs) + 1,
         "memory_bytes": _memory(job, state),
     }
@@ -132,7 +133,7 @@ def show(figures: dict[str, Any]) -> None:
         ("workers", f"{figures['hubs']} hubs × {figures['workers'] // figures['hubs']}"),
         ("ζ of the hub network", "—" if figures["zeta"] is None else f"{figures['zeta']:.4f}"),
         ("parameters", f"{number(figures['parameters'])} ({data_size(model)})"),
-        ("devices", number(figures["devices"])),
+        ("devices", f"{number(figures['devices'])}: {_mesh(figures['mesh'])}"),
         ("training programs", number(figures["training_programs"])),
         (
             "memory on a device",
@@ -150,6 +151,10 @@ def show(figures: dict[str, Any]) -> None:
     hours.show_hours(console, figures)
     if "audit" in figures:
         show_audit(console, figures["audit"])
+
+
+def _mesh(sizes: dict[str, int]) -> str:
+    return f"{' × '.join(map(str, sizes.values()))} ({' × '.join(sizes)})"
 
 
 def _said(total: int, model: int) -> str:

@@ -1,6 +1,6 @@
 """jaxlocal: train one model on many workers that rarely talk."""
 
-from jaxlocal import compression, mixing, periods, topology
+from jaxlocal import compression, mixing, periods, sharding, topology
 from jaxlocal.compressed import csea, cser, cser_pl, ef_sgd, qsparse_local_sgd, sparse_loco
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.gradient import accumulate, gradients
@@ -17,8 +17,9 @@ from jaxlocal.methods import (
     streaming_diloco,
     swap,
 )
+from jaxlocal.placement import make_mesh
 from jaxlocal.rounds import RoundFn
-from jaxlocal.workers import Layout, make_mesh
+from jaxlocal.workers import Layout
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "post_local_sgd",
     "qsparse_local_sgd",
     "scale_by_tick",
+    "sharding",
     "slowmo",
     "sparse_loco",
     "streaming_diloco",

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxlocal.errors import ConfigurationError
+from jaxlocal.sharding import path_name
 from jaxlocal.types import TrainState, Tree
 
 
@@ -182,7 +183,7 @@ def _cause(error: BaseException) -> str:
 def _described(tree: Tree) -> dict[str, str]:
     """Shape and dtype of every leaf by its path."""
     return {
-        _name(path): f"{x.dtype}{list(x.shape)}"
+        path_name(path): f"{x.dtype}{list(x.shape)}"
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
         if hasattr(x, "shape") and not _is_key(x.dtype)
     }
@@ -190,12 +191,6 @@ def _described(tree: Tree) -> dict[str, str]:
 
 def _is_key(dtype: Any) -> bool:
     return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    """A path as "params/first/kernel", alike for namedtuples, lists and dictionaries."""
-    entries = (getattr(e, "key", getattr(e, "name", getattr(e, "idx", e))) for e in path)
-    return "/".join(map(str, entries))
 
 
 def export(folder: str | Path, params: Tree, model_state: Tree) -> list[Path]:
@@ -212,7 +207,7 @@ def export(folder: str | Path, params: Tree, model_state: Tree) -> list[Path]:
     folder = Path(folder).absolute()
     tree = {"params": params, "model_state": model_state}
     arrays = {
-        _name(path): jax.numpy.asarray(np.asarray(x))
+        path_name(path): jax.numpy.asarray(np.asarray(x))
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
     checkpoint, single = folder / "model", folder / "model.safetensors"

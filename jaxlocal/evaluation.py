@@ -16,9 +16,10 @@ from jaxlocal.errors import ConfigurationError
 from jaxlocal.local import fetch
 from jaxlocal.placement import local_rows, place, place_rows
 from jaxlocal.rounds import BATCHES, WORLD, RoundFn
+from jaxlocal.sharding import batch_specs, is_split
 from jaxlocal.types import TrainState, Tree
 from jaxlocal.worker_maps import over_workers
-from jaxlocal.workers import AXES, STACKED, over_mesh, spread
+from jaxlocal.workers import AXES, MODEL, STACKED, over_mesh, spread
 
 # Examples are moved to the devices, or looked up there, in pieces of about so many bytes.
 CHUNK_BYTES = 64 << 20
@@ -60,7 +61,12 @@ class Evaluation:
         have = len(leaves[0]) if leaves else len(source or ())
         self._examples = _checked(np.arange(have) if examples is None else examples, have)
         one = [x[0] for x in leaves] if source is None else source[0]
-        self._shape = _chunk_shape(len(self._examples), mesh.size, batch_size, _size_of(one))
+        devices, batches, batch = _chunk_shape(
+            len(self._examples), mesh.size, batch_size, _size_of(one)
+        )
+        parts = mesh.shape.get(MODEL, 1)  # the devices of a worker share its batches
+        self._shape = devices // parts, batches, batch * parts
+        self._within = P(None, MODEL) if is_split(mesh) else P()
         # The lookup is a program of its own, so that a pool and a source give the same bits.
         self._lookup = jax.jit(over_mesh(fetch, mesh, (P(), P(AXES)), P(AXES)))
         specs = (*_MODEL, P(AXES), P(AXES))
@@ -80,7 +86,7 @@ class Evaluation:
         return {name: value / len(self._examples) for name, value in totals.items()}
 
     def _chunks(self) -> Iterator[tuple[Tree, jax.Array]]:
-        """Examples [devices, batches, batch, ...], and which of them count: the last chunk is
+        """Examples [places, batches, batch, ...], and which of them count: the last chunk is
         filled up with some that do not."""
         mesh, devices = self._round_fn.mesh, self._shape[:1]
         mine = local_rows(mesh, devices, P(AXES))
@@ -90,7 +96,7 @@ class Evaluation:
             rows = self._examples[places[mine] % total]
             batches = rows if self._source is None else read_examples(self._source, rows)
             held = (batches, places[mine] < total)
-            batches, counts = place_rows(held, mesh, devices, P(AXES))
+            batches, counts = place_rows(held, mesh, devices, P(AXES), within=self._within)
             yield (self._lookup(self._data, batches), counts)
 
 
@@ -114,9 +120,11 @@ class Reestimation:
 
     def __init__(self, round_fn: RoundFn, apply: Callable[[Tree, Tree, Tree], Tree], batches: Tree):
         self._world = round_fn.world
-        self._batches = place(batches, NamedSharding(round_fn.mesh, BATCHES))
+        mesh = round_fn.mesh
+        places = lambda spec: NamedSharding(mesh, spec)
+        self._batches = place(batches, jax.tree.map(places, batch_specs(mesh, BATCHES, batches)))
         specs = (*_MODEL, BATCHES)
-        self._program = jax.jit(over_mesh(_statistics_of(apply), round_fn.mesh, specs, STACKED))
+        self._program = jax.jit(over_mesh(_statistics_of(apply), mesh, specs, STACKED))
 
     def __call__(self, state: TrainState) -> TrainState:
         model = (state.params, state.model_state)
@@ -161,7 +169,7 @@ def _own_statistic(before, aside, here, there, beyond):
     kept = (there - here) / (aside - before)  # μ
     size = jnp.abs(here) + jnp.abs(there) + jnp.abs(beyond)
     straight = jnp.abs(beyond - 2 * there + here) <= 1e-5 * size
-    moves = straight & (kept >= 0) & (kept < 1 - 1e-5)
+    moves = straight & (kept > -1e-5) & (kept < 1 - 1e-5)  # 0 is met up to rounding only
     return jnp.where(moves, (here - kept * before) / jnp.where(moves, 1 - kept, 1), before)
 
 
@@ -226,7 +234,7 @@ def _sums_of(metrics):
 
         mine = jax.tree.map(lambda x: x[0], (batches, counts))
         _, sums = lax.scan(one_batch, (), mine)
-        return {name: lax.psum(value.sum(), AXES) for name, value in sums.items()}
+        return {name: workers.psum(value.sum(), AXES) for name, value in sums.items()}
 
     return program
 

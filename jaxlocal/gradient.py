@@ -7,19 +7,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlocal.errors import ConfigurationError
+from jaxlocal.sharding import examples_split, whole
 from jaxlocal.types import Tree
 from jaxlocal.workers import vary
 
 GradFn = Callable[[Tree, Tree, Tree, jax.Array], tuple[Tree, Tree, dict[str, jax.Array]]]
 
 
-def gradients(loss: Callable, stateful: bool = False) -> GradFn:
+def gradients(loss: Callable, stateful: bool = False, gathered: bool = True) -> GradFn:
     """The gradient function of one worker, from its loss.
 
     Args:
       loss: `loss(params, batch, key)` → scalar. The key is the worker's own at this tick, for
         dropout and the like. If `stateful`, `loss(params, model_state, batch, key)` → (scalar,
         (model_state, metrics)), metrics being a dict of scalars.
+      gathered: where a worker is split over devices, whether each of them gathers the parameters
+        and takes its part of the batch, as FSDP does. Else the loss is handed parameters in parts,
+        and says itself what is gathered where (`sharding.whole`, of a layer's parameters, say) or
+        leaves it to the compiler.
 
     Returns:
       `grad_fn(params, model_state, batch, key)` → (gradients, model_state, metrics with "loss"
@@ -30,13 +35,17 @@ def gradients(loss: Callable, stateful: bool = False) -> GradFn:
     [3.0, 6.0]
     """
 
+    def of_whole(params, *rest):
+        return loss(whole(params) if gathered else params, *rest)
+
     def grad_fn(params, model_state, batch, key):
+        batch = examples_split(batch)
         if stateful:
-            (value, (model_state, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
+            (value, (model_state, metrics)), grads = jax.value_and_grad(of_whole, has_aux=True)(
                 params, model_state, batch, key
             )
         else:
-            (value, grads), metrics = jax.value_and_grad(loss)(params, batch, key), {}
+            (value, grads), metrics = jax.value_and_grad(of_whole)(params, batch, key), {}
         return grads, model_state, {"loss": value, **metrics}
 
     return grad_fn

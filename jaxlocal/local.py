@@ -258,7 +258,7 @@ def _exchanged_step(one, state, memory, batch, world, mode, mixer, compressor):
 
 
 def _zeros(tree):
-    return jax.tree.map(jnp.zeros_like, tree)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
 
 
 def _advance(state, memory, params, opt_state, model_state, metrics):

@@ -11,7 +11,7 @@ from jax import lax
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.topology import check_mixing, routes
 from jaxlocal.types import Leaf, Messages, Mixer, Tree, World
-from jaxlocal.workers import AXES, Layout, weighted_sum
+from jaxlocal.workers import AXES, Layout, are_split, psum, weighted_sum
 
 
 def mean() -> Mixer:
@@ -22,7 +22,7 @@ def mean() -> Mixer:
 
     def average(tree: Tree, world: World) -> Tree:
         sums = jax.tree.map(lambda x: weighted_sum(world.weight, x, "all"), tree)
-        return _at_once(lambda x: lax.psum(x, AXES), sums, AXES)
+        return _at_once(lambda x: psum(x, AXES), sums, AXES)
 
     def messages(bits: int, layout: Layout) -> Messages:
         return Messages(workers=bits * (layout.workers_per_hub > 1), hubs=bits * (layout.hubs - 1))
@@ -45,7 +45,7 @@ def hub_mean() -> Mixer:
 
     def average(tree: Tree, world: World) -> Tree:
         sums = jax.tree.map(lambda x: weighted_sum(world.hub_share, x, "workers"), tree)
-        return _at_once(lambda x: lax.psum(x, "workers"), sums, ["workers"])
+        return _at_once(lambda x: psum(x, "workers"), sums, ["workers"])
 
     def messages(bits: int, layout: Layout) -> Messages:
         return Messages(workers=bits * (layout.workers_per_hub > 1))
@@ -87,7 +87,7 @@ def hub_diffusion(matrix: np.ndarray, workers_per_hub: int | None = None) -> Mix
         if complete:
             share = jnp.asarray(matrix)[hubs, :1]
             sums = jax.tree.map(lambda z: weighted_sum(share, z, "all"), models)
-            return _at_once(lambda z: lax.psum(z, "hubs"), sums, ["hubs"])
+            return _at_once(lambda z: psum(z, "hubs"), sums, ["hubs"])
         return _at_once(lambda z: _pass_on(matrix, z, hubs), models, ["hubs"])
 
     def messages(bits: int, layout: Layout) -> Messages:
@@ -171,10 +171,9 @@ def _wide(x: jax.Array) -> np.dtype:
 
 def _at_once(fn: Callable, tree: Tree, axes: Any) -> Tree:
     """fn of leaves [a, b, ...] → [c, d, ...], of all leaves of a type at once: one message, where
-    each would wait for a link. Leaf by leaf where nothing is sent, or where an automatic mesh axis
-    shards the leaves, which would be gathered to be joined."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if all(lax.axis_size(axis) == 1 for axis in axes) or mesh.auto_axes:
+    each would wait for a link. Leaf by leaf where nothing is sent, or where workers are split over
+    devices, which would have to be gathered to be joined."""
+    if all(lax.axis_size(axis) == 1 for axis in axes) or are_split():
         return jax.tree.map(fn, tree)
     leaves, structure = jax.tree.flatten(tree)
     done: list[Any] = list(leaves)

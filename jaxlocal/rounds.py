@@ -14,9 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlocal import ledger, workers
+from jaxlocal import sharding as placing
 from jaxlocal.compose import join, repeat
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.placement import local_rows, place, place_rows
+from jaxlocal.placement import local_rows, make_mesh, place, place_rows
 from jaxlocal.syncing import NOTHING
 from jaxlocal.types import (
     Collective,
@@ -29,7 +30,7 @@ from jaxlocal.types import (
     Tree,
     World,
 )
-from jaxlocal.workers import AXES, SINGLE, STACKED, Layout, over_mesh
+from jaxlocal.workers import AXES, MODEL, SINGLE, STACKED, Layout, over_mesh
 
 BATCHES = P(None, *AXES)
 INFO = Info(worker=BATCHES, common=P())
@@ -47,13 +48,16 @@ class RoundFn:
     Args:
       rounds: the method.
       layout: the workers.
-      mesh: of axes ('hubs', 'workers'); by default as many of the devices as the layout divides
-        over. It may span processes (`jax.distributed`): each then makes the same calls. Batches are
-        the same host arrays in all of them, of which each moves the rows of its `local_workers`;
-        or `local_batches`, where it holds no others.
+      mesh: of axes ('hubs', 'workers'), as `make_mesh` gives it; by default as many of the devices
+        as the layout divides over. On a last axis 'model' every worker is split over several. It
+        may span processes (`jax.distributed`): each then makes the same calls. Batches are the same
+        host arrays in all of them, of which each moves the rows of its `local_workers`; or
+        `local_batches`, where it holds no others.
       data: a pool of examples, a tree of arrays [examples, ...], kept whole on every device.
         Batches are then indices into it, which travel instead of the examples.
       max_chunk: the most ticks that are dispatched at once; bounds the memory for batches.
+      sharding: how a worker is split over 'model': a rule of `jaxlocal.sharding`; by default
+        `fsdp`. The examples of its batch, dimension 3, are split too where they divide.
 
     >>> import jaxlocal, optax
     >>> grad_fn = jaxlocal.gradients(lambda w, batch, key: (w - batch) ** 2)
@@ -73,6 +77,7 @@ class RoundFn:
         mesh: Mesh | None = None,
         data: Tree = (),
         max_chunk: int = 1024,
+        sharding: placing.Rule | None = None,
     ):
         if rounds.outer.ticks % rounds.inner.ticks:
             raise ConfigurationError(
@@ -81,7 +86,8 @@ class RoundFn:
             )
         self.rounds = rounds
         self.layout = layout
-        self.mesh = mesh if mesh is not None else workers.make_mesh(layout)
+        self.mesh = mesh if mesh is not None else make_mesh(layout)
+        self._rule = sharding or placing.fsdp(self.mesh.shape.get(MODEL, 1))
         self.local_workers = local_rows(self.mesh, layout.shape)
         if not self.local_workers.size:
             raise ConfigurationError(
@@ -117,16 +123,8 @@ class RoundFn:
         shapes."""
         model_state = {} if model_state is None else model_state
         shapes = self._init.eval_shape(params, model_state, jax.random.key(0))
-        return jax.tree.map(
-            lambda spec, part: jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(
-                    x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec)
-                ),
-                part,
-            ),
-            _specs(shapes),
-            shapes,
-        )
+        placed = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        return jax.tree.map(placed, shapes, self._shardings(shapes))
 
     @functools.cached_property
     def _init(self):
@@ -145,9 +143,8 @@ class RoundFn:
             return jax.tree.map(_strong, state._replace(memory=memory))
 
         def placed(*arguments):
-            out = jax.eval_shape(make, *arguments)
-            shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), _specs(out))
-            return lax.with_sharding_constraint(make(*arguments), shardings)
+            state = make(*arguments)
+            return lax.with_sharding_constraint(state, self._shardings(state))
 
         return jax.jit(placed)
 
@@ -172,7 +169,7 @@ class RoundFn:
             if size < ticks:
                 part = jax.tree.map(lambda b, a=start, n=size: b[a : a + n], batches)
             state, info = self._program(size // self.rounds.inner.ticks, state)(
-                state, self._place(part, BATCHES), self.world
+                state, self._placed(part), self.world
             )
             infos.append(info)
             start += size
@@ -187,7 +184,7 @@ class RoundFn:
             raise ConfigurationError(
                 f"the end of a round takes {outer.ticks} ticks, got batches of {ticks}"
             )
-        placed = self._place(batches, BATCHES) if outer.ticks else ()
+        placed = self._placed(batches) if outer.ticks else ()
         return self._program("outer", state)(state, placed, self.world)
 
     def chunks(self, ticks: int) -> Iterator[int]:
@@ -256,9 +253,12 @@ class RoundFn:
         return lowered
 
     def _lowered(self, which: int | str, state: TrainState, batches: Tree, ticks: int):
-        sharding = NamedSharding(self.mesh, BATCHES)
-        shape = lambda x: jax.ShapeDtypeStruct((ticks, *x.shape[1:]), x.dtype, sharding=sharding)
-        return self._program(which, state).lower(state, jax.tree.map(shape, batches), self.world)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((ticks, *x.shape[1:]), x.dtype), batches
+        )
+        at = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        placed = jax.tree.map(at, shapes, self._batch_shardings(shapes))
+        return self._program(which, state).lower(state, placed, self.world)
 
     def _measure(self, fn: Any):
         if fn not in self._programs:
@@ -269,7 +269,9 @@ class RoundFn:
         if which not in self._programs:
             outer = which == "outer"
             stage = self.rounds.outer if outer else repeat(self.rounds.inner, int(which))
-            self._programs[which] = _compile(stage, self.mesh, _specs(state), 1 if outer else 0)
+            self._programs[which] = _compile(
+                stage, self.mesh, _specs(state), 1 if outer else 0, self._held
+            )
         return self._programs[which]
 
     def _ticks_of(self, batches: Tree) -> int:
@@ -289,6 +291,21 @@ class RoundFn:
         if self._examples is not None:
             _check_indices(batches, self._examples)
         return ticks
+
+    def _shardings(self, state: TrainState) -> TrainState:
+        return placing.shardings(self.mesh, self._rule, _specs(state), state)
+
+    def _held(self, state: TrainState) -> TrainState:
+        """The state, told to the compiler to stay split as it is."""
+        split = placing.is_split(self.mesh)
+        return lax.with_sharding_constraint(state, self._shardings(state)) if split else state
+
+    def _batch_shardings(self, batches: Tree) -> Tree:
+        specs = placing.batch_specs(self.mesh, BATCHES, batches)
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+
+    def _placed(self, batches: Tree) -> Tree:
+        return place(batches, self._batch_shardings(batches))
 
     def _place(self, tree: Tree, specs: Any) -> Tree:
         shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
@@ -311,7 +328,7 @@ def _specs(state: TrainState) -> TrainState:
     return TrainState(STACKED, STACKED, STACKED, SINGLE, memory, SINGLE, SINGLE)
 
 
-def _compile(stage: Stage, mesh: Mesh, specs: TrainState, part: int):
+def _compile(stage: Stage, mesh: Mesh, specs: TrainState, part: int, held: Any):
     """The stage as one program on the state; `part` says which of the two memories is its own."""
 
     def run(state, batches, world):
@@ -322,7 +339,12 @@ def _compile(stage: Stage, mesh: Mesh, specs: TrainState, part: int):
         return state._replace(memory=tuple(memories)), info
 
     mapped = over_mesh(run, mesh, (specs, BATCHES, WORLD), (specs, INFO))
-    return jax.jit(mapped, donate_argnums=0)
+
+    def program(state, batches, world):
+        state, info = mapped(state, batches, world)
+        return held(state), info
+
+    return jax.jit(program, donate_argnums=0)
 
 
 def _pool_size(data: Tree) -> int | None:

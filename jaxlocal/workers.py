@@ -1,7 +1,6 @@
-"""The worker grid: who the workers are and where they live."""
+"""The worker grid: who the workers are, and what is done over all of them."""
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -11,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Tree, World
 
-AXES = ("hubs", "workers")
+AXES, MODEL = ("hubs", "workers"), "model"
 STACKED, SINGLE = P(*AXES), P()
 
 # What a random stream is for. Numbers are part of the format of a run: a new purpose takes a new
@@ -111,82 +110,6 @@ class Layout:
         )
 
 
-def make_mesh(
-    layout: Layout,
-    devices: Sequence[jax.Device] | None = None,
-    shape: tuple[int, int] | None = None,
-) -> Mesh:
-    """A mesh of ('hubs', 'workers') that the worker grid divides into.
-
-    Without a shape, the one that uses the most of the devices, hubs before workers; devices that
-    the grid does not divide into stay idle. With a shape, that one, or an error. Without devices,
-    those of all processes, the same number of each.
-
-    >>> make_mesh(Layout(hubs=4, workers_per_hub=3), jax.devices()[:1]).devices.shape
-    (1, 1)
-    """
-    if devices is None:
-        devices = shared_out(jax.devices(), layout.shape, shape)
-    devices = list(devices)
-    shape = largest_mesh(layout.shape, len(devices)) if shape is None else shape
-    for name, size, count in zip(AXES, shape, layout.shape, strict=True):
-        if size < 1 or count % size:
-            raise ConfigurationError(
-                f"{count} {name} do not divide over {size} devices of the mesh axis {name!r}"
-            )
-    if math.prod(shape) > len(devices):
-        raise ConfigurationError(
-            f"a {shape[0]} × {shape[1]} mesh needs {math.prod(shape)} devices, there are "
-            f"{len(devices)}"
-        )
-    return Mesh(
-        np.array(devices[: math.prod(shape)]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2
-    )
-
-
-def shared_out(
-    devices: Sequence[jax.Device], grid: tuple[int, int], shape: tuple[int, int] | None = None
-) -> list[jax.Device]:
-    """As many devices of one process as of the other: what the mesh of a shape, or the largest,
-    takes."""
-    owned: dict[int, list[jax.Device]] = {}
-    for device in devices:
-        owned.setdefault(device.process_index, []).append(device)
-    if len(owned) == 1:
-        return list(devices)
-    each = min(map(len, owned.values()))
-    count = math.prod(shape or largest_mesh(grid, each * len(owned), len(owned)))
-    if count % len(owned):
-        raise ConfigurationError(
-            f"a mesh of {count} devices does not divide over {len(owned)} processes"
-        )
-    return [device for mine in owned.values() for device in mine[: count // len(owned)]]
-
-
-def largest_mesh(grid: tuple[int, int], devices: int, processes: int = 1) -> tuple[int, int]:
-    """The shape of the mesh that uses the most of so many devices, the same number of every
-    process, and that a worker grid divides into, hubs before workers.
-
-    >>> largest_mesh((2, 5), 4), largest_mesh((1, 7), 4), largest_mesh((1, 100), 64)
-    ((2, 1), (1, 1), (1, 50))
-    >>> largest_mesh((1, 12), 16, processes=2), largest_mesh((3, 6), 9, processes=2)
-    ((1, 12), (3, 2))
-    """
-    divisors = [[n for n in range(1, size + 1) if size % n == 0] for size in grid]
-    fits = [
-        (h, w)
-        for h in divisors[0]
-        for w in divisors[1]
-        if h * w <= devices and h * w % processes == 0
-    ]
-    if not fits:
-        raise ConfigurationError(
-            f"{grid[0]} hubs × {grid[1]} workers do not divide over {processes} processes with "
-            f"{devices} devices in all"
-        )
-    return max(fits, key=lambda s: (s[0] * s[1], s[0]))
-
-
 def stream(key: jax.Array, purpose: int, tick: Any, worker: Any = None) -> jax.Array:
     """The key of one purpose at one tick, for one worker or (without a worker) for all alike.
 
@@ -201,12 +124,14 @@ _TYPED: ContextVar[bool] = ContextVar("_TYPED", default=True)
 
 
 def over_mesh(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    """fn run on every device of the mesh, on the device's own block.
+    """fn run on every device of the mesh, on the device's own block. Where a worker is split over
+    several devices, on a worker's own, which they share as the compiler sees fit.
 
     Values are typed by the mesh axes over which they differ, which proves that what is declared
     common is. A user's loop that carries a constant fails under those types; it runs without them.
     """
     places: dict[str, Any] = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
+    places["axis_names"] = set(AXES)
 
     def mapped(*arguments):
         try:
@@ -237,8 +162,17 @@ def vary(tree: Tree, axes: Sequence[str] = AXES) -> Tree:
 
 
 def one_worker(stacked: Tree) -> Tree:
-    """The shapes of one worker's tree, of leaves (or shapes) [D, N, ...]."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), stacked)
+    """The shapes of one worker's tree, of leaves (or shapes) [D, N, ...], and how it is split where
+    it is."""
+
+    def one(x):
+        where = getattr(x, "sharding", None)
+        if isinstance(where, NamedSharding) and MODEL in where.mesh.axis_names:
+            where = NamedSharding(where.mesh, P(*where.spec[2:]))
+            return jax.ShapeDtypeStruct(x.shape[2:], x.dtype, sharding=where)
+        return jax.ShapeDtypeStruct(x.shape[2:], x.dtype)
+
+    return jax.tree.map(one, stacked)
 
 
 def spread(tree: Tree, like: Tree) -> Tree:
@@ -255,10 +189,38 @@ def weighted_sum(weight: jax.Array, x: jax.Array, over: str) -> jax.Array:
     times slower). Half-precision values are summed in float32.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    flat = x.reshape(x.shape[:2] + (-1,)).astype(wide)
-    form = "dn,dnp->dp" if over == "workers" else "dn,dnp->p"
-    total = jnp.einsum(form, weight.astype(wide), flat, precision=lax.Precision.HIGHEST)
-    return total.reshape((x.shape[0] if over == "workers" else 1, 1) + x.shape[2:])
+    apart = over == "workers"
+    # One long dimension is fastest; but it would gather a worker that is split over devices.
+    flat = x if are_split() else x.reshape(x.shape[:2] + (-1,))
+    form = "dn,dn...->d..." if apart else "dn,dn...->..."
+    total = jnp.einsum(
+        form, weight.astype(wide), flat.astype(wide), precision=lax.Precision.HIGHEST
+    )
+    return total.reshape((x.shape[0] if apart else 1, 1) + x.shape[2:])
+
+
+def are_split() -> bool:
+    """Whether, inside `over_mesh`, a worker is split over several devices, of which the compiler
+    takes care."""
+    return MODEL in jax.sharding.get_abstract_mesh().auto_axes
+
+
+def psum(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
+    """The sum of x over mesh axes, common to them."""
+    return _reduced(lax.psum, x, axes)
+
+
+def pmax(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
+    """The largest x over mesh axes, common to them."""
+    return _reduced(lax.pmax, x, axes)
+
+
+def _reduced(reduce: Callable, x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
+    # On a mesh of 1 × 1 × model XLA cannot partition an all-reduce over the axes of workers; the
+    # gather of what one device has, which nothing is sent for either, it can.
+    if are_split() and all(lax.axis_size(axis) == 1 for axis in AXES):
+        return lax.all_gather(x, axes, to="invarying")[0]
+    return reduce(x, axes)
 
 
 def mean(params: Tree, world: World) -> Tree:
@@ -271,7 +233,7 @@ def mean(params: Tree, world: World) -> Tree:
         if jnp.issubdtype(x.dtype, jnp.floating):
             return _mean(x, world).astype(x.dtype)
         largest = x.astype(jnp.int32).max((0, 1)) if x.dtype == bool else x.max((0, 1))
-        return lax.pmax(largest, AXES).astype(x.dtype)
+        return pmax(largest, AXES).astype(x.dtype)
 
     return jax.tree.map(one, params)
 
@@ -284,8 +246,8 @@ def consensus_distance(params: Tree, world: World) -> jax.Array:
         return weighted_sum(world.weight, jnp.square(x.astype(u.dtype) - u), "all").sum()
 
     floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.sqrt(lax.psum(sum(map(square, floats)), AXES))
+    return jnp.sqrt(psum(sum(map(square, floats)), AXES))
 
 
 def _mean(x: jax.Array, world: World) -> jax.Array:
-    return lax.psum(weighted_sum(world.weight, x, "all"), AXES)[0, 0]
+    return psum(weighted_sum(world.weight, x, "all"), AXES)[0, 0]

@@ -14,7 +14,7 @@ import pytest
 import several_processes as program
 
 from jaxlocal import ConfigurationError, Layout, make_mesh
-from jaxlocal.workers import shared_out
+from jaxlocal.placement import shared_out
 
 # Float32 rounds at 6e-8; losses of size ten after fifty contracting steps differ by a few of it.
 ROUNDING = {"rtol": 2e-6, "atol": 2e-6}

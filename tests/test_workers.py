@@ -92,7 +92,20 @@ def test_a_mesh_of_a_shape_has_that_shape_and_its_devices_in_order():
     assert list(mesh.devices.ravel()) == devices[1:7]
 
 
+def test_a_third_size_splits_every_worker_over_neighbouring_devices():
+    mesh = make_mesh(Layout(2, 2), shape=(2, 1, 4))
+    assert mesh.axis_names == ("hubs", "workers", "model")
+    assert [[d.id for d in row] for row in mesh.devices[:, 0]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert make_mesh(Layout(2, 2), shape=(2, 1, 1)).axis_names == ("hubs", "workers")
+
+
 def test_meshes_that_do_not_fit_are_refused():
+    with refused("a 1 × 3 × 4 mesh needs 12 devices, there are 8"):
+        make_mesh(Layout(1, 3), jax.devices()[:8], shape=(1, 3, 4))
+    with refused("a worker cannot be split over 0 devices"):
+        make_mesh(Layout(1, 3), shape=(1, 3, 0))
+    with refused("a mesh is hubs × workers or hubs × workers × model, got 1 × 1 × 1 × 1"):
+        make_mesh(Layout(1, 3), shape=(1, 1, 1, 1))
     with refused("4 hubs do not divide over 3 devices of the mesh axis 'hubs'"):
         make_mesh(Layout(4, 6), shape=(3, 1))
     with refused("6 workers do not divide over 4 devices of the mesh axis 'workers'"):

@@ -25,8 +25,8 @@ from experiments.speed.workloads import (
 from jaxlocal import Layout, RoundFn
 from jaxlocal.gradient import GradFn
 from jaxlocal.models.supervised import training_loss
+from jaxlocal.placement import make_mesh
 from jaxlocal.types import Rounds, Tree
-from jaxlocal.workers import make_mesh
 
 # Runs a round of examples [ticks, workers, batch] to its end; gives the losses, leading with ticks.
 Run = Callable[[np.ndarray], Any]

@@ -29,7 +29,8 @@ def wire(said: Iterable[Said], layout: Layout, mesh: Mapping[str, int]) -> list[
 
     The workers of a device average among themselves first, so that an average costs what a model
     does, and on one device nothing. Averages cross in float32 at least; gathered payloads in their
-    own types, together with the weights of the average.
+    own types, together with the weights of the average. Where a worker is split over devices, each
+    says its part of a model, and all of a compressed payload.
     """
     return [collective for one in said for collective in _carried(one, layout, mesh)]
 
@@ -38,7 +39,7 @@ def _carried(one: Said, layout: Layout, mesh: Mapping[str, int]) -> Iterator[Col
     values: dict[str, int] = {}
     for x in jax.tree.leaves(one.payload):
         dtype = x.dtype if one.gathered else jnp.promote_types(x.dtype, jnp.float32)
-        values[str(dtype)] = values.get(str(dtype), 0) + x.size
+        values[str(dtype)] = values.get(str(dtype), 0) + _here(x)
     if one.gathered and values:
         weight = str(jnp.result_type(float))
         values[weight] = values.get(weight, 0) + 1
@@ -48,6 +49,11 @@ def _carried(one: Said, layout: Layout, mesh: Mapping[str, int]) -> Iterator[Col
             if apart and size:
                 nbytes = copies * size * jnp.dtype(dtype).itemsize
                 yield Collective(kind, apart, dtype, nbytes, one.times)
+
+
+def _here(x: jax.ShapeDtypeStruct) -> int:
+    """How many of a leaf's values one device has: a part of them where a worker is split."""
+    return math.prod(x.sharding.shard_shape(x.shape)) if x.sharding else x.size
 
 
 def by_kind(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...], str], int]:

@@ -39,6 +39,10 @@ def call(module, *arguments, **environment):
         ({"schedule": "cosin"}, ["unknown schedule", "cosine"]),
         ({"partition": "sortd"}, ["unknown partition", "sorted"]),
         ({"worker_map": "vmp"}, ["unknown worker map", "vmap"]),
+        *(
+            ({"mesh": word}, ["HUBSxWORKERS", repr(word)])
+            for word in ("2x", "0x2", "axb", "1x1x1x1")
+        ),
         ({"optimizer_state": "keeep"}, ["unknown optimizer state", "keep"]),
         ({"rates": "slow"}, ["unknown rates", "slow_one"]),
         ({"rates": "0.5,x"}, ["--rates=0.5,x", "numbers"]),
@@ -158,6 +162,7 @@ def test_a_mistake_is_told_in_one_sentence_before_anything_runs(changes, words):
         (["--method=ef_sgd", "--gradient_compressor=grbs:1e9"], "grbs:1000000000"),
         (["--method=cser", "--seeds=2", "--reset_compressor=powersgd:999"], "999"),
         (["--method=mll_sgd", "--local_steps=16", "--ticks=100"], "96 or 112"),
+        (["--mesh=3x1"], "1 hubs do not divide over 3 devices"),
     ],
 )
 def test_a_mistake_ends_with_status_two_and_leaves_nothing(flags, words, tmp_path):

@@ -10,7 +10,7 @@ from absl import flags
 from experiments import command_line
 from experiments import train as binary
 from experiments.build import build_job
-from experiments.config import Config
+from experiments.config import Config, default_workdir
 from experiments.plan import plan
 from experiments.recording import finite, read_metrics
 from jaxlocal import ConfigurationError
@@ -88,6 +88,18 @@ def test_the_run_does_what_the_plan_says(method, tmp_path):
         assert last[name] == figures[planned]
     assert last["bits_workers"] == figures["bits_workers"]
     assert last["bits_hubs"] == figures["bits_hubs"]
+
+
+def test_a_mesh_says_what_a_device_holds_and_makes_no_other_run():
+    config = Config(parameters=1 << 12, workers=2, optimizer="adam", mesh="1x2x4")
+    figures = plan(build_job(config))
+    assert figures["mesh"] == {"hubs": 1, "workers": 2, "model": 4} and figures["devices"] == 8
+    memory = figures["memory_bytes"]  # float32: a quarter of one worker's; the count is whole
+    assert (memory["parameters"], memory["optimizer"]) == (1 << 12, (2 << 12) + 4)
+    assert default_workdir(config) == default_workdir(dataclasses.replace(config, mesh=None))
+    for mesh, words in [("1x3", "2 workers do not divide over 3"), ("1x2x8", "16 devices")]:
+        with pytest.raises(ConfigurationError, match=words):
+            plan(build_job(dataclasses.replace(config, mesh=mesh)))
 
 
 def test_the_default_coefficient_gives_h_base_at_the_peak():

@@ -47,6 +47,13 @@ def test_of_the_cores_those_count_that_are_allowed(one_core):
     assert planned_devices("--workers=8") == 1
 
 
+def test_a_cpu_is_as_many_devices_as_a_mesh_asks_for():
+    assert planned_devices("--workers=2", "--mesh=1x2x4") == 8
+    configs = [Config(mesh=mesh) for mesh in (None, "2x4", "1x2x3", "2xx", "1x1x999999")]
+    asked = [starting._asked_for(configs[:number]) for number in (0, 1, 2, 4, 5)]
+    assert asked == [0, 0, 8, 8, starting.MOST_DEVICES]
+
+
 def test_what_the_user_has_chosen_stays():
     chosen = "--xla_force_host_platform_device_count=4"
     assert planned_devices("--workers=8", XLA_FLAGS=chosen) == 4
