@@ -145,7 +145,6 @@ def test_split_workers_train_as_whole_ones(method, loss, mesh, worker_map):
 
 
 MESH, LEAST = (1, 2, 4), 64
-OF_A_WORKER, ACROSS = [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
 @functools.cache
