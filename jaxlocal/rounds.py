@@ -391,7 +391,8 @@ def _strong(x: jax.Array) -> jax.Array:
 def _concatenate(infos: list[Info]) -> Info:
     """One report of several dispatches; joined on the host, where it takes no compilation, if it
     lies in this process."""
-    here = lambda x: not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
-    if not all(here(x) for x in jax.tree.leaves(infos)):
+    here = lambda x: not isinstance(x, jax.Array) or x.is_fully_addressable
+    leaves = jax.tree.leaves(infos)
+    if any(isinstance(x, jax.core.Tracer) for x in leaves) or not all(map(here, leaves)):
         return join(infos)
     return join(infos, lambda parts: np.concatenate([np.asarray(p) for p in parts]))
