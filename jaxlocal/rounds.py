@@ -256,8 +256,10 @@ class RoundFn:
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((ticks, *x.shape[1:]), x.dtype), batches
         )
-        at = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-        placed = jax.tree.map(at, shapes, self._batch_shardings(shapes))
+        at = lambda where, part: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), part
+        )
+        placed = jax.tree.map(at, self._batch_shardings(shapes), shapes)
         return self._program(which, state).lower(state, placed, self.world)
 
     def _measure(self, fn: Any):
