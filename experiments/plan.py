@@ -43,13 +43,15 @@ def plan(job: Job) -> dict[str, Any]:
     programs = {d.ticks for d in pieces if not (ending and d.ends_round)}
     said = round_fn.messages(state, job.ticks, len(lengths))
     model = bits(state.params)
-    ticks_a_round = job.ticks / len(lengths)
+    turns = job.rounds.outer.turns  # rounds in which a whole model is said
+    ticks_a_model = turns * job.ticks / len(lengths)
     return {
         "method": job.config.method,
         "period": job.rounds.period.description,
         "ticks": job.ticks,
         "rounds": len(lengths),
-        "communication_volume": len(lengths) / job.ticks,
+        "communication_volume": len(lengths) / (turns * job.ticks),
+        "turns": turns,
         "local_steps": _segments(lengths),
         "local_steps_max": max(lengths),
         "hubs": job.layout.hubs,
@@ -60,7 +62,7 @@ def plan(job: Job) -> dict[str, Any]:
         "bits_workers": said.workers,
         "bits_hubs": said.hubs,
         "bits_workers_data_parallel": model * job.ticks if job.layout.workers > 1 else 0,
-        "compression_ratio_formula": ratio_by_formula(job.config, job.compressors, ticks_a_round),
+        "compression_ratio_formula": ratio_by_formula(job.config, job.compressors, ticks_a_model),
         "compression_ratio_counted": model * job.ticks / said.workers if said.workers else None,
         "compressors": _compressors(job, shapes[0]),
         "devices": round_fn.mesh.size,
@@ -119,12 +121,13 @@ def show(figures: dict[str, Any]) -> None:
     """The figures as tables."""
     console = Console()
     volume, model = figures["communication_volume"], figures["bits_model"]
+    turns = f" / {figures['turns']} fragments" if figures["turns"] > 1 else ""
     memory = figures["memory_bytes"]
     rows = [
         ("period", figures["period"]),
         ("ticks", number(figures["ticks"])),
         ("rounds", number(figures["rounds"])),
-        ("communication volume", f"{volume:.2%} (rounds / ticks)"),
+        ("communication volume", f"{volume:.2%} (rounds{turns} / ticks)"),
         ("sent by a worker", _said(figures["bits_workers"], model)),
         ("sent by a hub", _said(figures["bits_hubs"], model)),
         ("data parallel, by a worker", _said(figures["bits_workers_data_parallel"], model)),

@@ -266,7 +266,8 @@ def streaming_diloco(
                           y_p ← outer_p(y_p, d);  x_ip ← α x_ip + (1 − α) y_p
 
     y is the anchor. A round is H/P ticks, the last τ of which run while the pseudo-gradient d of a
-    fragment is averaged. See `overlap.overlapped` for where a machine does both at once.
+    fragment is averaged. See `overlap.overlapped` for where a machine does both at once. What ends
+    a round is one program, which has the τ ticks once for each fragment and compiles as long.
 
     Args:
       period: H, the ticks between two synchronisations of the same fragment, or a rule for it, in

@@ -25,8 +25,17 @@ def overlapped(
         τ ticks of every worker, on all of x_i, which do not wait for d
         y ← y + outer(d);  x_i ← α x_i + (1 − α) y, of the fragment
 
-    y is the anchor. What workers learn in the τ ticks is in no d: it stays in the share α of their
-    own models, and is in the next pseudo-gradient.
+    y is the anchor. What a worker learns in the τ ticks is not in d: the share α of it stays in
+    x_i, and is in the next pseudo-gradient.
+
+    The average and the ticks do not depend on each other, so a program may run them at once. XLA's
+    CPU backend runs them one after the other: there only the algorithm overlaps, a message is
+    smaller by its fragment, and τ saves no time. Measured with JAX 0.10, two gloo processes over a
+    link of limited rate, a model of 8 to 10 MB in 4 or 32 tensors, ticks that do nothing but wait,
+    and an average about as long as τ = 20 of them: a round took 0.92 to 1.05 times as long as with
+    τ = 0, in ten pairs. On GPUs XLA's documentation has
+    `--xla_gpu_enable_latency_hiding_scheduler=true` for collectives beside computation; that is not
+    measured.
 
     Args:
       ticks: what runs meanwhile, without memory of its own; `compose.sequence()` for nothing, which

@@ -256,8 +256,10 @@ class RoundFn:
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((ticks, *x.shape[1:]), x.dtype), batches
         )
-        at = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-        placed = jax.tree.map(at, shapes, self._batch_shardings(shapes))
+        at = lambda where, part: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), part
+        )
+        placed = jax.tree.map(at, self._batch_shardings(shapes), shapes)
         return self._program(which, state).lower(state, placed, self.world)
 
     def _measure(self, fn: Any):
@@ -391,7 +393,8 @@ def _strong(x: jax.Array) -> jax.Array:
 def _concatenate(infos: list[Info]) -> Info:
     """One report of several dispatches; joined on the host, where it takes no compilation, if it
     lies in this process."""
-    here = lambda x: not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
-    if not all(here(x) for x in jax.tree.leaves(infos)):
+    here = lambda x: not isinstance(x, jax.Array) or x.is_fully_addressable
+    leaves = jax.tree.leaves(infos)
+    if any(isinstance(x, jax.core.Tracer) for x in leaves) or not all(map(here, leaves)):
         return join(infos)
     return join(infos, lambda parts: np.concatenate([np.asarray(p) for p in parts]))

@@ -143,8 +143,8 @@ def run(
         device is busy.
       ticks: of the whole run, which ends on a synchronisation; the same where it goes on.
       measure_every: ticks between measurements. A step is due at tick 0, at every multiple (on
-        hubs: at the first hub average from there on) and at the end; with 0, at the end of every
-        round.
+        hubs: at the first hub average from there on; in ticks that end a round: at its end) and
+        at the end; with 0, at the end of every round.
       save_every: ticks between checkpoints. One is due at the first dispatch from every multiple
         on and at the end; with 0, never. It cuts no round.
 

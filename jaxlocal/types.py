@@ -165,6 +165,6 @@ class Rounds(NamedTuple):
     run `optimizer`."""
 
     inner: Stage  # the smallest part that repeats: a tick, or τ ticks and a hub average
-    outer: Stage  # what ends a round; takes no ticks
+    outer: Stage  # what ends a round; its ticks, if it takes any, are the last of the round
     optimizer: optax.GradientTransformation
     period: Period

@@ -113,6 +113,7 @@ def test_fragments_take_turns_in_a_period():
     figures = plan(build_job(Config(**options, rounds=12)))
     assert figures["local_steps"] == [{"tick": 0, "local_steps": 2, "rounds": 12}]
     assert figures["ticks"] == 24 and figures["bits_workers"] == 3 * figures["bits_model"]
+    assert figures["communication_volume"] == 1 / 8 and figures["compression_ratio_formula"] == 8
     # The last round of one tick is no longer than the delay.
     figures = plan(build_job(Config(**options, ticks=25)))
     assert [(s["local_steps"], s["rounds"]) for s in figures["local_steps"]] == [(2, 11), (3, 1)]
