@@ -16,7 +16,7 @@ from jaxlocal.errors import ConfigurationError
 from jaxlocal.local import fetch
 from jaxlocal.placement import local_rows, place, place_rows
 from jaxlocal.rounds import BATCHES, WORLD, RoundFn
-from jaxlocal.sharding import batch_specs, is_split
+from jaxlocal.sharding import batch_specs, is_split, on
 from jaxlocal.types import TrainState, Tree
 from jaxlocal.worker_maps import over_workers
 from jaxlocal.workers import AXES, MODEL, STACKED, over_mesh, spread
@@ -121,8 +121,7 @@ class Reestimation:
     def __init__(self, round_fn: RoundFn, apply: Callable[[Tree, Tree, Tree], Tree], batches: Tree):
         self._world = round_fn.world
         mesh = round_fn.mesh
-        places = lambda spec: NamedSharding(mesh, spec)
-        self._batches = place(batches, jax.tree.map(places, batch_specs(mesh, BATCHES, batches)))
+        self._batches = place(batches, on(mesh, batch_specs(mesh, BATCHES, batches)))
         specs = (*_MODEL, BATCHES)
         self._program = jax.jit(over_mesh(_statistics_of(apply), mesh, specs, STACKED))
 

@@ -1,7 +1,6 @@
 """The compiled round: a method, a layout of workers and a mesh made into `state, info =
 round_fn(state, batches)`."""
 
-import functools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -9,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxlocal import ledger, workers
@@ -18,11 +16,11 @@ from jaxlocal import sharding as placing
 from jaxlocal.compose import join, repeat
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.placement import local_rows, make_mesh, place, place_rows
+from jaxlocal.states import States, specs_of
 from jaxlocal.syncing import NOTHING
 from jaxlocal.types import (
     Collective,
     Info,
-    Memory,
     Messages,
     Rounds,
     Stage,
@@ -87,14 +85,15 @@ class RoundFn:
         self.rounds = rounds
         self.layout = layout
         self.mesh = mesh if mesh is not None else make_mesh(layout)
-        self._rule = sharding or placing.fsdp(self.mesh.shape.get(MODEL, 1))
+        rule = sharding or placing.fsdp(self.mesh.shape.get(MODEL, 1))
+        self._states = States(rounds, layout, self.mesh, rule)
         self.local_workers = local_rows(self.mesh, layout.shape)
         if not self.local_workers.size:
             raise ConfigurationError(
                 f"process {jax.process_index()} has no device in the mesh of {self.mesh.size}"
             )
         self._examples = _pool_size(data)
-        self.world = self._place(layout.world(data), WORLD)
+        self.world = place(layout.world(data), placing.on(self.mesh, WORLD))
         self._most = max(1, max_chunk // rounds.inner.ticks)
         self._programs: dict[Any, Any] = {}
 
@@ -106,47 +105,13 @@ class RoundFn:
           key: a typed root key, `jax.random.key(seed)`.
           model_state: what a model keeps besides its parameters; {} if none.
         """
-        typed = jnp.issubdtype(getattr(key, "dtype", np.dtype(object)), jax.dtypes.prng_key)
-        if not typed or key.shape:
-            got = f"{jnp.shape(key)} keys" if typed else type(key).__name__
-            raise ConfigurationError(
-                f"the root key must be one typed key as of jax.random.key, got {got}"
-            )
         self.traffic(self.shapes(params, model_state))  # checks that the mixers fit the layout
-        given = (params, {} if model_state is None else model_state, key)
-        if self.mesh.is_multi_process:
-            given = self._place(given, SINGLE)
-        return self._init(*given)
+        return self._states.init(params, key, model_state)
 
     def shapes(self, params: Tree, model_state: Tree = None) -> TrainState:
         """The shapes, dtypes and shardings of the state that `init` makes, of parameters or their
         shapes."""
-        model_state = {} if model_state is None else model_state
-        shapes = self._init.eval_shape(params, model_state, jax.random.key(0))
-        placed = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-        return jax.tree.map(placed, shapes, self._shardings(shapes))
-
-    @functools.cached_property
-    def _init(self):
-        def make(params, model_state, key):
-            stack = lambda tree: jax.tree.map(
-                lambda x: jnp.broadcast_to(x, self.layout.shape + jnp.shape(x)), tree
-            )
-            stacked = stack(params)
-            opt_state = jax.vmap(jax.vmap(self.rounds.optimizer.init))(stacked)
-            anchored = self.rounds.inner.anchored or self.rounds.outer.anchored
-            anchor = jax.tree.map(_wide, params) if anchored else ()
-            state = TrainState(
-                stacked, opt_state, stack(model_state), anchor, (), key, jnp.int32(0)
-            )
-            memory = (self.rounds.inner.init(state), self.rounds.outer.init(state))
-            return jax.tree.map(_strong, state._replace(memory=memory))
-
-        def placed(*arguments):
-            state = make(*arguments)
-            return lax.with_sharding_constraint(state, self._shardings(state))
-
-        return jax.jit(placed)
+        return self._states.shapes(params, model_state)
 
     def __call__(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
         """One whole round: H ticks and what ends the round, which may take the last of them."""
@@ -253,13 +218,9 @@ class RoundFn:
         return lowered
 
     def _lowered(self, which: int | str, state: TrainState, batches: Tree, ticks: int):
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((ticks, *x.shape[1:]), x.dtype), batches
-        )
-        at = lambda where, part: jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), part
-        )
-        placed = jax.tree.map(at, self._batch_shardings(shapes), shapes)
+        shape = lambda x: jax.ShapeDtypeStruct((ticks, *x.shape[1:]), x.dtype)
+        shapes = jax.tree.map(shape, batches)
+        placed = placing.described(shapes, self._batch_shardings(shapes))
         return self._program(which, state).lower(state, placed, self.world)
 
     def _measure(self, fn: Any):
@@ -272,7 +233,7 @@ class RoundFn:
             outer = which == "outer"
             stage = self.rounds.outer if outer else repeat(self.rounds.inner, int(which))
             self._programs[which] = _compile(
-                stage, self.mesh, _specs(state), 1 if outer else 0, self._held
+                stage, self.mesh, specs_of(state), 1 if outer else 0, self._states.held
             )
         return self._programs[which]
 
@@ -294,24 +255,11 @@ class RoundFn:
             _check_indices(batches, self._examples)
         return ticks
 
-    def _shardings(self, state: TrainState) -> TrainState:
-        return placing.shardings(self.mesh, self._rule, _specs(state), state)
-
-    def _held(self, state: TrainState) -> TrainState:
-        """The state, told to the compiler to stay split as it is."""
-        split = placing.is_split(self.mesh)
-        return lax.with_sharding_constraint(state, self._shardings(state)) if split else state
-
     def _batch_shardings(self, batches: Tree) -> Tree:
-        specs = placing.batch_specs(self.mesh, BATCHES, batches)
-        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+        return placing.on(self.mesh, placing.batch_specs(self.mesh, BATCHES, batches))
 
     def _placed(self, batches: Tree) -> Tree:
         return place(batches, self._batch_shardings(batches))
-
-    def _place(self, tree: Tree, specs: Any) -> Tree:
-        shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
-        return place(tree, shardings)
 
 
 def check_length(rounds: Rounds, ticks: int) -> None:
@@ -321,13 +269,6 @@ def check_length(rounds: Rounds, ticks: int) -> None:
             f"a round of H = {ticks} is too short for a synchronisation that runs beside its last "
             f"τ = {rounds.outer.ticks} ticks"
         )
-
-
-def _specs(state: TrainState) -> TrainState:
-    """Where the parts of a state live, as a prefix of its tree."""
-    is_memory = lambda node: isinstance(node, Memory)
-    memory = jax.tree.map(lambda _: Memory(STACKED, SINGLE), state.memory, is_leaf=is_memory)
-    return TrainState(STACKED, STACKED, STACKED, SINGLE, memory, SINGLE, SINGLE)
 
 
 def _compile(stage: Stage, mesh: Mesh, specs: TrainState, part: int, held: Any):
@@ -375,19 +316,6 @@ def _check_indices(batches: Tree, examples: int) -> None:
         raise ConfigurationError(
             f"indices from {index.min()} to {index.max()} do not fit a pool of {examples} examples"
         )
-
-
-def _wide(x: Any) -> jax.Array:
-    """What an anchor holds of a parameter: half precision would lose what workers differ by."""
-    x = jnp.asarray(x)
-    is_float = jnp.issubdtype(x.dtype, jnp.floating)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float else x
-
-
-def _strong(x: jax.Array) -> jax.Array:
-    """The array without JAX's weak type, which a round would lose, to be compiled again."""
-    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return x if is_key else lax.convert_element_type(x, x.dtype)
 
 
 def _concatenate(infos: list[Info]) -> Info:

@@ -101,6 +101,21 @@ def shardings(mesh: Mesh, rule: Rule, specs: Any, tree: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(part, specs, tree)
 
 
+def described(shapes: Tree, shardings: Any) -> Tree:
+    """The shapes with their shardings, a prefix of the tree."""
+
+    def over(where, part):
+        at = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        return jax.tree.map(at, part)
+
+    return jax.tree.map(over, shardings, shapes)
+
+
+def on(mesh: Mesh, specs: Any) -> Any:
+    """The specs as shardings."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
 def batch_specs(mesh: Mesh, leading: P, batches: Tree) -> Any:
     """How batches lie whose examples follow the leading dimensions: split as well where they
     divide."""

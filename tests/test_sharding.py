@@ -19,7 +19,6 @@ from jaxlocal.evaluation import Evaluation, Reestimation
 from jaxlocal.ledger import audit, by_kind
 from jaxlocal.models.transformer import transformer
 from jaxlocal.nn import conv_general_dilated, max_pool
-from jaxlocal.rounds import BATCHES
 
 LENGTH, TOKENS = 8, 16
 FLAT, HUBS = Layout(workers_per_hub=4, weights=[1, 2, 3, 4]), Layout(hubs=4, rates=[1, 0.5, 1, 0.5])
@@ -157,11 +156,8 @@ def language_rounds(mesh=MESH):
 @functools.cache
 def compiled(which, mesh=MESH):
     round_fn, state, batches = language_rounds(mesh)
-    if which == "outer":
-        return round_fn._program(which, state).lower(state, (), round_fn.world).compile()
-    specs = sharding.batch_specs(round_fn.mesh, BATCHES, batches)
-    batches = round_fn._place(batches, specs)
-    return round_fn._program(which, state).lower(state, batches, round_fn.world).compile()
+    lowered = [program for _, program in round_fn.lower(state, batches)]
+    return lowered[-1 if which == "outer" else 0].compile()
 
 
 def of_one(tree):
