@@ -126,6 +126,8 @@ def assert_in_place(state, shapes):
         ("local_sgd", next_tokens, (1, 2, 4), "map"),
         ("local_sgd", convolutional, (1, 2, 4), "map"),
         ("local_sgd", convolutional, (1, 2, 2), "vmap"),
+        ("local_sgd", perceptron, (1, 1, 8), "vmap"),
+        ("mll_sgd", perceptron, (1, 1, 4), "map"),
         ("mll_sgd", perceptron, (2, 1, 2), "map"),
         ("mll_sgd", perceptron, (4, 1, 2), "vmap"),
         ("diloco", perceptron, (1, 2, 4), "map"),
