@@ -11,7 +11,7 @@ import numpy as np
 import jaxlocal
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-PROGRAM, WITH_NNX, WITH_CHECKPOINTS, COMPRESSED, FAST = re.findall(
+PROGRAM, WITH_NNX, WITH_CHECKPOINTS, COMPRESSED, SPLIT, FAST = re.findall(
     r"```python\n(.*?)```", README, re.DOTALL
 )
 
@@ -52,7 +52,17 @@ def test_the_fourth_program_counts_what_is_said(capsys):
     assert eval(last) == [32 * model, 32 * blocks, entries, 32 * factors]
 
 
-def test_the_fifth_program_has_the_gradients_of_plain_layers():
+def test_the_fifth_program_splits_each_worker_over_all_devices():
+    names = {}
+    exec(compile(PROGRAM + SPLIT, "README.md", "exec"), names)
+    up, down = (names["state"].params[name] for name in ("up", "down"))
+    assert up.sharding.shard_shape(up.shape) == (1, 2, 32, 64 // jax.device_count())
+    assert down.sharding.shard_shape(down.shape) == (1, 2, 64 // jax.device_count(), 8)
+    losses = names["info"].worker["loss"]
+    assert losses.shape == (4, 1, 2) and (losses[-1] < losses[0]).all()
+
+
+def test_the_sixth_program_has_the_gradients_of_plain_layers():
     names = {}
     exec(compile(PROGRAM + WITH_NNX + FAST, "README.md", "exec"), names)
     plain = jaxlocal.gradients(names["loss"], stateful=True)
