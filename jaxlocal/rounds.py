@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlocal import workers
 from jaxlocal.compose import join, repeat
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.placement import local_rows, place, place_rows
+from jaxlocal.placement import in_step, local_rows, place, place_rows
 from jaxlocal.syncing import NOTHING
 from jaxlocal.types import Info, Memory, Messages, Rounds, Stage, TrainState, Tree, World
 from jaxlocal.workers import AXES, SINGLE, STACKED, Layout, over_mesh
@@ -150,9 +150,9 @@ class RoundFn:
             part = batches
             if size < ticks:
                 part = jax.tree.map(lambda b, a=start, n=size: b[a : a + n], batches)
-            state, info = self._program(size // self.rounds.inner.ticks, state)(
-                state, self._place(part, BATCHES), self.world
-            )
+            program = self._program(size // self.rounds.inner.ticks, state)
+            done = program(state, self._place(part, BATCHES), self.world)
+            state, info = in_step(self.mesh, done)
             infos.append(info)
             start += size
         return state, _concatenate(infos)
@@ -161,7 +161,7 @@ class RoundFn:
         """What ends a round."""
         if self.rounds.outer is NOTHING:
             return state, Info()
-        return self._program("outer", state)(state, (), self.world)
+        return in_step(self.mesh, self._program("outer", state)(state, (), self.world))
 
     def chunks(self, ticks: int) -> Iterator[int]:
         """The sizes, in ticks, in which so many ticks are dispatched: descending powers of four.
