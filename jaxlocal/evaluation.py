@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlocal import workers
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.local import fetch
-from jaxlocal.placement import local_rows, place, place_rows
+from jaxlocal.placement import in_step, local_rows, place, place_rows
 from jaxlocal.rounds import BATCHES, WORLD, RoundFn
 from jaxlocal.sharding import batch_specs, is_split, on
 from jaxlocal.types import TrainState, Tree
@@ -77,7 +77,8 @@ class Evaluation:
         world = world._replace(data=())
         parts = []
         for examples, counts in self._chunks():
-            parts.append(self._program(model, world, examples, counts))
+            part = self._program(model, world, examples, counts)
+            parts.append(in_step(self._round_fn.mesh, part))
             jax.block_until_ready(parts[-2:-1])  # at most two chunks are on the devices
         totals: dict[str, float] = {}
         for part in jax.device_get(parts):
@@ -97,7 +98,7 @@ class Evaluation:
             batches = rows if self._source is None else read_examples(self._source, rows)
             held = (batches, places[mine] < total)
             batches, counts = place_rows(held, mesh, devices, P(AXES), within=self._within)
-            yield (self._lookup(self._data, batches), counts)
+            yield in_step(mesh, self._lookup(self._data, batches)), counts
 
 
 class Reestimation:

@@ -127,6 +127,14 @@ def _spanning(x: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(values.shape, sharding, part)
 
 
+def in_step(mesh: Mesh, results: Tree) -> Tree:
+    """What a program on the mesh has given, to be had before the next program starts where the mesh
+    is of CPUs in several processes: their collectives occupy the threads of the host, and those of
+    programs that run ahead can wait for each other for ever."""
+    waits = mesh.is_multi_process and mesh.devices.flat[0].platform == "cpu"
+    return jax.block_until_ready(results) if waits else results
+
+
 def local_rows(mesh: Mesh, grid: tuple[int, ...], spec: P = STACKED) -> np.ndarray:
     """The numbers, row by row, of the places of a grid that lie on this process's devices.
 

@@ -15,7 +15,7 @@ from jaxlocal import ledger, workers
 from jaxlocal import sharding as placing
 from jaxlocal.compose import join, repeat
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.placement import local_rows, make_mesh, place, place_rows
+from jaxlocal.placement import in_step, local_rows, make_mesh, place, place_rows
 from jaxlocal.states import States, specs_of
 from jaxlocal.syncing import NOTHING
 from jaxlocal.types import (
@@ -133,9 +133,9 @@ class RoundFn:
             part = batches
             if size < ticks:
                 part = jax.tree.map(lambda b, a=start, n=size: b[a : a + n], batches)
-            state, info = self._program(size // self.rounds.inner.ticks, state)(
-                state, self._placed(part), self.world
-            )
+            program = self._program(size // self.rounds.inner.ticks, state)
+            done = program(state, self._placed(part), self.world)
+            state, info = in_step(self.mesh, done)
             infos.append(info)
             start += size
         return state, _concatenate(infos)
@@ -150,7 +150,7 @@ class RoundFn:
                 f"the end of a round takes {outer.ticks} ticks, got batches of {ticks}"
             )
         placed = self._placed(batches) if outer.ticks else ()
-        return self._program("outer", state)(state, placed, self.world)
+        return in_step(self.mesh, self._program("outer", state)(state, placed, self.world))
 
     def chunks(self, ticks: int) -> Iterator[int]:
         """The sizes, in ticks, in which so many ticks are dispatched: descending powers of four.
