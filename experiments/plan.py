@@ -1,6 +1,7 @@
 """What a run would do and say, without training: rounds, H, communication, parameters, memory.
 
-Takes the flags of experiments.train. Reads no data and runs no model.
+Takes the flags of experiments.train. Reads no data and runs no model, unless hours are asked for
+and the time of a tick is not given.
 """
 
 import itertools
@@ -13,6 +14,7 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
+from experiments import hours
 from experiments.build import Job, build_job, make_round_fn, measure_every, model_shapes
 from experiments.command_line import define_flags, run_binary
 from experiments.compressing import ratio_by_formula
@@ -142,6 +144,7 @@ def show(figures: dict[str, Any]) -> None:
         (f"from tick {number(s['tick'])}", f"H = {number(s['local_steps'])}") for s in shown
     ]
     show_table(console, f"\nH schedule{more}", schedule_rows)
+    hours.show_hours(console, figures)
 
 
 def _said(total: int, model: int) -> str:
@@ -169,8 +172,10 @@ def main_on(config: Config) -> int:
     output = flags.FLAGS.format
     if output not in FORMATS:
         raise unknown("format", output, FORMATS)
+    options = hours.from_flags(flags.FLAGS)
     start([config])
-    figures = plan(build_job(config))
+    job = build_job(config)
+    figures = plan(job) | hours.plan_hours(job, options)
     print(json.dumps(finite(figures), indent=2)) if output == "json" else show(figures)
     return 0
 
@@ -178,6 +183,8 @@ def main_on(config: Config) -> int:
 def main() -> None:
     define_flags()
     flags.DEFINE_string("format", "text", "How to print the plan: text or json.")
+    hours.define_flags()
+    flags.adopt_module_key_flags(hours)
     run_binary(main_on, __doc__ or "")
 
 

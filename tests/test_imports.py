@@ -25,7 +25,7 @@ FLOORS = (
     ("gradient", "local"),
     ("syncing", "feedback"),
     ("methods", "compressed"),
-    ("rounds", "training", "evaluation", "checkpoints"),
+    ("rounds", "training", "evaluation", "checkpoints", "cluster"),
 )
 # Beside the floors: a package, and what of the rest it may import.
 BESIDE = {

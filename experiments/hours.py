@@ -1,0 +1,268 @@
+"""How many hours a planned run takes: on a cluster, by the model of jaxlocal.cluster; or by a fit
+of runs whose hours are known."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from absl.flags import FLAGS
+from rich.console import Console
+
+from experiments.benchmarking import in_turns, spread_of
+from experiments.build import Job, build_job, make_round_fn, model_shapes
+from experiments.config import Config
+from experiments.display import number, show_table
+from experiments.feeding import Feed
+from experiments.hours_fit import fitted, show_fit
+from experiments.measuring import check_model
+from jaxlocal import ConfigurationError, RoundFn
+from jaxlocal.cluster import ALL_REDUCE, Cluster, Collective, Hours, hours
+from jaxlocal.local import bits
+from jaxlocal.training import schedule
+from jaxlocal.types import Messages, TrainState
+from jaxlocal.workers import largest_mesh
+
+SIZES, TURNS = (4, 16), 5  # of what is timed where no tick is given: ticks, and how often
+POSITIVE = ("bandwidth_gbps", "cluster_devices", "tick_ms", "hours_data_parallel", "hours_planned")
+NEEDS = {"hours_data_parallel": "hours_planned", "hours_planned": "hours_data_parallel"}
+
+
+class Options(NamedTuple):
+    """The flags of the hours, None where they are not given."""
+
+    bandwidth_gbps: float | None = None
+    latency_us: float | None = None
+    all_reduce: str | None = None
+    cluster_devices: int | None = None
+    tick_ms: float | None = None
+    jitter: float | None = None
+    slowdown: str | None = None
+    hours_data_parallel: float | None = None
+    hours_planned: float | None = None
+
+
+def define_flags(values: flags.FlagValues = FLAGS) -> None:
+    """Register them."""
+    real, whole, text = flags.DEFINE_float, flags.DEFINE_integer, flags.DEFINE_string
+    told: dict[str, tuple[Callable, str]] = {
+        "bandwidth_gbps": (real, "Plan the hours on a cluster too: Gbit/s of a device's link."),
+        "latency_us": (real, "Of a message there, in µs. By default 0."),
+        "all_reduce": (text, f"How devices average: {', '.join(ALL_REDUCE)}. By default ring."),
+        "cluster_devices": (whole, "Its devices. By default one a worker."),
+        "tick_ms": (real, "Of one worker's tick there; by default measured on this machine."),
+        "jitter": (real, "Coefficient of variation of a device's ticks. By default 0."),
+        "slowdown": (text, "How many times as long the first devices' ticks take, as in 2,1.5."),
+        "hours_data_parallel": (real, "Known hours of data parallelism; with --hours_planned."),
+        "hours_planned": (real, "Known hours of this run: predicts those of other periods."),
+    }
+    for name, (define, about) in told.items():
+        define(name, None, about, flag_values=values)
+
+
+def from_flags(values: flags.FlagValues) -> Options:
+    """The options that the flags hold.
+
+    Raises:
+      ConfigurationError: one that is not positive, or given without another that it needs.
+    """
+    options = Options(**{name: values[name].value for name in Options._fields})
+    for name, value in options._asdict().items():
+        if value is None:
+            continue
+        if name in POSITIVE and not 0 < value < math.inf:
+            raise ConfigurationError(f"--{name} must be a number > 0, got {value}")
+        other = NEEDS.get(name, "bandwidth_gbps")
+        if getattr(options, other) is None:
+            raise ConfigurationError(f"--{name}={value} needs --{other} too")
+    return options
+
+
+def plan_hours(job: Job, options: Options) -> dict[str, Any]:
+    """The figures that the options ask for."""
+    figures = {}
+    if options.bandwidth_gbps is not None:
+        figures["cluster"] = on_cluster(job, options)
+    if options.hours_planned is not None and options.hours_data_parallel is not None:
+        figures["fit"] = fitted(job, options.hours_data_parallel, options.hours_planned)
+    return figures
+
+
+def on_cluster(job: Job, options: Options) -> dict[str, Any]:
+    """The hours of the run on a cluster, and beside it of data parallelism: as many ticks, a whole
+    model's all-reduce at each.
+
+    A tick is a slot of the clock: a worker of rate p < 1 makes nobody wait, but needs 1/p slots a
+    step on average, and in data parallelism all wait for these.
+    """
+    mesh = _mesh(job, options.cluster_devices or job.layout.workers)
+    cluster = _cluster(options, math.prod(mesh))
+    tick = _tick(job, options.tick_ms)
+    at_once = job.layout.workers / cluster.devices
+    cluster = dataclasses.replace(cluster, tick_seconds=1e-3 * tick["median"] * at_once)
+    round_fn, rounds = make_round_fn(job), job.rounds
+    state = round_fn.shapes(*model_shapes(job.config, job.model))
+    said = sent(job, round_fn, state, mesh)
+    lengths = schedule(rounds, job.ticks)
+    planned = hours(lengths, cluster, *said, rounds.inner.ticks, rounds.outer.ticks)
+    everyone = dataclasses.replace(cluster, slowdown=_of_all_steps(job, cluster, mesh))
+    model: Collective = ("all-reduce", bits(state.params) / 8, cluster.devices)
+    return {
+        **{f.name: getattr(cluster, f.name) for f in dataclasses.fields(Cluster)},
+        "tick_ms": tick,
+        "planned": _parts(planned),
+        "data_parallel": _parts(hours([job.ticks], everyone, [model])),
+    }
+
+
+def _cluster(options: Options, devices: int) -> Cluster:
+    """As the options say, with ticks of a second."""
+    given = {name: getattr(options, name) for name in ("all_reduce", "jitter")}
+    return Cluster(
+        options.bandwidth_gbps or 0.0,
+        options.latency_us or 0.0,
+        1.0,
+        devices,
+        slowdown=_slowdowns(options.slowdown),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def sent(
+    job: Job, round_fn: RoundFn, state: TrainState, mesh: tuple[int, int]
+) -> tuple[list[Collective], list[Collective]]:
+    """What crosses the links at one inner stage and at one round's end on a mesh of hubs ×
+    workers: what workers say in their hub, averaged or else gathered, and what hubs say, as
+    messages to neighbours."""
+
+    def collectives(said: Messages, *compressed: str) -> list[Collective]:
+        (hubs, workers), used = mesh, [job.compressors.get(what) for what in compressed]
+        own = said.workers / 8
+        gathered: Collective = ("all-gather", workers * own, workers)
+        averaged: Collective = ("all-reduce", own, workers)
+        in_hub = averaged if all(c.averageable for c in used if c) else gathered
+        both = (in_hub, ("collective-permute", said.hubs / 8, hubs))
+        return [one for one in both if one[1] and one[2] > 1]
+
+    inner, outer = round_fn.traffic(state)
+    return collectives(inner, "gradient", "sync"), collectives(outer, "reset", "sync")
+
+
+def _parts(spent: Hours) -> dict[str, float]:
+    parts = {f"{name}_hours": value for name, value in spent._asdict().items()}
+    return {**parts, "total_hours": spent.total}
+
+
+def _mesh(job: Job, devices: int) -> tuple[int, int]:
+    mesh = largest_mesh(job.layout.shape, devices)
+    if math.prod(mesh) != devices:
+        hubs, workers = job.layout.shape
+        raise ConfigurationError(
+            f"{hubs} hubs × {workers} workers do not divide over --cluster_devices={devices}; "
+            f"over {math.prod(mesh)} they would"
+        )
+    return mesh
+
+
+def _slowdowns(text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise ConfigurationError(
+            f"--slowdown={text} is no row of numbers separated by commas"
+        ) from None
+
+
+def _of_all_steps(job: Job, cluster: Cluster, mesh: tuple[int, int]) -> tuple[float, ...]:
+    """How much longer than t each device takes where no step is left out: a worker that steps
+    with probability p at a tick needs 1/p of them."""
+    hubs, workers = job.layout.shape
+    blocks = (1 / job.layout.rate).reshape(mesh[0], hubs // mesh[0], mesh[1], workers // mesh[1])
+    factors = blocks.mean((1, 3)).reshape(-1) * cluster.tick / cluster.tick_seconds
+    return tuple(float(factor) for factor in factors)
+
+
+def _tick(job: Job, given: float | None) -> dict[str, Any]:
+    """Milliseconds of one worker's tick, and on what they were measured."""
+    if given is not None:
+        return {"median": given, "measured_on": None}
+    if job.dataset is None:
+        raise ConfigurationError(
+            f"--parameters={job.config.parameters} plans a model without building it, whose tick "
+            f"cannot be measured; give --tick_ms"
+        )
+    device = jax.local_devices()[0]
+    return {**spread_of(measure_ticks(job)), "measured_on": device.device_kind}
+
+
+def measure_ticks(job: Job) -> list[float]:
+    """Milliseconds of a tick of one worker of the job, alone on this machine's first device: by the
+    difference of many ticks and few, turn by turn, compilation left out."""
+    job = build_job(_alone(job))
+    check_model(job)
+    assert job.model is not None
+    with Feed(job) as feed:
+        round_fn, batches = make_round_fn(job, feed.pool), {n: feed(0, n) for n in SIZES}
+        key = jax.random.key(job.config.seed)
+        params, model_state = jax.jit(job.model.init)(key)
+        state = round_fn.init(params, key, model_state)
+
+        def steps(size: int) -> Any:
+            nonlocal state
+            state, _ = round_fn.local_steps(state, batches[size])
+            return state.params
+
+        seconds = in_turns({str(n): functools.partial(steps, n) for n in SIZES}, TURNS)
+    few, many = (np.array(seconds[str(n)]) for n in SIZES)
+    ticks = (many - few) / (SIZES[1] - SIZES[0])
+    return list(1e3 * (ticks if np.median(ticks) > 0 else many / SIZES[1]))
+
+
+def _alone(job: Job) -> Config:
+    """The run of one of its workers that speaks with nobody."""
+    kept = [
+        field.name
+        for field in dataclasses.fields(Config)
+        if field.metadata["group"] in ("data", "model", "optimizer") and field.name != "partition"
+    ]
+    same = {name: getattr(job.config, name) for name in (*kept, "accumulation", "worker_map")}
+    return Config(workers=1, period="constant", ticks=max(job.ticks, SIZES[1]), **same)
+
+
+def show_hours(console: Console, figures: dict[str, Any]) -> None:
+    """Those of `plan_hours` as tables."""
+    if "cluster" in figures:
+        _show_cluster(console, figures["cluster"])
+    if "fit" in figures:
+        show_fit(console, figures["fit"])
+
+
+def _show_cluster(console: Console, figures: dict[str, Any]) -> None:
+    tick, slow = figures["tick_ms"], figures["slowdown"]
+    told = "given"
+    if tick["measured_on"] is not None:
+        between = f"{number(tick['least'])} … {number(tick['most'])}"
+        told = f"{between}, measured on this machine's {tick['measured_on']}, and true for it only"
+    rows = [
+        ("link", f"{number(figures['bandwidth_gbps'])} Gbit/s, {number(figures['latency_us'])} µs"),
+        ("all-reduce", figures["all_reduce"]),
+        ("a worker's tick", f"{number(tick['median'])} ms ({told})"),
+        ("jitter of ticks", number(figures["jitter"])),
+        ("slow devices", ", ".join(f"{factor:g}×" for factor in slow) or "—"),
+        ("planned", _shown(figures["planned"])),
+        ("data parallel", _shown(figures["data_parallel"])),
+    ]
+    show_table(console, f"\nhours on a cluster of {figures['devices']} devices, by a model", rows)
+
+
+def _shown(figures: dict[str, float]) -> str:
+    """In a unit in which one can read the total."""
+    total = figures["total_hours"]
+    units = (("h", 1), ("min", 60), ("s", 3600))
+    unit, size = next((u for u in units if total * u[1] >= 1), units[-1])
+    parts = (f"{name} {figures[f'{name}_hours'] * size:.3g}" for name in Hours._fields)
+    return f"{total * size:.4g} {unit}: {', '.join(parts)}"
