@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import jaxlocal
 from experiments.checks import check_numbers
@@ -36,6 +37,7 @@ from jaxlocal.gradient import GradFn
 from jaxlocal.models import Model, build, in_precision, outputs_for
 from jaxlocal.models.supervised import training_loss
 from jaxlocal.types import Compressor, Rounds
+from jaxlocal.workers import make_mesh
 
 MEASUREMENTS, CHECKPOINTS = 25, 10  # about so many a run
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -139,13 +141,19 @@ def _gradients(
     return jaxlocal.accumulate(grad_fn, config.accumulation)
 
 
+def mesh_of(job: Job) -> Mesh:
+    """Over which devices the workers are spread."""
+    return make_mesh(job.layout)
+
+
 def make_round_fn(job: Job, data: Any = ()) -> RoundFn:
     """The job's round, in chunks that keep the progress bar moving and the batches small."""
     item = 4  # an index
     if job.config.stream and job.dataset is not None:
         item += sum(np.asarray(x).nbytes for x in job.dataset.train_source()[0].values())
     fits = CHUNK_BYTES // (item * job.config.workers * job.config.batch_size)
-    return RoundFn(job.rounds, job.layout, data=data, max_chunk=min(CHUNK_TICKS, fits))
+    most = min(CHUNK_TICKS, fits)
+    return RoundFn(job.rounds, job.layout, mesh_of(job), data, max_chunk=most)
 
 
 def measure_every(job: Job) -> int:

@@ -17,6 +17,7 @@ from experiments.program_cache import CacheTrouble
 from experiments.starting import ABOUT
 from jaxlocal import ConfigurationError
 from jaxlocal.checkpoints import SavingError
+from jaxlocal.data import StreamError
 
 # Exit statuses: what the machine or the training did, a user's mistake, Ctrl-C.
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -91,18 +92,26 @@ def _guarded(main: Callable[[], int | None]) -> int | None:
     warnings.showwarning = lambda message, *_, **__: _warn(shown(str(message)))
     try:
         status = main()
-    except ConfigurationError as error:
-        fail(str(error))
-    except SavingError as error:
-        status = _say(str(error), FAILED)
-    except OSError as error:
-        status = _say(f"{error.filename or 'writing'}: {error.strerror}", FAILED)
-    except KeyboardInterrupt:
-        status = _say("interrupted", INTERRUPTED)
+    except (Exception, KeyboardInterrupt) as error:
+        known = explained(error)
+        if known is None:
+            raise
+        status = _say(*known)
     if status == INTERRUPTED:
         sys.stdout.flush()
         os._exit(status)  # a compilation that goes on in the background would crash at exit
     return status
+
+
+def explained(error: BaseException) -> tuple[str, int] | None:
+    """The sentence and the exit status for what may go wrong; None for what must not."""
+    if isinstance(error, ConfigurationError):
+        return str(error), USAGE
+    if isinstance(error, SavingError | StreamError):
+        return str(error), FAILED
+    if isinstance(error, OSError):
+        return f"{error.filename or 'writing'}: {error.strerror}", FAILED
+    return ("interrupted", INTERRUPTED) if isinstance(error, KeyboardInterrupt) else None
 
 
 def _without_what_follows_a_failed_write(unraisable: Any) -> None:

@@ -278,10 +278,36 @@ class Config:
         identity=False,
     )
 
+    coordinator_address: str | None = _flag(
+        "processes",
+        None,
+        """HOST:PORT where process 0 of several waits for the others. A run of experiments.train on
+        several processes is started on each, with the same flags but for --process_id, in a folder
+        that all share.""",
+        str,
+        identity=False,
+    )
+    process_count: int | None = _flag("processes", None, "How many.", int, identity=False)
+    process_id: int | None = _flag(
+        "processes", None, "Which of them this is, from 0 on.", int, identity=False
+    )
+    distributed: bool = _flag(
+        "processes",
+        False,
+        "Ask the cluster for all three: Slurm, Open MPI, Kubernetes or TPU.",
+        identity=False,
+    )
+
     def flag_lines(self) -> list[str]:
-        """The flags that make this run again, defaults that are None left out."""
-        values = dataclasses.asdict(self)
-        return [_line(name, value) for name, value in values.items() if value is not None]
+        """The flags that make this run again, on any number of processes; defaults that are None
+        left out."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        here = [f.name for f in dataclasses.fields(self) if f.metadata["group"] == "processes"]
+        return [
+            _line(name, value)
+            for name, value in values.items()
+            if value is not None and name not in here
+        ]
 
     def identity_lines(self) -> list[str]:
         """Those flags that make this run another one than a run without them: where it lies and

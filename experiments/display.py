@@ -18,10 +18,10 @@ LINES_WITHOUT_TERMINAL = 10
 class Display:
     """A live line on a terminal; elsewhere a plain line now and then."""
 
-    def __init__(self, ticks: int, bits_a_tick: int = 0):
+    def __init__(self, ticks: int, bits_a_tick: int = 0, quiet: bool = False):
         """`bits_a_tick` are data parallelism's, which compressed messages are compared with;
-        methods that say whole models save averages."""
-        self.console = Console()
+        methods that say whole models save averages. A quiet one shows nothing."""
+        self.console = Console(quiet=quiet)
         self._ticks, self._bits = ticks, bits_a_tick
         self._accuracy: float | None = None
         self._next_line = 0.0

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.build import Job
+from experiments.build import Job, mesh_of
 from jaxlocal.data import Batches, Stream, make_batches
 from jaxlocal.data.examples import Examples, ExampleSource
 from jaxlocal.evaluation import read_examples
+from jaxlocal.placement import local_rows, place_rows
 from jaxlocal.types import Tree
 
 
@@ -34,6 +35,8 @@ class Feed:
         self.batches: Batches = make_batches(
             config.partition, self.targets, *self._grid, config.batch_size, config.seed
         )
+        mesh = mesh_of(job)
+        self._mesh = mesh if config.stream and mesh.is_multi_process else None
         self._stream = self._make_stream() if config.stream else None
 
     def __enter__(self) -> "Feed":
@@ -45,7 +48,7 @@ class Feed:
 
     def __call__(self, start_tick: int, ticks: int) -> Tree:
         if self._stream:
-            return self._stream(start_tick, ticks)
+            return self._spread(self._stream(start_tick, ticks))
         index = self.batches.indices(start_tick, ticks)
         if self.augmentation is None:
             return index
@@ -58,7 +61,15 @@ class Feed:
     def first(self, ticks: int) -> Tree:
         """The batches of the first ticks as they are stored, without augmentation."""
         index = self.batches.indices(0, ticks)
-        return read_examples(self._dataset.train_source(), index) if self._stream else index
+        if not self._stream:
+            return index
+        if self._mesh:
+            index = index.reshape(ticks, -1, index.shape[-1])[:, local_rows(self._mesh, self._grid)]
+        return self._spread(read_examples(self._dataset.train_source(), index))
+
+    def _spread(self, batches: Tree) -> Tree:
+        """What has been read, where that is of this process's workers alone, as global arrays."""
+        return place_rows(batches, self._mesh, self._grid, axis=1) if self._mesh else batches
 
     def _make_stream(self) -> Stream:
         config = self.config
@@ -68,4 +79,5 @@ class Feed:
             config.seed,
             self.augmentation,
             processes=config.stream_workers,
+            workers=local_rows(self._mesh, self._grid) if self._mesh else None,
         )

@@ -7,12 +7,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 from experiments.config import PLACE, Config
 from jaxlocal import ConfigurationError
 
 METRICS, SUMMARY, FLAGS, CURVES = "metrics.jsonl", "summary.json", "flags.txt", "curves.png"
 PREVIOUS = "metrics.previous.jsonl"  # of a run that starts anew, until that has ended
 CHECKPOINTS, TENSORBOARD, PARTITION = "checkpoints", "tensorboard", "partition.png"
+
+
+def record(folder: Path, config: Config) -> "Recorder":
+    """What writes the run's folder: of several processes the first does."""
+    recorder = Recorder(folder, config) if jax.process_index() == 0 else None
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the folder is the run's own")
+    return recorder or Bystander(folder, config)
 
 
 class Recorder:
@@ -75,6 +86,35 @@ class Recorder:
         if summary["ended"] != "interrupted":
             (self.folder / PREVIOUS).unlink(missing_ok=True)
         write_json(self.folder / SUMMARY, summary)
+
+
+class Bystander(Recorder):
+    """In the place of a recorder where another process writes the folder, which both must see.
+
+    Raises:
+      ConfigurationError: it is not there.
+    """
+
+    def __init__(self, folder: Path, config: Config):
+        self.folder = folder
+        self.lines = []
+        if not (folder / FLAGS).exists():
+            raise ConfigurationError(
+                f"the workdir {folder.absolute()} of process 0 is not seen by process "
+                f"{jax.process_index()}; it must be a folder that all processes share"
+            )
+
+    def begin(self, tick: int, measurements: int | None = None) -> None:
+        pass
+
+    def measured(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+
+    def settle(self) -> None:
+        pass
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        pass
 
 
 class _Board:

@@ -59,6 +59,7 @@ def _summary(
         "hubs": job.layout.hubs,
         "workers": job.layout.workers,
         "zeta": job.zeta,
+        "processes": jax.process_count(),
         "devices": round_fn.mesh.size,
         "backend": jax.default_backend(),
         "versions": {"jaxlocal": jaxlocal.__version__, "jax": jax.__version__},

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
@@ -29,14 +30,23 @@ def train_several(config: Config, folder: Path, train: Callable[[Config], int]) 
     Returns the exit status of the first that failed, which ends it, or 0.
     """
     build_job(config)  # a mistake is told before anything is written
-    claim(folder, config)
-    (folder / SUMMARY).unlink(missing_ok=True)
+    first = jax.process_index() == 0  # of several processes the one that writes
+    if first:
+        claim(folder, config)
+        (folder / SUMMARY).unlink(missing_ok=True)
     seeds = range(config.seed, config.seed + config.seeds)
     folders = [folder / f"seed_{seed}" for seed in seeds]
     for seed, place in zip(seeds, folders, strict=True):
         one = dataclasses.replace(config, seed=seed, seeds=1, workdir=str(place))
         if status := train(one):
             return status
+    if first:
+        _leave(config, folder, seeds, folders)
+    return 0
+
+
+def _leave(config: Config, folder: Path, seeds: range, folders: list[Path]) -> None:
+    """Summary, picture and table of all seeds."""
     figures = {"seeds": list(seeds), **_summary(folders), "flags": config.flag_lines()}
     write_json(folder / SUMMARY, figures)
     title = f"{config.method} on {config.dataset}, {config.workers} workers, {len(seeds)} seeds"
@@ -45,7 +55,6 @@ def train_several(config: Config, folder: Path, train: Callable[[Config], int]) 
     show_table(console, f"\n{title}", _rows(figures))
     for name in (SUMMARY, CURVES):
         console.print(str(folder / name), highlight=False, soft_wrap=True)
-    return 0
 
 
 def mean_and_error(values: list[float]) -> dict[str, Any]:

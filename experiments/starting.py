@@ -28,12 +28,13 @@ JAX_NUM_CPU_DEVICES=N makes it N. Compiled programs are kept in ~/.cache/jaxloca
 JAX_COMPILATION_CACHE_DIR=FOLDER keeps them elsewhere, and empty nowhere."""
 
 
-def start(configs: Iterable[Config], processes: int = 1) -> None:
-    """Settle it for some runs, so many processes at once.
+def start(configs: Iterable[Config], processes: int = 1, joined: int = 1) -> None:
+    """Settle it for some runs, so many processes at once on this machine; a run of so many joined
+    ones.
 
     What the user has settled by JAX's own variables stays, as does all once JAX has started.
     """
-    use_the_cores(_grids(configs), max(1, cores() // processes))
+    use_the_cores(_grids(configs), max(1, cores() // processes), joined)
     be_patient()
     keep_programs()
 
@@ -52,12 +53,14 @@ def cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def use_the_cores(grids: Iterable[tuple[int, int]], count: int) -> None:
-    """Make a CPU as many virtual devices, at most so many, as the largest mesh of a grid fills."""
+def use_the_cores(grids: Iterable[tuple[int, int]], count: int, joined: int = 1) -> None:
+    """Make a CPU as many virtual devices, at most so many, as the largest mesh of a grid fills;
+    where processes are joined, this one's share of it."""
     by_flag = "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if by_flag or jax.config.values["jax_num_cpu_devices"] >= 0:
         return
-    wanted = max((math.prod(largest_mesh(grid, count)) for grid in grids), default=1)
+    meshes = (largest_mesh(grid, joined * count, joined) for grid in grids)
+    wanted = max((math.prod(mesh) // joined for mesh in meshes), default=1)
     with contextlib.suppress(RuntimeError):  # JAX has started
         jax.config.update("jax_num_cpu_devices", wanted)
 

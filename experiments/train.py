@@ -19,9 +19,10 @@ from experiments.command_line import FAILED, INTERRUPTED, define_flags, run_bina
 from experiments.config import Config, default_workdir
 from experiments.display import Display
 from experiments.feeding import Feed
+from experiments.joining import find_group, joined
 from experiments.measuring import Measure, check_model
 from experiments.partition_plot import plot_partition
-from experiments.recording import CHECKPOINTS, PARTITION, Recorder
+from experiments.recording import CHECKPOINTS, PARTITION, Recorder, record
 from experiments.reporting import export_model, leave, title_of
 from experiments.several import train_several
 from experiments.starting import start
@@ -47,7 +48,7 @@ def train(config: Config) -> int:
     with Feed(job) as feed:
         check_model(job)
         round_fn = make_round_fn(job, feed.pool)
-        recorder = Recorder(folder, config)
+        recorder = record(folder, config)
         with _checkpoints(job, folder) as checkpoints:
             return _Run(job, round_fn, feed, recorder, checkpoints).to_the_end()
 
@@ -73,7 +74,9 @@ class _Run:
         self.job, self.round_fn, self.feed = job, round_fn, feed
         self.recorder, self.checkpoints = recorder, checkpoints
         self.state, notes = self._start()
-        self.display = Display(job.ticks, bits(self.state.params) if job.compressors else 0)
+        said = bits(self.state.params) if job.compressors else 0
+        self.first = jax.process_index() == 0  # of several processes the one that writes and shows
+        self.display = Display(job.ticks, said, quiet=not self.first)
         self.ended: str | None = notes.get("ended")
         self.measurements: int | None = notes.get("measurements")
         self.measure = Measure(job, round_fn, feed.first, notes.get("seconds", 0.0))
@@ -93,13 +96,14 @@ class _Run:
         begin = int(self.state.tick)
         self.recorder.begin(begin, self.measurements)
         self._say_what_is_unusual(begin)
-        if config.plot_partition:
+        if config.plot_partition and self.first:
             self._plot_partition()
         status, why = (0, self.ended) if self.ended else self._train()
         if self.checkpoints:
             self.checkpoints.wait()
-        seconds = self.measure.seconds
-        leave(self.job, self.round_fn, self.recorder, display, seconds, why)
+        if self.first:
+            seconds = self.measure.seconds
+            leave(self.job, self.round_fn, self.recorder, display, seconds, why)
         if config.export and not status:
             export_model(self.round_fn, self.recorder, display, self.measure, self.state)
         if status:
@@ -117,14 +121,13 @@ class _Run:
                 return self._follow(steps, config.stop_train_loss)
         except Diverged as error:
             return FAILED, f"diverged: {error}"
-        except SavingError as error:
-            return FAILED, str(error)
-        except StreamError as error:
-            self._save_where_it_stands()
-            return FAILED, str(error)
-        except KeyboardInterrupt:
-            self._save_where_it_stands()
-            return INTERRUPTED, "interrupted"
+        except (SavingError, StreamError, KeyboardInterrupt) as error:
+            if jax.process_count() > 1:
+                raise  # the others, who do not know, end too: the run goes on from a checkpoint
+            if not isinstance(error, SavingError):
+                self._save_where_it_stands()
+            interrupted = isinstance(error, KeyboardInterrupt)
+            return (INTERRUPTED, "interrupted") if interrupted else (FAILED, str(error))
 
     def _follow(self, steps: Iterator[Step], enough: float | None) -> tuple[int, str]:
         why = "finished"
@@ -184,8 +187,12 @@ class _Run:
 
 
 def main_on(config: Config) -> int:
-    start([config])
-    return train(config)
+    group = find_group(config)
+    place = group.place if group else None
+    count = place.processes if place else 1
+    start([config], count if place and place.loopback else 1, count)
+    with joined(config, group):
+        return train(config)
 
 
 def main() -> None:

@@ -76,6 +76,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is not None and jax.process_count() > 1:
+            return  # to close is to wait for the other processes, who know of no error
         try:
             self._guarded(self._manager.close)
         except SavingError:
@@ -197,7 +199,8 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def export(folder: str | Path, params: Tree, model_state: Tree) -> list[Path]:
-    """Write one model for use elsewhere; returns what was written.
+    """Write one model for use elsewhere; returns what was written. Of several processes all call
+    this, with the same.
 
     `model`: an Orbax checkpoint {"params": ..., "model_state": ...}, which Flax programs restore
     by `orbax.checkpoint.StandardCheckpointer().restore(folder / "model")`. `model.safetensors`:
@@ -216,8 +219,9 @@ def export(folder: str | Path, params: Tree, model_state: Tree) -> list[Path]:
     part = single.with_name(single.name + ".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, part)
-        part.replace(single)
+        if jax.process_index() == 0:
+            save_file(arrays, part)
+            part.replace(single)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(checkpoint, tree, force=True)
     except Exception as error:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlocal import workers
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.local import fetch
+from jaxlocal.placement import local_rows, place, place_rows
 from jaxlocal.rounds import BATCHES, WORLD, RoundFn
 from jaxlocal.types import TrainState, Tree
 from jaxlocal.worker_maps import over_workers
@@ -37,7 +38,7 @@ class Evaluation:
       examples: which of them, int [n]; by default all.
       batch_size: examples that a device takes at once.
       source: instead of a pool, what is too large for the device: a sequence of examples, trees of
-        arrays, which are read at every evaluation.
+        arrays, which are read at every evaluation; a process reads its own devices' part.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Evaluation:
         mesh = round_fn.mesh
         self._round_fn, self._source = round_fn, source
         pool = round_fn.world.data if data is None else data
-        self._data = jax.device_put(pool if source is None else (), NamedSharding(mesh, P()))
+        self._data = place(pool if source is None else (), NamedSharding(mesh, P()))
         leaves = jax.tree.leaves(self._data)
         have = len(leaves[0]) if leaves else len(source or ())
         self._examples = _checked(np.arange(have) if examples is None else examples, have)
@@ -81,13 +82,15 @@ class Evaluation:
     def _chunks(self) -> Iterator[tuple[Tree, jax.Array]]:
         """Examples [devices, batches, batch, ...], and which of them count: the last chunk is
         filled up with some that do not."""
-        sharding = NamedSharding(self._round_fn.mesh, P(AXES))
+        mesh, devices = self._round_fn.mesh, self._shape[:1]
+        mine = local_rows(mesh, devices, P(AXES))
         total, size = len(self._examples), math.prod(self._shape)
         for start in range(0, total, size):
             places = np.arange(start, start + size).reshape(self._shape)
-            rows = self._examples[places % total]
+            rows = self._examples[places[mine] % total]
             batches = rows if self._source is None else read_examples(self._source, rows)
-            batches, counts = jax.device_put((batches, places < total), sharding)
+            held = (batches, places[mine] < total)
+            batches, counts = place_rows(held, mesh, devices, P(AXES))
             yield (self._lookup(self._data, batches), counts)
 
 
@@ -111,7 +114,7 @@ class Reestimation:
 
     def __init__(self, round_fn: RoundFn, apply: Callable[[Tree, Tree, Tree], Tree], batches: Tree):
         self._world = round_fn.world
-        self._batches = jax.device_put(batches, NamedSharding(round_fn.mesh, BATCHES))
+        self._batches = place(batches, NamedSharding(round_fn.mesh, BATCHES))
         specs = (*_MODEL, BATCHES)
         self._program = jax.jit(over_mesh(_statistics_of(apply), round_fn.mesh, specs, STACKED))
 

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlocal import ledger, workers
 from jaxlocal.compose import join, repeat
 from jaxlocal.errors import ConfigurationError
+from jaxlocal.placement import local_rows, place, place_rows
 from jaxlocal.syncing import NOTHING
 from jaxlocal.types import (
     Collective,
@@ -46,7 +47,9 @@ class RoundFn:
       rounds: the method.
       layout: the workers.
       mesh: of axes ('hubs', 'workers'); by default as many of the devices as the layout divides
-        over.
+        over. It may span processes (`jax.distributed`): each then makes the same calls. Batches are
+        the same host arrays in all of them, of which each moves the rows of its `local_workers`;
+        or `local_batches`, where it holds no others.
       data: a pool of examples, a tree of arrays [examples, ...], kept whole on every device.
         Batches are then indices into it, which travel instead of the examples.
       max_chunk: the most ticks that are dispatched at once; bounds the memory for batches.
@@ -73,6 +76,11 @@ class RoundFn:
         self.rounds = rounds
         self.layout = layout
         self.mesh = mesh if mesh is not None else workers.make_mesh(layout)
+        self.local_workers = local_rows(self.mesh, layout.shape)
+        if not self.local_workers.size:
+            raise ConfigurationError(
+                f"process {jax.process_index()} has no device in the mesh of {self.mesh.size}"
+            )
         self._examples = _pool_size(data)
         self.world = self._place(layout.world(data), WORLD)
         self._most = max(1, max_chunk // rounds.inner.ticks)
@@ -93,7 +101,10 @@ class RoundFn:
                 f"the root key must be one typed key as of jax.random.key, got {got}"
             )
         self.traffic(self.shapes(params, model_state))  # checks that the mixers fit the layout
-        return self._init(params, {} if model_state is None else model_state, key)
+        given = (params, {} if model_state is None else model_state, key)
+        if self.mesh.is_multi_process:
+            given = self._place(given, SINGLE)
+        return self._init(*given)
 
     def shapes(self, params: Tree, model_state: Tree = None) -> TrainState:
         """The shapes, dtypes and shardings of the state that `init` makes, of parameters or their
@@ -146,7 +157,9 @@ class RoundFn:
         if self._examples is not None:
             _check_indices(batches, self._examples)
         for size in self.chunks(ticks):
-            part = jax.tree.map(lambda b, a=start, n=size: b[a : a + n], batches)
+            part = batches
+            if size < ticks:
+                part = jax.tree.map(lambda b, a=start, n=size: b[a : a + n], batches)
             state, info = self._program(size // self.rounds.inner.ticks, state)(
                 state, self._place(part, BATCHES), self.world
             )
@@ -173,6 +186,11 @@ class RoundFn:
                 size //= 4
             yield size * self.rounds.inner.ticks
             times -= size
+
+    def local_batches(self, batches: Tree) -> Tree:
+        """What a call takes, of host arrays [H, local_workers, ...] with the rows of this process
+        alone."""
+        return place_rows(batches, self.mesh, self.layout.shape, axis=1)
 
     def mean(self, state: TrainState) -> tuple[Tree, Tree]:
         """The average model u = Σ a_i x_i, and the average model state; leaves [...]."""
@@ -253,7 +271,7 @@ class RoundFn:
 
     def _place(self, tree: Tree, specs: Any) -> Tree:
         shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
-        return jax.device_put(tree, shardings)
+        return place(tree, shardings)
 
 
 def _specs(state: TrainState) -> TrainState:
@@ -319,9 +337,11 @@ def _strong(x: jax.Array) -> jax.Array:
 
 
 def _concatenate(infos: Sequence[Info]) -> Info:
-    """One report of several chunks; joined on the host, where it takes no compilation."""
+    """One report of several chunks; joined on the host, where it takes no compilation, if it lies
+    in this process."""
     if len(infos) == 1:
         return infos[0]
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(infos)):
+    here = lambda x: not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
+    if not all(here(x) for x in jax.tree.leaves(infos)):
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *infos)
     return jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts]), *infos)

@@ -6,7 +6,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxlocal import periods
 from jaxlocal.errors import ConfigurationError
@@ -127,7 +130,8 @@ def run(
 
     Raises:
       Diverged: a worker's loss is NaN or infinite; known at most two dispatches later, and before
-        any measurement and any checkpoint.
+        any measurement and any checkpoint. On a mesh of several processes, which tell each other
+        their losses then only, known in all of them at the next measurement or checkpoint.
     """
     turns = range(round_fn.rounds.outer.turns)
     inner, outer = round_fn.traffic(state)[0], [round_fn.traffic(state, n)[1] for n in turns]
@@ -164,6 +168,9 @@ class _Losses:
     def __init__(self, round_fn: RoundFn):
         self.mean = math.nan
         self._weight = round_fn.layout.weight
+        self._spread_out = round_fn.mesh.is_multi_process
+        everywhere = NamedSharding(round_fn.mesh, P())
+        self._told = jax.jit(lambda losses: losses, out_shardings=everywhere)
         self._waiting: deque[tuple[int, Info]] = deque()
 
     def add(self, start: int, info: Info) -> None:
@@ -171,13 +178,15 @@ class _Losses:
             self._waiting.append((start, info))
 
     def check(self, ahead: int) -> None:
-        """Look at all but the newest few."""
+        """Look at all but the newest few; at none yet where processes would have to tell each
+        other and not all are wanted."""
+        if self._spread_out and ahead:
+            return
         while len(self._waiting) > ahead:
             start, info = self._waiting.popleft()
-            losses, active = (
-                np.asarray(info.worker["loss"], np.float64),
-                np.asarray(info.worker["active"]),
-            )
+            said = (info.worker["loss"], info.worker["active"])
+            losses, active = map(np.asarray, self._told(said) if self._spread_out else said)
+            losses = losses.astype(np.float64)
             wrong = np.argwhere(~np.isfinite(losses))
             if len(wrong):
                 tick, hub, worker = wrong[0]

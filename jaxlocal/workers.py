@@ -119,12 +119,15 @@ def make_mesh(
     """A mesh of ('hubs', 'workers') that the worker grid divides into.
 
     Without a shape, the one that uses the most of the devices, hubs before workers; devices that
-    the grid does not divide into stay idle. With a shape, that one, or an error.
+    the grid does not divide into stay idle. With a shape, that one, or an error. Without devices,
+    those of all processes, the same number of each.
 
     >>> make_mesh(Layout(hubs=4, workers_per_hub=3), jax.devices()[:1]).devices.shape
     (1, 1)
     """
-    devices = list(jax.devices() if devices is None else devices)
+    if devices is None:
+        devices = shared_out(jax.devices(), layout.shape, shape)
+    devices = list(devices)
     shape = largest_mesh(layout.shape, len(devices)) if shape is None else shape
     for name, size, count in zip(AXES, shape, layout.shape, strict=True):
         if size < 1 or count % size:
@@ -141,15 +144,46 @@ def make_mesh(
     )
 
 
-def largest_mesh(grid: tuple[int, int], devices: int) -> tuple[int, int]:
-    """The shape of the mesh that uses the most of so many devices and that a worker grid divides
-    into, hubs before workers.
+def shared_out(
+    devices: Sequence[jax.Device], grid: tuple[int, int], shape: tuple[int, int] | None = None
+) -> list[jax.Device]:
+    """As many devices of one process as of the other: what the mesh of a shape, or the largest,
+    takes."""
+    owned: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        owned.setdefault(device.process_index, []).append(device)
+    if len(owned) == 1:
+        return list(devices)
+    each = min(map(len, owned.values()))
+    count = math.prod(shape or largest_mesh(grid, each * len(owned), len(owned)))
+    if count % len(owned):
+        raise ConfigurationError(
+            f"a mesh of {count} devices does not divide over {len(owned)} processes"
+        )
+    return [device for mine in owned.values() for device in mine[: count // len(owned)]]
+
+
+def largest_mesh(grid: tuple[int, int], devices: int, processes: int = 1) -> tuple[int, int]:
+    """The shape of the mesh that uses the most of so many devices, the same number of every
+    process, and that a worker grid divides into, hubs before workers.
 
     >>> largest_mesh((2, 5), 4), largest_mesh((1, 7), 4), largest_mesh((1, 100), 64)
     ((2, 1), (1, 1), (1, 50))
+    >>> largest_mesh((1, 12), 16, processes=2), largest_mesh((3, 6), 9, processes=2)
+    ((1, 12), (3, 2))
     """
     divisors = [[n for n in range(1, size + 1) if size % n == 0] for size in grid]
-    fits = [(h, w) for h in divisors[0] for w in divisors[1] if h * w <= devices]
+    fits = [
+        (h, w)
+        for h in divisors[0]
+        for w in divisors[1]
+        if h * w <= devices and h * w % processes == 0
+    ]
+    if not fits:
+        raise ConfigurationError(
+            f"{grid[0]} hubs × {grid[1]} workers do not divide over {processes} processes with "
+            f"{devices} devices in all"
+        )
     return max(fits, key=lambda s: (s[0] * s[1], s[0]))
 
 

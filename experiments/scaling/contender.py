@@ -96,8 +96,11 @@ def train() -> int:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", FLAGS.devices)
     if FLAGS.processes > 1:
-        place = (FLAGS.coordinator, FLAGS.processes, FLAGS.process)
-        jax.distributed.initialize(*place, cluster_detection_method="deactivate")
+        jax.distributed.initialize(
+            *(FLAGS.coordinator, FLAGS.processes, FLAGS.process),
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=3600,  # the benchmark itself ends those that don't answer
+        )
     answer(devices=len(jax.devices()))
     of = trainings(workload)
     for line in sys.stdin:

@@ -7,7 +7,7 @@ import functools
 import io
 import math
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,11 +50,16 @@ class Reader:
         seed: int,
         augmentation: CropFlip | None,
         transform: Transform | None,
+        workers: Sequence[int] | NDArray | None = None,
     ):
         self._source, self._indices, self._seed = source, indices, seed
         self._augmentation, self._transform = augmentation, transform
-        numbers = indices(0, 1)[0]
-        self._grid = numbers.shape  # hubs, workers, batch
+        self._whole = indices(0, 1).shape[1:]  # hubs, workers, batch
+        everyone = range(math.prod(self._whole[:-1]))
+        self._workers = list(everyone if workers is None else workers)  # that are read, by number
+        batch = self._whole[-1:]
+        self._grid = self._whole if workers is None else (len(self._workers), *batch)
+        numbers = self._of_workers(indices(0, 1)[0])
         self._form: dict[str, tuple[tuple[int, ...], np.dtype]] = {}  # of every example
         try:
             [first] = self._examples(numbers.ravel()[:1].tolist(), 0)
@@ -85,17 +90,22 @@ class Reader:
             raise StreamError(tick, told(error)) from error
 
     def _read(self, tick: int) -> dict[str, NDArray]:
-        numbers = self._indices(tick, 1)[0]
+        numbers = self._of_workers(self._indices(tick, 1)[0])
         examples = self._examples(numbers.ravel().tolist(), tick)
         batches = {
             name: np.stack([example[name] for example in examples]).reshape(*self._grid, *shape)
             for name, (shape, _) in self._form.items()
         }
         if self._augmentation:
-            draws = self._augmentation.draw(self._seed, tick, 1, *self._grid)
-            moves = draws["shift"][0], draws["flip"][0]
+            draws = self._augmentation.draw(self._seed, tick, 1, *self._whole)
+            moves = (self._of_workers(draws[name][0]) for name in ("shift", "flip"))
             batches["inputs"] = crop_and_flip_on_host(batches["inputs"], *moves)
         return batches
+
+    def _of_workers(self, values: NDArray) -> NDArray:
+        """The rows, of arrays [hubs, workers, batch, ...], of the workers that are read."""
+        rows = values.reshape(-1, *values.shape[2:])[self._workers]
+        return rows.reshape(*self._grid, *values.shape[3:])
 
     def _examples(self, numbers: list[int], tick: int) -> list[dict[str, NDArray]]:
         at_once = getattr(self._source, "__getitems__", None)
@@ -111,7 +121,8 @@ class Reader:
 
     def _prepared(self, example: Any, tick: int, place: int) -> dict[str, NDArray]:
         if self._transform:
-            purpose = (self._seed, _TRANSFORM, tick, *divmod(place, self._grid[-1]))
+            row, at = divmod(place, self._grid[-1])
+            purpose = (self._seed, _TRANSFORM, tick, self._workers[row], at)
             example = self._transform(example, np.random.default_rng(purpose))
         arrays = {name: np.asarray(value) for name, value in example.items()}
         for name, array in arrays.items():

@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import util
 from typing import Any
 
@@ -47,6 +47,9 @@ class Stream:
         is seeded by (seed, tick, worker, place in the batch).
       processes: that read; 0 for threads of this one. Worth their start where `transform` is slow.
       buffer_bytes: of ticks read ahead, about; at least a few ticks, however large they are.
+      workers: numbers, ascending, of the workers whose examples are read, such as
+        `RoundFn.local_workers`; then the arrays are [ticks, those workers, batch, ...], as
+        `RoundFn.local_batches` takes them. By default all, on their grid.
 
     Raises:
       ConfigurationError: a first example that does not fit, something that cannot be pickled, too
@@ -69,6 +72,7 @@ class Stream:
         transform: Transform | None = None,
         processes: int = 0,
         buffer_bytes: int = 2**28,
+        workers: Sequence[int] | NDArray | None = None,
     ):
         if not importlib.util.find_spec("grain"):
             raise ConfigurationError(
@@ -77,7 +81,7 @@ class Stream:
         for name, value in {"seed": seed, "processes": processes}.items():
             if value < 0:
                 raise ConfigurationError(f"{name} must not be negative, got {value}")
-        self._reader = Reader(source, indices, seed, augmentation, transform)
+        self._reader = Reader(source, indices, seed, augmentation, transform, workers)
         self._processes = processes
         self._buffer = _buffer_ticks(self._reader.tick_bytes, processes, buffer_bytes)
         if processes:
