@@ -13,7 +13,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,22 +118,18 @@ def scaling(console: Console) -> dict[str, Any]:
     """What more devices and processes gain, and what a slow link costs."""
     chosen = [sized(workload) for workload in chosen_workloads(["mlp"])]
     check_speed(FLAGS.link_mbps, FLAGS.link_ms)
-    before, given = wait_until_idle(FLAGS.wait_idle), (FLAGS.repeats, FLAGS.limit)
-    parts, linked, missing = [], [], None
+    before, parts = wait_until_idle(FLAGS.wait_idle), []
     for workload in chosen:
-        parts.append(scale(workload, *given))
+        parts.append(scale(workload, FLAGS.repeats, FLAGS.limit))
         show_scaling(workload, parts[-1], console)
     try:
-        with slow_link(max(s.processes for s in OVER_LINK), FLAGS.link_mbps, FLAGS.link_ms) as link:
-            for workload in chosen:
-                linked.append(over_link(workload, *given, link))
-                show_link(workload, linked[-1], console)
+        linked, missing = over_slow_link(chosen, console), None
     except NoLink as reason:
-        missing = str(reason)
+        linked, missing = [], str(reason)
         console.print(Text(f"\nno link can be made slow here: {missing}"), soft_wrap=True)
     during = [part.pop("others") for part in parts + linked]
     return {
-        "workloads": [w._asdict() for w in chosen],
+        "workloads": [workload._asdict() for workload in chosen],
         "scaling": parts,
         "link": linked,
         "link_missing": missing,
@@ -141,6 +137,18 @@ def scaling(console: Console) -> dict[str, Any]:
         "others_before": before,
         "others_during": during,
     }
+
+
+def over_slow_link(chosen: Sequence[Workload], console: Console) -> list[dict[str, Any]]:
+    """The workloads' figures over the link of the flags; raises NoLink."""
+    processes, parts = max(setup.processes for setup in OVER_LINK), []
+    with slow_link(processes, FLAGS.link_mbps, FLAGS.link_ms) as link:
+        if link.ms != FLAGS.link_ms:
+            console.print(f"\nwithout --link_ms={FLAGS.link_ms:g}: this kernel has no netem")
+        for workload in chosen:
+            parts.append(over_link(workload, FLAGS.repeats, FLAGS.limit, link))
+            show_link(workload, parts[-1], console)
+    return parts
 
 
 SUITES: dict[str, Callable[[Console], dict[str, Any]]] = {

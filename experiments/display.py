@@ -9,7 +9,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from experiments.benchmarking import spread_of
 from jaxlocal.training import Step
 
 LINES_WITHOUT_TERMINAL = 10
@@ -99,27 +98,3 @@ def columns(*names: str) -> Table:
     for number, name in enumerate(names):
         table.add_column(name, justify="right" if number else "left")
     return table
-
-
-def spread_text(values: list[float]) -> str:
-    """The median, and the least and the most.
-
-    >>> spread_text([0.0123, 0.0456, 20.0])
-    '0.046 (0.012–20.0)'
-    """
-    said = {name: _short(x, 3) for name, x in spread_of(values).items()}
-    return "{median} ({least}–{most})".format(**said)
-
-
-def times_text(ratio: dict[str, float] | None) -> str:
-    """A spread of ratios.
-
-    >>> times_text({"median": 1.5, "least": 1.25, "most": 20.0})
-    '1.50× (1.25–20.0)'
-    """
-    said = {name: _short(x, 2) for name, x in (ratio or {}).items()}
-    return "{median}× ({least}–{most})".format(**said) if said else ""
-
-
-def _short(value: float, decimals: int) -> str:
-    return f"{value:.{decimals if value < 10 else 1}f}"

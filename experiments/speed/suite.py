@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from experiments.benchmarking import ratios_of
-from experiments.display import columns, spread_text, times_text
+from experiments.benchmarking import ratios_of, spread_of
+from experiments.display import columns
 from experiments.speed.contender import CONTENDERS, JAXLOCAL
 from experiments.speed.in_jax import program_bytes
 from experiments.speed.turns import Turns, take_turns
@@ -85,8 +85,8 @@ def show_workload(figures: dict[str, Any], console: Console) -> None:
     for name, row in _without_slower_limit(rows).items():
         first = f"{row['compile_seconds']:.3g} s" if "compile_seconds" in row else ""
         memory = f"{row['memory_bytes'] / 2**20:,.0f} MiB" if "memory_bytes" in row else ""
-        ratio = "" if name == JAXLOCAL else times_text(row.get("ratio"))
-        took = spread_text(row["seconds"]) if "seconds" in row else row["failure"].split(":")[0]
+        ratio = "" if name == JAXLOCAL else _times(row.get("ratio"))
+        took = _spread(row["seconds"]) if "seconds" in row else row["failure"].split(":")[0]
         table.add_row(CONTENDERS[name].label, took, ratio, first, memory)
     rate = rows[JAXLOCAL].get("rounds_per_second")
     said = f": {rate:.3g} rounds/s" if rate else ""
@@ -118,9 +118,31 @@ def different_losses(rows: dict[str, Any]) -> list[str]:
 def show_growth(figures: dict[str, Any], console: Console) -> None:
     table = columns("workers", "seconds a round", "a worker's time", "program, a worker")
     for workers, row in figures["workers"].items():
-        took = spread_text(row["seconds"]) if row["seconds"] else row["failure"]
+        took = _spread(row["seconds"]) if row["seconds"] else row["failure"]
         size = f"{row['program_bytes_per_worker'] / 2**20:.2f} MiB"
-        table.add_row(workers, took, times_text(row.get("time_per_worker")), size)
+        table.add_row(workers, took, _times(row.get("time_per_worker")), size)
     title = "mll_cnn with more workers, 4 ticks: a worker's time beside that with the fewest"
     console.print(Text(f"\n{title}", style="bold"), soft_wrap=True)
     console.print(table, highlight=False)
+
+
+def _spread(values: list[float]) -> str:
+    """
+    >>> _spread([0.0123, 0.0456, 20.0])
+    '0.046 (0.012–20.0)'
+    """
+    said = {name: _short(x, 3) for name, x in spread_of(values).items()}
+    return "{median} ({least}–{most})".format(**said)
+
+
+def _times(ratio: dict[str, float] | None) -> str:
+    """
+    >>> _times({"median": 1.5, "least": 1.25, "most": 20.0})
+    '1.50× (1.25–20.0)'
+    """
+    said = {name: _short(x, 2) for name, x in (ratio or {}).items()}
+    return "{median}× ({least}–{most})".format(**said) if said else ""
+
+
+def _short(value: float, decimals: int) -> str:
+    return f"{value:.{decimals if value < 10 else 1}f}"
