@@ -4,14 +4,16 @@ Suite `speed`: rounds of jaxlocal beside those of other ways to train as many wo
 process of its own, in turns; for each workload the seconds of a round, and how many times as fast
 jaxlocal is. Suite `compression`: seconds of a partial synchronisation by each compressor beside
 those of the gradient of a tick, in the same run and in turns; and the peak memory of methods above
-Local SGD's. Prints tables and writes the figures as JSON.
+Local SGD's. Suite `scaling`: seconds of a tick on more and more virtual devices and processes, and
+over a link made slow on purpose beside what the model of a cluster says. Prints tables and writes
+the figures as JSON.
 """
 
 import os
 import platform
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import jax
 from absl import flags
 from absl.flags import FLAGS
 from rich.console import Console
+from rich.text import Text
 
 import jaxlocal
 from experiments import compression_costs
@@ -26,10 +29,13 @@ from experiments.benchmarking import QUIET, Others, wait_until_idle
 from experiments.command_line import FAILED, run_tool
 from experiments.display import data_size, number, show_table
 from experiments.recording import write_json
+from experiments.scaling.link import NoLink, check_speed, slow_link
+from experiments.scaling.suite import OVER_LINK, over_link, scale, sized
+from experiments.scaling.tables import show_link, show_scaling
 from experiments.speed.contender import JAXLOCAL
 from experiments.speed.in_jax import local_sgd
 from experiments.speed.suite import compare, growth, show_growth, show_workload
-from experiments.speed.workloads import WORKLOADS
+from experiments.speed.workloads import WORKLOADS, Workload
 from jaxlocal.errors import ConfigurationError, lookup
 
 COMPRESSORS = (
@@ -38,11 +44,17 @@ COMPRESSORS = (
 )
 
 
+def chosen_workloads(default: Iterable[str]) -> list[Workload]:
+    """Those of the flag."""
+    names = list(default) if FLAGS.workloads is None else FLAGS.workloads
+    if not names:
+        raise ConfigurationError(f"--workloads= names none; there are {', '.join(WORKLOADS)}")
+    return [lookup("workload", name, WORKLOADS) for name in names]
+
+
 def speed(console: Console) -> dict[str, Any]:
     """Rounds per second beside other ways', each workload shown when it is done."""
-    chosen = [lookup("workload", name, WORKLOADS) for name in FLAGS.workloads]
-    if not chosen:
-        raise ConfigurationError(f"--workloads= names none; there are {', '.join(WORKLOADS)}")
+    chosen = chosen_workloads(WORKLOADS)
     for workload in chosen:
         local_sgd(workload, FLAGS.worker_map)  # a mistake is told before anything is measured
     given = (FLAGS.repeats, FLAGS.limit, FLAGS.worker_map)
@@ -102,9 +114,47 @@ def _memory(row: dict[str, Any]) -> str:
     return f"kept {kept:+.2f}, peak of a round {peak:+.2f} ({data_size(8 * row['peak_bytes'])})"
 
 
+def scaling(console: Console) -> dict[str, Any]:
+    """What more devices and processes gain, and what a slow link costs."""
+    chosen = [sized(workload) for workload in chosen_workloads(["mlp"])]
+    check_speed(FLAGS.link_mbps, FLAGS.link_ms)
+    before, parts = wait_until_idle(FLAGS.wait_idle), []
+    for workload in chosen:
+        parts.append(scale(workload, FLAGS.repeats, FLAGS.limit))
+        show_scaling(workload, parts[-1], console)
+    try:
+        linked, missing = over_slow_link(chosen, console), None
+    except NoLink as reason:
+        linked, missing = [], str(reason)
+        console.print(Text(f"\nno link can be made slow here: {missing}"), soft_wrap=True)
+    during = [part.pop("others") for part in parts + linked]
+    return {
+        "workloads": [workload._asdict() for workload in chosen],
+        "scaling": parts,
+        "link": linked,
+        "link_missing": missing,
+        "complete": not any(part["failures"] for part in parts + linked),
+        "others_before": before,
+        "others_during": during,
+    }
+
+
+def over_slow_link(chosen: Sequence[Workload], console: Console) -> list[dict[str, Any]]:
+    """The workloads' figures over the link of the flags; raises NoLink."""
+    processes, parts = max(setup.processes for setup in OVER_LINK), []
+    with slow_link(processes, FLAGS.link_mbps, FLAGS.link_ms) as link:
+        if link.ms != FLAGS.link_ms:
+            console.print(f"\nwithout --link_ms={FLAGS.link_ms:g}: this kernel has no netem")
+        for workload in chosen:
+            parts.append(over_link(workload, FLAGS.repeats, FLAGS.limit, link))
+            show_link(workload, parts[-1], console)
+    return parts
+
+
 SUITES: dict[str, Callable[[Console], dict[str, Any]]] = {
     "speed": speed,
     "compression": compression,
+    "scaling": scaling,
 }
 
 
@@ -149,10 +199,14 @@ def benchmark() -> int:
 
 def main() -> None:
     flags.DEFINE_string("suite", "speed", f"What is measured: {', '.join(SUITES)}.")
-    flags.DEFINE_list("workloads", list(WORKLOADS), "Of speed: what is trained.")
+    flags.DEFINE_list(
+        "workloads", None, "Of speed and scaling: what is trained; by default all, and mlp."
+    )
     flags.DEFINE_bool("growth", False, "Of speed: also time and memory with more workers.")
     flags.DEFINE_string("worker_map", None, "Of speed: how a device runs jaxlocal's workers.")
-    flags.DEFINE_float("limit", 300.0, "Of speed: seconds to wait for one.", lower_bound=1.0)
+    flags.DEFINE_float(
+        "limit", 300.0, "Of speed and scaling: seconds to wait for one.", lower_bound=1.0
+    )
     flags.DEFINE_string(
         "model", "resnet18_layer_norm", "Of compression: whose gradients and parameters are timed."
     )
@@ -161,6 +215,8 @@ def main() -> None:
     flags.DEFINE_integer("batch_size", 32, "Of compression: a worker's batch.", lower_bound=1)
     flags.DEFINE_integer("workers", 4, "Of compression: whose memory is counted.", lower_bound=1)
     flags.DEFINE_list("compressors", list(COMPRESSORS), "Of compression: what is timed.")
+    flags.DEFINE_float("link_mbps", 100.0, "Of scaling: Mbit/s of the slow link.")
+    flags.DEFINE_float("link_ms", 1.0, "Of scaling: by which it delays a packet, in ms.")
     flags.DEFINE_integer("repeats", 7, "Turns in which each is timed.", lower_bound=1)
     flags.DEFINE_float("wait_idle", 120.0, "Seconds to wait for an idle machine.", lower_bound=0.0)
     flags.DEFINE_string("output", "benchmark.json", "File for the figures.")

@@ -126,8 +126,8 @@ def memory(task: Task, workers: int, ticks: int = 4) -> dict[str, Any]:
     above Local SGD's, in models."""
     layout = Layout(workers_per_hub=workers)
     optimizer = optax.sgd(0.1, momentum=0.9, nesterov=True)
-    methods = _methods(task.grad_fn, optimizer, ticks)
-    sizes = {name: _sizes(task, method, layout, ticks) for name, method in methods.items()}
+    made = methods(task.grad_fn, optimizer, ticks)
+    sizes = {name: _sizes(task, method, layout, ticks) for name, method in made.items()}
     model = _bytes(task.params)
     least = sizes["local_sgd"]
     rows = {
@@ -145,9 +145,10 @@ def _bytes(tree: Tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _methods(
+def methods(
     grad_fn: Callable, optimizer: optax.GradientTransformation, ticks: int
 ) -> dict[str, Rounds]:
+    """With rounds of so many ticks, with and without compression."""
     own = (grad_fn, optimizer)
     gradient, reset = parse("grbs:64"), parse("grbs:4")
     return {

@@ -90,3 +90,11 @@ def data_size(bits: int) -> str:
             return f"{size:.3g} {unit}" if size < 1000 else f"{size:,.0f} {unit}"
         size /= 1000
     raise AssertionError
+
+
+def columns(*names: str) -> Table:
+    """A table whose figures stand at the right."""
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number else "left")
+    return table

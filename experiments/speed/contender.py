@@ -5,7 +5,6 @@ the seconds of one round: python -m experiments.speed.contender --contender=vmap
 """
 
 import json
-import os
 import resource
 import sys
 import time
@@ -21,6 +20,7 @@ from absl.flags import FLAGS
 from experiments.command_line import run_tool
 from experiments.speed import in_jax
 from experiments.speed.arithmetic import bound, round_flops
+from experiments.speed.turns import answers
 from experiments.speed.workloads import WORKLOADS, Workload, initial_params, make_indices
 from experiments.starting import cores, use_the_cores
 from jaxlocal.errors import lookup
@@ -73,7 +73,7 @@ def compete() -> int:
         use_the_cores([contender.grid(workload)], cores())
     else:
         jax.config.update("jax_num_cpu_devices", 1)
-    answer = _answers()
+    answer = answers()
     if contender.build is None:
         measure = bound(workload)
         answer(flops=round_flops(workload))
@@ -97,19 +97,6 @@ def _timed(run: in_jax.Run, workload: Workload, turn: int) -> tuple[float, Any]:
     start = time.perf_counter()
     losses = run(indices)
     return time.perf_counter() - start, losses
-
-
-def _answers() -> Callable[..., None]:
-    """Writes lines of JSON to what was the standard output; whatever else is printed goes to the
-    standard error."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(**values: Any) -> None:
-        out.write(json.dumps(values) + "\n")
-        out.flush()
-
-    return answer
 
 
 def _memory(name: str) -> int:

@@ -42,7 +42,7 @@ def shared(workload: Workload, params: Tree) -> Run:
     several devices it is data parallel."""
     total = workload.workers * workload.batch_size
     counts = range(1, len(jax.devices()) + 1)
-    method = jaxlocal.data_parallel(_gradient(workload), optax.sgd(LEARNING_RATE))
+    method = jaxlocal.data_parallel(gradient_of(workload), optax.sgd(LEARNING_RATE))
     return _rounds(workload, method, max(n for n in counts if total % n == 0), params)
 
 
@@ -62,10 +62,11 @@ def local_sgd(workload: Workload, worker_map: str | None = None) -> Rounds:
     """The library's method; without a worker map, by the library's own choice of one."""
     options = {"worker_map": worker_map} if worker_map else {}
     optimizer = optax.sgd(LEARNING_RATE)
-    return jaxlocal.local_sgd(_gradient(workload), optimizer, workload.ticks, **options)
+    return jaxlocal.local_sgd(gradient_of(workload), optimizer, workload.ticks, **options)
 
 
-def _gradient(workload: Workload) -> GradFn:
+def gradient_of(workload: Workload) -> GradFn:
+    """Of the library's model."""
     loss = training_loss(model_of(workload), scaled, workload.classes)
     return jaxlocal.gradients(loss, stateful=True)
 

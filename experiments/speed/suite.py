@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from experiments.benchmarking import ratios_of, spread_of
+from experiments.display import columns
 from experiments.speed.contender import CONTENDERS, JAXLOCAL
 from experiments.speed.in_jax import program_bytes
 from experiments.speed.turns import Turns, take_turns
@@ -81,7 +81,7 @@ def growth(repeats: int, limit: float, worker_map: str | None = None) -> dict[st
 def show_workload(figures: dict[str, Any], console: Console) -> None:
     workload = Workload(*(figures[field] for field in Workload._fields))
     rows = figures["contenders"]
-    table = _table("", "seconds a round", "jaxlocal is", "compile", "memory")
+    table = columns("", "seconds a round", "jaxlocal is", "compile", "memory")
     for name, row in _without_slower_limit(rows).items():
         first = f"{row['compile_seconds']:.3g} s" if "compile_seconds" in row else ""
         memory = f"{row['memory_bytes'] / 2**20:,.0f} MiB" if "memory_bytes" in row else ""
@@ -116,7 +116,7 @@ def different_losses(rows: dict[str, Any]) -> list[str]:
 
 
 def show_growth(figures: dict[str, Any], console: Console) -> None:
-    table = _table("workers", "seconds a round", "a worker's time", "program, a worker")
+    table = columns("workers", "seconds a round", "a worker's time", "program, a worker")
     for workers, row in figures["workers"].items():
         took = _spread(row["seconds"]) if row["seconds"] else row["failure"]
         size = f"{row['program_bytes_per_worker'] / 2**20:.2f} MiB"
@@ -126,19 +126,12 @@ def show_growth(figures: dict[str, Any], console: Console) -> None:
     console.print(table, highlight=False)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    return table
-
-
-def _spread(seconds: list[float]) -> str:
+def _spread(values: list[float]) -> str:
     """
     >>> _spread([0.0123, 0.0456, 20.0])
     '0.046 (0.012–20.0)'
     """
-    said = {name: _short(x, 3) for name, x in spread_of(seconds).items()}
+    said = {name: _short(x, 3) for name, x in spread_of(values).items()}
     return "{median} ({least}–{most})".format(**said)
 
 

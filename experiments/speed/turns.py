@@ -7,7 +7,7 @@ import select
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.benchmarking import Others
@@ -31,6 +31,19 @@ class Gone(Exception):
     """A process did not answer; says why."""
 
 
+def answers() -> Callable[..., None]:
+    """What such a process answers by: it writes lines of JSON to what was the standard output;
+    whatever else is printed goes to the standard error."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**values: Any) -> None:
+        out.write(json.dumps(values) + "\n")
+        out.flush()
+
+    return answer
+
+
 class Child:
     """A process that writes a line of JSON when it is ready and for every line that it reads."""
 
@@ -50,12 +63,16 @@ class Child:
 
     def ask(self) -> dict[str, Any]:
         """One more round; raises Gone."""
+        self.tell()
+        return self.answer()
+
+    def tell(self, line: str = "") -> None:
+        """A line for it to read; raises Gone."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(b"\n")
+            self._process.stdin.write(f"{line}\n".encode())
         except BrokenPipeError:
             raise Gone(self._last_words()) from None
-        return self.answer()
 
     def answer(self) -> dict[str, Any]:
         """The next line that it writes; raises Gone."""
