@@ -127,7 +127,7 @@ def _receive(place: Place, flags: list[str], until: float, patience: float) -> L
             listener.settimeout(left)
             with contextlib.suppress(OSError, ValueError, KeyError, StopIteration):
                 peer, _ = listener.accept()
-                peer.settimeout(max(1.0, left))
+                peer.settimeout(BEAT)  # who says nothing is none of ours
                 hello = next(_words(peer))
                 came.append((int(hello["number"]), list(hello["flags"]), peer))
     wrong = _missing(place, [number for number, _, _ in came], patience)
