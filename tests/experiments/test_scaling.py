@@ -2,6 +2,7 @@
 on models so small that it takes seconds."""
 
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,29 @@ def link_failure(command):
     raise NoLink(f"`{' '.join(command)}` said nothing")
 
 
+@pytest.mark.parametrize("kernel_has_netem", [True, False])
+def test_a_delay_is_made_by_netem_where_there_is_one(kernel_has_netem, monkeypatch):
+    commands = []
+
+    def run(*command):
+        commands.append(" ".join(command))
+        if "netem" in command and not kernel_has_netem:
+            link_failure(command)
+
+    monkeypatch.setattr(link, "_run", run)
+    made = link.Link("net", 2, 8.0, 0.5)
+    commands.clear()
+    for on in (False, True, True, False):
+        made.slow(on)
+    rule = "netem rate 8000000bit delay 500us limit 16384"
+    if not kernel_has_netem:
+        rule = "tbf rate 8000000bit burst 3028 limit 16777216"
+    assert made.ms == (0.5 if kernel_has_netem else 0.0)
+    tc = [f"tc -n net-{number} qdisc" for number in range(2)]
+    replaced = [f"{start} replace dev eth0 root {rule}" for start in tc]
+    assert commands == [*replaced, *(f"{start} del dev eth0 root" for start in tc)]
+
+
 def namespaces():
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     return {line.split()[0] for line in listed.splitlines()}
@@ -190,7 +214,7 @@ def test_local_sgd_beats_data_parallel_over_a_slow_link(one_megabit, monkeypatch
 
 
 def test_a_link_is_gone_afterwards_whatever_happens():
-    before = namespaces() if Path("/usr/sbin/ip").exists() else set()
+    before = namespaces() if shutil.which("ip") else set()
     try:
         with slow_link(2, 100.0, 0.0) as made:
             inside = namespaces() - before
