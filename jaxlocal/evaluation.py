@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlocal import workers
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.local import fetch
 from jaxlocal.placement import in_step, local_rows, place, place_rows
+from jaxlocal.pool import fetch
 from jaxlocal.rounds import BATCHES, WORLD, RoundFn
 from jaxlocal.sharding import batch_specs, is_split, on
 from jaxlocal.types import TrainState, Tree

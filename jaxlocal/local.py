@@ -22,7 +22,8 @@ from jaxlocal.exchange import (
     speak,
 )
 from jaxlocal.gradient import GradFn
-from jaxlocal.types import Compressor, Info, Memory, Mixer, Said, Stage, Tree
+from jaxlocal.pool import fetch
+from jaxlocal.types import Compressor, Info, Memory, Mixer, Said, Stage
 from jaxlocal.worker_maps import block_size, over_workers, worker_map_for
 from jaxlocal.workers import GRADIENT, RATE, TICK_MESSAGE, one_worker, spread, stream, vary
 
@@ -265,18 +266,6 @@ def _advance(state, memory, params, opt_state, model_state, metrics):
     tick = state.tick + 1
     state = state._replace(params=params, opt_state=opt_state, model_state=model_state, tick=tick)
     return state, memory, Info(worker={name: value[None] for name, value in metrics.items()})
-
-
-def fetch(data: Tree, batch: Tree) -> Tree:
-    """The examples of a batch: the batch itself, or, where there is a pool, those that its
-    indices point to. A dictionary has them as its "index", and its other entries stay beside the
-    examples."""
-    if not jax.tree.leaves(data):
-        return batch
-    if not isinstance(batch, dict):
-        return jax.tree.map(lambda pool: pool[batch], data)
-    beside = {name: value for name, value in batch.items() if name != "index"}
-    return {**jax.tree.map(lambda pool: pool[batch["index"]], data), **beside}
 
 
 def bits(stacked: Any) -> int:

@@ -16,6 +16,7 @@ from jaxlocal import sharding as placing
 from jaxlocal.compose import join, repeat
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.placement import in_step, local_rows, make_mesh, place, place_rows
+from jaxlocal.pool import check_indices, pool_size
 from jaxlocal.states import States, specs_of
 from jaxlocal.syncing import NOTHING
 from jaxlocal.types import (
@@ -92,7 +93,7 @@ class RoundFn:
             raise ConfigurationError(
                 f"process {jax.process_index()} has no device in the mesh of {self.mesh.size}"
             )
-        self._examples = _pool_size(data)
+        self._examples = pool_size(data)
         self.world = place(layout.world(data), placing.on(self.mesh, WORLD))
         self._most = max(1, max_chunk // rounds.inner.ticks)
         self._programs: dict[Any, Any] = {}
@@ -254,7 +255,7 @@ class RoundFn:
                 f"{self.rounds.inner.ticks} of its inner stage"
             )
         if self._examples is not None:
-            _check_indices(batches, self._examples)
+            check_indices(batches, self._examples)
         return ticks
 
     def _batch_shardings(self, batches: Tree) -> Tree:
@@ -290,34 +291,6 @@ def _compile(stage: Stage, mesh: Mesh, specs: TrainState, part: int, held: Any):
         return held(state), info
 
     return jax.jit(program, donate_argnums=0)
-
-
-def _pool_size(data: Tree) -> int | None:
-    """The examples of a pool; None without one."""
-    sizes = {len(x) if np.ndim(x) else 0 for x in jax.tree.leaves(data)}
-    if len(sizes) > 1:
-        raise ConfigurationError(
-            f"the arrays of a pool must hold the same number of examples, got {sorted(sizes)}"
-        )
-    return sizes.pop() if sizes else None
-
-
-def _check_indices(batches: Tree, examples: int) -> None:
-    """Where there is a pool, batches are indices, or a dictionary that has them as its "index"."""
-    index: Any = batches.get("index") if isinstance(batches, dict) else batches
-    if not (hasattr(index, "dtype") and jnp.issubdtype(index.dtype, jnp.integer)):
-        raise ConfigurationError(
-            'the rounds have a pool, so batches must be integer indices, or have them as "index", '
-            f"got {jax.tree.map(lambda x: getattr(x, 'dtype', type(x).__name__), batches)}"
-        )
-    if (
-        isinstance(index, np.ndarray)
-        and index.size
-        and not (index.min() >= 0 and index.max() < examples)
-    ):
-        raise ConfigurationError(
-            f"indices from {index.min()} to {index.max()} do not fit a pool of {examples} examples"
-        )
 
 
 def _concatenate(infos: list[Info]) -> Info:

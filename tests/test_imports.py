@@ -18,7 +18,7 @@ PROJECT = PACKAGE.parent
 # A module imports from the floors below its own, and on its own floor from what stands before it; a
 # file of a package from the package too.
 FLOORS = (
-    ("errors", "types", "workers", "worker_maps", "placement", "sharding"),
+    ("errors", "types", "workers", "worker_maps", "placement", "sharding", "pool"),
     ("topology", "mixing", "periods", "compose", "ledger"),
     ("compression",),
     ("exchange",),

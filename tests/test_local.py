@@ -14,7 +14,8 @@ from jaxlocal import Layout, RoundFn, make_mesh, mixing, periods
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.gradient import gradients
 from jaxlocal.ledger import messages
-from jaxlocal.local import bits, fetch, scale_by_tick, tick
+from jaxlocal.local import bits, scale_by_tick, tick
+from jaxlocal.pool import fetch
 from jaxlocal.syncing import NOTHING
 from jaxlocal.types import Messages, Rounds
 
