@@ -173,11 +173,13 @@ class RoundFn:
 
     def mean(self, state: TrainState) -> tuple[Tree, Tree]:
         """The average model u = Σ a_i x_i, and the average model state; leaves [...]."""
-        return self._measure(workers.mean)((state.params, state.model_state), self.world)
+        model = (state.params, state.model_state)
+        return in_step(self.mesh, self._measure(workers.mean)(model, self.world))
 
     def consensus_distance(self, state: TrainState) -> jax.Array:
         """√(Σ a_i ‖x_i − u‖²) of the workers' models now."""
-        return self._measure(workers.consensus_distance)(state.params, self.world)
+        measure = self._measure(workers.consensus_distance)
+        return in_step(self.mesh, measure(state.params, self.world))
 
     def traffic(self, state: TrainState, number: int = 0) -> tuple[Messages, Messages]:
         """The messages of one inner stage and of the end of the number-th round, from 0; a state or
