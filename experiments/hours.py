@@ -107,9 +107,13 @@ def on_cluster(job: Job, options: Options) -> dict[str, Any]:
     cluster = dataclasses.replace(cluster, tick_seconds=1e-3 * tick["median"] * at_once)
     rounds = job.rounds
     state = make_round_fn(job).shapes(*model_shapes(job.config, job.model))
-    said = sent(job, state, mesh)
-    lengths = schedule(rounds, job.ticks)
-    planned = hours(lengths, cluster, *said, rounds.inner.ticks, rounds.outer.ticks)
+    lengths, turns = list(schedule(rounds, job.ticks)), rounds.outer.turns
+    stages = rounds.inner.ticks, rounds.outer.ticks
+    by_turn = [
+        hours(lengths[turn::turns], cluster, *sent(job, state, mesh, turn), *stages)
+        for turn in range(turns)
+    ]
+    planned = Hours(*map(sum, zip(*by_turn, strict=True)))
     everyone = dataclasses.replace(cluster, slowdown=_of_all_steps(job, cluster, mesh))
     model: Collective = ("all-reduce", bits(state.params) / 8, cluster.devices)
     return {
@@ -134,10 +138,10 @@ def _cluster(options: Options, devices: int) -> Cluster:
 
 
 def sent(
-    job: Job, state: TrainState, mesh: tuple[int, int]
+    job: Job, state: TrainState, mesh: tuple[int, int], number: int = 0
 ) -> tuple[list[Collective], list[Collective]]:
-    """What crosses the links at one inner stage and at one round's end on a mesh of hubs ×
-    workers."""
+    """What crosses the links at one inner stage and at the end of the number-th round on a mesh of
+    hubs × workers."""
     shape = dict(zip(AXES, mesh, strict=True))
 
     def collectives(said: list[Said]) -> list[Collective]:
@@ -147,7 +151,8 @@ def sent(
             for _ in range(one.times)
         ]
 
-    return collectives(job.rounds.inner.says(state)), collectives(job.rounds.outer.says(state))
+    inner, outer = job.rounds.inner, job.rounds.outer
+    return collectives(inner.says(state)), collectives(outer.says(state, number))
 
 
 def _parts(spent: Hours) -> dict[str, float]:

@@ -117,7 +117,7 @@ def _alike(config: Config, count: int) -> list[str]:
 
 
 def _initialize(group: Group, link: Link, patience: float) -> None:
-    place, port = group.place, link.service_port
+    place, port, bound = group.place, link.service_port, group.place.bound
     _keep_what_is_printed()
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     address = f"127.0.0.1:{relay(place.host, port, patience) if place.number else port}"
@@ -127,7 +127,7 @@ def _initialize(group: Group, link: Link, patience: float) -> None:
         place.number,
         group.local_devices,
         cluster_detection_method="deactivate",
-        coordinator_bind_address=f"{'127.0.0.1' if place.loopback else '[::]'}:{port}",
+        coordinator_bind_address=f"{f'[{bound}]' if ':' in bound else bound}:{port}",
         heartbeat_timeout_seconds=3600,  # the link tells sooner, and more kindly
     )
 

@@ -33,6 +33,14 @@ class Place(NamedTuple):
     def loopback(self) -> bool:
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
+    @property
+    def bound(self) -> str:
+        """The address at which process 0 listens: on loopback that one only, else all of its
+        machine."""
+        if self.loopback:
+            return "::1" if self.host == "::1" else "127.0.0.1"
+        return "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+
 
 class Link:
     """The connections of this process; made by `meet`, for good."""
@@ -116,7 +124,7 @@ def meet(place: Place, flags: list[str], patience: float) -> Link:
 def _receive(place: Place, flags: list[str], until: float, patience: float) -> Link:
     """Process 0's part: it hears all others, and answers them together."""
     try:
-        listener = socket.create_server(("127.0.0.1" if place.loopback else "", place.port))
+        listener = _listening(place.bound, place.port)
     except OSError as error:
         raise ConfigurationError(
             f"process 0 cannot listen at {place.host}:{place.port}: {error.strerror}"
@@ -130,9 +138,11 @@ def _receive(place: Place, flags: list[str], until: float, patience: float) -> L
                 peer.settimeout(BEAT)  # who says nothing is none of ours
                 hello = next(_words(peer))
                 came.append((int(hello["number"]), list(hello["flags"]), peer))
-    wrong = _missing(place, [number for number, _, _ in came], patience)
+    numbers = [number for number, _, _ in came]
+    wrong = _twice([0, *numbers])
     for number, theirs, _ in sorted(came, key=lambda one: one[0]):
         wrong = wrong or _difference(flags, number, theirs)
+    wrong = wrong or _missing(place, numbers, patience)
     port = _free_port()
     for _, _, peer in came:
         _say(peer, {"sentence": wrong} if wrong else {"port": port})
@@ -141,10 +151,18 @@ def _receive(place: Place, flags: list[str], until: float, patience: float) -> L
     return Link(place, {number: peer for number, _, peer in came}, port)
 
 
+def _listening(address: str, port: int) -> socket.socket:
+    """At an address of this machine; "::" is all of either family."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family, dualstack_ipv6=address == "::")
+
+
+def _twice(numbers: list[int]) -> str | None:
+    twice = [number for number in numbers if numbers.count(number) > 1]
+    return f"several processes have --process_id={twice[0]}" if twice else None
+
+
 def _missing(place: Place, came: list[int], patience: float) -> str | None:
-    twice = [number for number in [0, *came] if [0, *came].count(number) > 1]
-    if twice:
-        return f"several processes have --process_id={twice[0]}"
     missing = sorted(set(range(1, place.processes)) - set(came))
     if not missing:
         return None

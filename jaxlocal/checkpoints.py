@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.sharding import path_name
@@ -189,6 +190,13 @@ def _described(tree: Tree) -> dict[str, str]:
     }
 
 
+def _whole(x: Any) -> np.ndarray:
+    """The array on the host, where it may be split over devices of several processes."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
 def _is_key(dtype: Any) -> bool:
     return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
@@ -207,7 +215,7 @@ def export(folder: str | Path, params: Tree, model_state: Tree) -> list[Path]:
     folder = Path(folder).absolute()
     tree = {"params": params, "model_state": model_state}
     arrays = {
-        path_name(path): jax.numpy.asarray(np.asarray(x))
+        path_name(path): jax.numpy.asarray(_whole(x))
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
     checkpoint, single = folder / "model", folder / "model.safetensors"

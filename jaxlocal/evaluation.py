@@ -121,14 +121,15 @@ class Reestimation:
 
     def __init__(self, round_fn: RoundFn, apply: Callable[[Tree, Tree, Tree], Tree], batches: Tree):
         self._world = round_fn.world
-        mesh = round_fn.mesh
+        self._mesh = mesh = round_fn.mesh
         self._batches = place(batches, on(mesh, batch_specs(mesh, BATCHES, batches)))
         specs = (*_MODEL, BATCHES)
         self._program = jax.jit(over_mesh(_statistics_of(apply), mesh, specs, STACKED))
 
     def __call__(self, state: TrainState) -> TrainState:
         model = (state.params, state.model_state)
-        return state._replace(model_state=self._program(model, self._world, self._batches))
+        estimates = self._program(model, self._world, self._batches)
+        return state._replace(model_state=in_step(self._mesh, estimates))
 
 
 def _statistics_of(apply):

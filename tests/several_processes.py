@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
 
 import jaxlocal
 from jaxlocal import Layout, RoundFn, make_mesh, periods, topology
-from jaxlocal.checkpoints import Checkpoints
+from jaxlocal.checkpoints import Checkpoints, export
 from jaxlocal.compression import parse
 from jaxlocal.data import Stream, make_batches
 from jaxlocal.evaluation import Evaluation, Reestimation
+from jaxlocal.placement import place
 from jaxlocal.training import Diverged, run
 
 TICKS = 50
@@ -123,6 +125,10 @@ def whole_run(folder):
         shapes = round_fn.shapes(problem.START, {"mean": np.float32(0)})
         restored, notes = checkpoints.restore(shapes)
     told |= {"notes": notes, "tick": int(restored.tick), "again": evaluation(restored)}
+    everyone = NamedSharding(Mesh(np.array(jax.devices()), "model"), P("model"))
+    split = {"split": place(np.arange(8.0), everyone)}  # no process has the whole of it
+    _, single = export(folder / "export", split, {})
+    told["exported"] = load_file(single)["params/split"].tolist()
     broken = problem.make_batches(layout, 8)
     broken["targets"][5, 0, 6] = np.inf
     fresh = round_fn.init(problem.START, jax.random.key(0))

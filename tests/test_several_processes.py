@@ -89,6 +89,7 @@ def test_a_run_over_processes_reads_its_own_and_tells_all_the_same(two, tmp_path
     assert first == second
     assert first["source"] == first["pool"] == first["again"]
     assert first["notes"] == {"written by": 0} and first["tick"] == 8
+    assert first["exported"] == list(range(8))
     assert first["diverged"] == "the loss of worker 6 is inf at tick 5"
     # Of worker i the batches are i and i + 8, of which the mean is i + 4; weighted as the workers.
     share = program.FLAT.weight.ravel()

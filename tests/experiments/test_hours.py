@@ -81,6 +81,16 @@ def test_a_round_s_end_that_takes_ticks_overlaps_them():
     assert seconds(figures["planned"]) == pytest.approx([0.192, 12 * (average - 0.008), 0])
 
 
+def test_fragments_in_turn_cost_together_what_the_model_does():
+    # Tensors of an MLP are unequal, and so are the messages of the rounds.
+    same = {"parameters": None, "model": "mlp", "workers": 4, "local_steps": 8}
+    streamed = job(method="streaming_diloco", fragments=4, delay_ticks=0, **same)
+    streamed, whole = (
+        on_cluster(planned, latency_us=0.0) for planned in (streamed, job(method="diloco", **same))
+    )
+    assert seconds(streamed["planned"]) == pytest.approx(seconds(whole["planned"]))
+
+
 def test_compressed_messages_are_averaged_or_gathered():
     quarter = MODEL / 1e9  # a fourth of 4 bytes a value
     averaged = on_cluster(job(method="csea", workers=4, reset_compressor="grbs:4"))

@@ -86,13 +86,13 @@ def test_how_a_run_is_joined_does_not_make_it_another():
     assert joined.flag_lines() == Config().flag_lines()
 
 
-def meeting(count, *flags, patience=20.0):
+def meeting(count, *flags, patience=20.0, host="127.0.0.1"):
     """What each of the processes is told that come, one thread each: flags by process number."""
     port, told = free_port(), {}
 
     def come(at, number, lines):
         try:
-            meet(Place("127.0.0.1", port, count, number), lines, patience)
+            meet(Place(host, port, count, number), lines, patience)
         except ConfigurationError as error:
             told[at] = str(error)
 
@@ -119,6 +119,21 @@ def test_all_are_told_of_flags_that_differ(theirs, told):
     ours = ["--seed=0", "--lr=2"]
     sentence = f"the processes of a run need the same flags and versions: {told}"
     assert meeting(3, (0, ours), (1, ours), (2, theirs)) == [sentence] * 3
+
+
+def test_flags_that_differ_are_told_before_who_has_not_come():
+    # Started as the last of three, where process 0 waits for one.
+    told = "process 0 has --process_count=2, process 2 --process_count=3"
+    sentence = f"the processes of a run need the same flags and versions: {told}"
+    both = meeting(2, (0, ["--process_count=2"]), (2, ["--process_count=3"]))
+    assert both == [sentence] * 2
+
+
+@pytest.mark.parametrize("host", ["localhost", "::1"])
+def test_processes_meet_on_either_loopback(host):
+    if host == "::1" and not socket.has_dualstack_ipv6():
+        pytest.skip("a machine without IPv6")
+    assert meeting(2, (0, []), (1, []), host=host) == ["", ""]
 
 
 def test_all_are_told_of_who_does_not_come_or_comes_twice():
