@@ -45,13 +45,13 @@ class Place(NamedTuple):
 class Link:
     """The connections of this process; made by `meet`, for good."""
 
-    def __init__(self, place: Place, peers: dict[int, socket.socket], service_port: int):
+    def __init__(self, place: Place, peers: "dict[int, Peer]", service_port: int):
         self.place, self.service_port = place, service_port
         self._peers = peers
         self._done: set[int] = set()
         self._ending = threading.Lock()
         for number, peer in peers.items():
-            peer.settimeout(SILENCE)
+            peer.connection.settimeout(SILENCE)
             _thread(self._listen, number, peer)
         _thread(self._beat)
 
@@ -68,9 +68,9 @@ class Link:
                 sys.stdout.flush()
             os._exit(status)  # what is under way with the others would never return
 
-    def _listen(self, number: int, peer: socket.socket) -> None:
+    def _listen(self, number: int, peer: "Peer") -> None:
         try:
-            for word in _words(peer):
+            for word in peer.words:
                 if word.get("done"):
                     self._done.add(number)
                 elif "sentence" in word:
@@ -91,7 +91,14 @@ class Link:
     def _tell(self, word: dict[str, Any]) -> None:
         for peer in self._peers.values():
             with contextlib.suppress(OSError):  # who listens to it hears that it is gone
-                _say(peer, word)
+                _say(peer.connection, word)
+
+
+class Peer(NamedTuple):
+    """A connection, and what is said on it from here on, of which some may have been read."""
+
+    connection: socket.socket
+    words: Iterator[dict[str, Any]]
 
 
 def meet(place: Place, flags: list[str], patience: float) -> Link:
@@ -110,15 +117,21 @@ def meet(place: Place, flags: list[str], patience: float) -> Link:
     peer = _reach(place, until, patience)
     _say(peer, {"number": place.number, "flags": flags})
     peer.settimeout(2 * patience)  # process 0 may have come last, and waits as long for the others
+    words = _words(peer)
     try:
-        answer = next(_words(peer), {})
+        answer = next(words, {})
+    except TimeoutError:
+        raise ConfigurationError(_unanswered(place, patience)) from None
     except (OSError, ValueError):
         answer = {}
     if "sentence" in answer:
         raise ConfigurationError(answer["sentence"])
     if "port" not in answer:
-        raise ConfigurationError(_unanswered(place, patience))
-    return Link(place, {0: peer}, answer["port"])
+        raise ConfigurationError(
+            f"the coordinator, process 0 at {place.host}:{place.port}, has ended before process "
+            f"{place.number} of {place.processes} was answered"
+        )
+    return Link(place, {0: Peer(peer, words)}, answer["port"])
 
 
 def _receive(place: Place, flags: list[str], until: float, patience: float) -> Link:
@@ -129,23 +142,25 @@ def _receive(place: Place, flags: list[str], until: float, patience: float) -> L
         raise ConfigurationError(
             f"process 0 cannot listen at {place.host}:{place.port}: {error.strerror}"
         ) from None
-    came: list[tuple[int, list[str], socket.socket]] = []
+    came: list[tuple[int, list[str], Peer]] = []
     with listener:
         while len(came) < place.processes - 1 and (left := until - time.monotonic()) > 0:
             listener.settimeout(left)
             with contextlib.suppress(OSError, ValueError, KeyError, StopIteration):
                 peer, _ = listener.accept()
                 peer.settimeout(BEAT)  # who says nothing is none of ours
-                hello = next(_words(peer))
-                came.append((int(hello["number"]), list(hello["flags"]), peer))
+                words = _words(peer)
+                hello = next(words)
+                came.append((int(hello["number"]), list(hello["flags"]), Peer(peer, words)))
     numbers = [number for number, _, _ in came]
     wrong = _twice([0, *numbers])
     for number, theirs, _ in sorted(came, key=lambda one: one[0]):
         wrong = wrong or _difference(flags, number, theirs)
     wrong = wrong or _missing(place, numbers, patience)
     port = _free_port()
-    for _, _, peer in came:
-        _say(peer, {"sentence": wrong} if wrong else {"port": port})
+    for _, _, told in came:
+        with contextlib.suppress(OSError):  # one that has gone while others came
+            _say(told.connection, {"sentence": wrong} if wrong else {"port": port})
     if wrong:
         raise ConfigurationError(wrong)
     return Link(place, {number: peer for number, _, peer in came}, port)

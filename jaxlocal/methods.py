@@ -278,6 +278,9 @@ def streaming_diloco(
       mixing_factor: α; 0 throws away what a fragment has learnt in the τ ticks. With P = 1, τ = 0
         and α = 0 this is DiLoCo.
 
+    Training ends on the synchronisation of one fragment; the others were synchronised some rounds
+    before.
+
     Source: Douillard et al., "Streaming DiLoCo with overlapping communication", 2025,
     https://arxiv.org/abs/2501.18512. Differs from the paper in: messages are not quantised, and
     every message is received by the end of training, since it is sent τ ticks before a round's end.

@@ -203,7 +203,7 @@ class RoundFn:
         shapes."""
         inner, outer = self.rounds.inner, self.rounds.outer
         times = (ticks - outer.ticks) // inner.ticks
-        told = [one._replace(times=one.times * times) for one in inner.says(state)]
+        told = repeat(inner, times).says(state) if times else []
         return ledger.wire([*told, *outer.says(state, number)], self.layout, self.mesh.shape)
 
     def lower(self, state: TrainState, batches: Tree) -> list[tuple[int, Any]]:

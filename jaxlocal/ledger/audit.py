@@ -48,7 +48,8 @@ class Audited(NamedTuple):
 
     def collective(self) -> Collective:
         """It, as the ledger counts; of a loop of unknown trips, once."""
-        return Collective(self.kind, self.axes, self.dtype, self.nbytes, self.times or 1)
+        times = 1 if self.times is None else self.times
+        return Collective(self.kind, self.axes, self.dtype, self.nbytes, times)
 
 
 def audit(compiled: Any, mesh: AnyMesh) -> list[Audited]:

@@ -29,8 +29,8 @@ def wire(said: Iterable[Said], layout: Layout, mesh: Mapping[str, int]) -> list[
 
     The workers of a device average among themselves first, so that an average costs what a model
     does, and on one device nothing. Averages cross in float32 at least; gathered payloads in their
-    own types, together with the weights of the average. Where a worker is split over devices, each
-    says its part of a model, and all of a compressed payload.
+    own types (half precision as its bits, uint16), together with the weights of the average. Where
+    a worker is split over devices, each says its part of a model, and all of a compressed payload.
     """
     return [collective for one in said for collective in _carried(one, layout, mesh)]
 
@@ -38,8 +38,8 @@ def wire(said: Iterable[Said], layout: Layout, mesh: Mapping[str, int]) -> list[
 def _carried(one: Said, layout: Layout, mesh: Mapping[str, int]) -> Iterator[Collective]:
     values: dict[str, int] = {}
     for x in jax.tree.leaves(one.payload):
-        dtype = x.dtype if one.gathered else jnp.promote_types(x.dtype, jnp.float32)
-        values[str(dtype)] = values.get(str(dtype), 0) + _here(x)
+        dtype = _crossing(x.dtype, one.gathered)
+        values[dtype] = values.get(dtype, 0) + _here(x)
     if one.gathered and values:
         weight = str(jnp.result_type(float))
         values[weight] = values.get(weight, 0) + 1
@@ -49,6 +49,13 @@ def _carried(one: Said, layout: Layout, mesh: Mapping[str, int]) -> Iterator[Col
             if apart and size:
                 nbytes = copies * size * jnp.dtype(dtype).itemsize
                 yield Collective(kind, apart, dtype, nbytes, one.times)
+
+
+def _crossing(dtype: jnp.dtype, gathered: bool) -> str:
+    if not gathered:
+        return str(jnp.promote_types(dtype, jnp.float32))
+    half = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2
+    return "uint16" if half else str(dtype)
 
 
 def _here(x: jax.ShapeDtypeStruct) -> int:

@@ -228,6 +228,7 @@ def test_a_cluster_that_does_not_fit_is_told_before_anything_is_measured(changes
 def test_the_plan_prints_the_hours_as_text_and_as_json(monkeypatch, capsys):
     values = flags.FlagValues()
     flags.DEFINE_string("format", "json", "", flag_values=values)
+    flags.DEFINE_boolean("audit", False, "", flag_values=values)
     hours.define_flags(values)
     words = ["--bandwidth_gbps=8", "--latency_us=1000", "--tick_ms=500", "--hours_planned=2"]
     values(["plan", *words, "--hours_data_parallel=3"])

@@ -158,6 +158,36 @@ def test_a_port_that_is_taken_is_told():
             meet(Place("127.0.0.1", port, 2, 0), [], 5)
 
 
+HASTY = """
+import time
+from experiments.link import Place, meet
+meet(Place("127.0.0.1", {port}, 2, 1), [], 60.0)
+time.sleep(60)
+"""
+
+
+def test_what_is_said_together_is_heard_together():
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        processes(1, "-c", HASTY.format(port=listener.getsockname()[1])) as (one,),
+    ):
+        listener.settimeout(60)
+        peer, _ = listener.accept()
+        with peer:
+            peer.recv(1 << 16)
+            peer.sendall(b'{"port": 1}\n{"sentence": "the disk is full", "status": 1}\n')
+            _, error = one.communicate(timeout=60)
+    assert (one.returncode, error) == (1, "error: the disk is full\n")
+
+
+def test_a_coordinator_that_goes_is_not_said_to_be_silent():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
+        with pytest.raises(ConfigurationError, match="has ended before process 1 of 2"):
+            meet(Place("127.0.0.1", port, 2, 1), [], 60.0)
+
+
 @contextlib.contextmanager
 def processes(count, *arguments):
     """Programs of ours, each with its number; nothing of them stays behind."""
