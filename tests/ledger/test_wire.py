@@ -124,3 +124,25 @@ def test_promises_hold_on_any_mesh(name, shape):
     assert bool(sent) == (max(shape) > 1)
     on = {axis for one in found for axis in one.axes}
     assert on <= {axis for axis, n in zip(("hubs", "workers"), shape, strict=True) if n > 1}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "word", "expected"),
+    [
+        # Averages of half precision are float32; 8 workers' payloads of 64 values, their weights.
+        ("bfloat16", "identity", {("all-reduce", "float32"): 4 * 64}),
+        ("float32", "bfloat16", {("all-gather", "uint16"): 2 * 512, ("all-gather", "float32"): 32}),
+    ],
+)
+def test_half_precision_crosses_as_promised_before_xla_optimises(dtype, word, expected):
+    grad_fn = jaxlocal.gradients(lambda w, batch, key: jnp.square(w - batch).sum())
+    rounds = jaxlocal.local_sgd(grad_fn, optax.sgd(0.1), 2)
+    if word != "identity":
+        rounds = jaxlocal.qsparse_local_sgd(grad_fn, optax.sgd(0.1), parse(word), 2)
+    round_fn = RoundFn(rounds, Layout(1, 8))
+    state = round_fn.shapes(jax.ShapeDtypeStruct((8, 8), jnp.dtype(dtype)))
+    *_, (_, end) = round_fn.lower(state, jax.ShapeDtypeStruct((2, 1, 8, 8, 8), jnp.dtype(dtype)))
+    for program in (end.as_text("hlo"), end.compile(FAST)):
+        sent = by_kind(one.collective() for one in audit(program, round_fn.mesh))
+        assert sent == {(kind, ("workers",), type_): n for (kind, type_), n in expected.items()}
+    assert sent == by_kind(round_fn.wire(state, 2))
