@@ -247,8 +247,10 @@ def test_mistakes_are_told_at_once(monkeypatch):
         Stream(source, one_by_one)
 
 
+# A shell's background jobs ignore SIGINT, and what they start does too; this one does not.
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np
 from jaxlocal.data.streaming import Stream
 
