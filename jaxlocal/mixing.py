@@ -1,5 +1,6 @@
 """Mixers: the linear averages by which workers and hubs become alike."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.topology import check_mixing, routes
+from jaxlocal.topology import Route, check_mixing, routes
 from jaxlocal.types import Leaf, Messages, Mixer, Tree, World
 from jaxlocal.workers import AXES, Layout, are_split, psum, weighted_sum
 
@@ -80,6 +81,7 @@ def hub_diffusion(matrix: np.ndarray, workers_per_hub: int | None = None) -> Mix
     matrix = check_mixing(matrix)
     neighbours = np.count_nonzero(matrix - np.diag(np.diag(matrix)), axis=1)
     complete = bool(np.abs(matrix - matrix[:, :1]).max() < 1e-12)
+    routes_over = functools.cache(functools.partial(routes, matrix))
 
     def average(tree: Tree, world: World) -> Tree:
         hubs = _hub_numbers(world)
@@ -88,7 +90,8 @@ def hub_diffusion(matrix: np.ndarray, workers_per_hub: int | None = None) -> Mix
             share = jnp.asarray(matrix)[hubs, :1]
             sums = jax.tree.map(lambda z: weighted_sum(share, z, "all"), models)
             return _at_once(lambda z: psum(z, "hubs"), sums, ["hubs"])
-        return _at_once(lambda z: _pass_on(matrix, z, hubs), models, ["hubs"])
+        passed = routes_over(lax.axis_size("hubs"))
+        return _at_once(lambda z: _pass_on(matrix, passed, z, hubs), models, ["hubs"])
 
     def messages(bits: int, layout: Layout) -> Messages:
         if workers_per_hub not in (None, layout.workers_per_hub):
@@ -102,7 +105,7 @@ def hub_diffusion(matrix: np.ndarray, workers_per_hub: int | None = None) -> Mix
     def collectives(layout, mesh, gathered):
         if complete:
             return [("all-reduce", ("hubs",), 1)]
-        passed = routes(matrix, mesh["hubs"])
+        passed = routes_over(mesh["hubs"])
         return [("collective-permute", ("hubs",), route.said.shape[1]) for route in passed]
 
     return Mixer(average, ("hubs",) if complete else (), messages, collectives)
@@ -114,13 +117,13 @@ def _hub_numbers(world: World) -> jax.Array:
     return world.worker[:, 0] // (world.worker.shape[1] * lax.axis_size("workers"))
 
 
-def _pass_on(matrix: np.ndarray, z: jax.Array, hubs: jax.Array) -> jax.Array:
+def _pass_on(matrix: np.ndarray, passed: list[Route], z: jax.Array, hubs: jax.Array) -> jax.Array:
     """y_d = Σ_j H_jd z_j for this device's hubs, z [d, 1, ...], with what neighbours pass on."""
     own, place = len(hubs), hubs[0] // len(hubs)
     coefficients = jnp.asarray(matrix, z.dtype)[:, hubs]
     mix = lambda share, z: jnp.einsum("jd,j...->d...", share, z, precision=lax.Precision.HIGHEST)
     mixed = mix(lax.dynamic_slice_in_dim(coefficients, place * own, own), z)
-    for route in routes(matrix, lax.axis_size("hubs")):
+    for route in passed:
         said = z[jnp.asarray(route.said)[place]]
         heard = lax.ppermute(said, "hubs", route.pairs)
         known = jnp.asarray(route.heard)[place]

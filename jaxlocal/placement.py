@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Tree
-from jaxlocal.workers import AXES, MODEL, STACKED, Layout
+from jaxlocal.workers import AXES, MODEL, SINGLE, STACKED, Layout
 
 
 def make_mesh(
@@ -152,7 +152,7 @@ def place_rows(
     grid: tuple[int, ...],
     spec: P = STACKED,
     axis: int = 0,
-    within: P = P(),  # noqa: B008
+    within: P = SINGLE,
 ) -> Tree:
     """Arrays of which this process holds only its own rows, as arrays over the whole grid.
 

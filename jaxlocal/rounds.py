@@ -83,6 +83,11 @@ class RoundFn:
                 f"a round's end of {rounds.outer.ticks} ticks is no multiple of the "
                 f"{rounds.inner.ticks} of its inner stage"
             )
+        if rounds.inner.turns > 1:
+            raise ConfigurationError(
+                f"an inner stage says the same at every apply, and this one something else in each "
+                f"of {rounds.inner.turns} turns; repeat it so often, or let it end rounds"
+            )
         self.rounds = rounds
         self.layout = layout
         self.mesh = mesh if mesh is not None else make_mesh(layout)
@@ -203,7 +208,7 @@ class RoundFn:
         shapes."""
         inner, outer = self.rounds.inner, self.rounds.outer
         times = (ticks - outer.ticks) // inner.ticks
-        told = repeat(inner, times).says(state) if times else []
+        told = [one._replace(times=one.times * times) for one in inner.says(state)]
         return ledger.wire([*told, *outer.says(state, number)], self.layout, self.mesh.shape)
 
     def lower(self, state: TrainState, batches: Tree) -> list[tuple[int, Any]]:

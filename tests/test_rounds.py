@@ -5,13 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import problems
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlocal
 from jaxlocal import ConfigurationError, Layout, RoundFn, mixing, periods
-from jaxlocal.compose import repeat
+from jaxlocal.compose import in_turn, repeat, sequence
 from jaxlocal.local import tick
 from jaxlocal.syncing import sync
 from jaxlocal.types import Rounds
@@ -215,3 +216,13 @@ def test_the_mean_of_the_workers_is_weighted_in_parameters_and_model_state():
     # A sum of sixteen float32 terms of size one
     np.testing.assert_allclose(params, -expected, atol=1e-6)
     np.testing.assert_allclose(model_state["sum"], expected, atol=1e-6)
+
+
+def test_an_inner_stage_that_takes_turns_is_refused_unless_they_are_all_in_it():
+    stage = sync(mixing.mean())
+    turns = in_turn(stage, stage)
+    rounds = jaxlocal.local_sgd(problems.grad_fn, optax.sgd(0.1), 2)
+    with pytest.raises(ConfigurationError, match="something else in each of 2 turns"):
+        RoundFn(rounds._replace(inner=sequence(rounds.inner, turns)), Layout())
+    whole = repeat(sequence(rounds.inner, turns), 2)
+    assert RoundFn(rounds._replace(inner=whole), Layout()).rounds.inner.turns == 1

@@ -74,15 +74,3 @@ def by_kind(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...
         key = (one.kind, one.axes, one.dtype)
         total[key] = total.get(key, 0) + one.nbytes * one.times
     return total
-
-
-def sent(collective: Collective, mesh: Mapping[str, int]) -> float:
-    """Bytes that a device sends in it: by a ring of its group in all-reduces and all-gathers, to
-    one other in permutes.
-
-    >>> sent(Collective("all-reduce", ("workers",), "float32", 400), {"hubs": 1, "workers": 4})
-    600.0
-    """
-    group = math.prod(mesh[axis] for axis in collective.axes)
-    share = {"all-reduce": 2 * (group - 1) / group, "all-gather": (group - 1) / group}
-    return collective.times * collective.nbytes * share.get(collective.kind, 1.0)
