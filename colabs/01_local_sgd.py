@@ -43,10 +43,10 @@ from flax import nnx
 
 import jaxlocal
 from jaxlocal import data, periods
-from jaxlocal.evaluation import Evaluation
 from jaxlocal.models import from_nnx
 from jaxlocal.models.supervised import evaluation_metrics, training_loss
-from jaxlocal.training import run
+from jaxlocal.training.evaluation import Evaluation
+from jaxlocal.training.loop import run
 
 # %% [markdown]
 # ## A task, a model
@@ -85,24 +85,24 @@ loss = training_loss(model, digits.normalize, digits.classes)
 # %% [markdown]
 # ## Local SGD
 #
-# Worker $i$ has a model $x_i$ of its own. At every *tick* it draws a batch, computes the gradient
+# Worker $i$ has a model $x_i$ of its own. At every *step* it draws a batch, computes the gradient
 # $g_i$ and takes a step of its own,
 #
 # $$x_i \leftarrow x_i - \eta\, g_i .$$
 #
-# Every $H$ ticks all workers restart from the average of their models,
+# Every $H$ steps all workers restart from the average of their models,
 #
 # $$x_i \leftarrow \frac{1}{8} \sum_{j=1}^{8} x_j .$$
 #
-# The $H$ ticks between two averages are a *round*. With $H = 1$ and plain SGD this is data
+# The $H$ steps between two averages are a *round*. With $H = 1$ and plain SGD this is data
 # parallelism: to average models that started equal is to average their gradients. A larger $H$
 # says less: one model a round.
 #
 # The optimizer may be any of optax's; each worker runs its own copy.
 
 # %%
-TICKS = 512
-learning_rate = optax.cosine_decay_schedule(0.5, TICKS)
+STEPS = 512
+learning_rate = optax.cosine_decay_schedule(0.5, STEPS)
 workers = jaxlocal.Layout(workers_per_hub=8)
 
 
@@ -116,7 +116,7 @@ def local_sgd(period):
 # ## One round, step by step
 #
 # All eight models live in one tree of arrays that lead with `[hubs, workers]`; here there is one
-# hub. The training images were given to `RoundFn` once, so a batch is only their numbers, `[ticks,
+# hub. The training images were given to `RoundFn` once, so a batch is only their numbers, `[steps,
 # hubs, workers, batch]`. Under `iid` the images are shuffled at every epoch and dealt out to the
 # workers.
 
@@ -149,7 +149,7 @@ print(f"after the average:     {round_fn.consensus_distance(state):.3f}")
 # %% [markdown]
 # ## How often should they talk?
 #
-# We give every run the same 512 ticks, the same start and the same batches, and change only $H$: 1,
+# We give every run the same 512 steps, the same start and the same batches, and change only $H$: 1,
 # 4, 16, and one rule that chooses it. The *Quadratic Synchronization Rule* (QSR, [Gu et al.
 # 2024](https://arxiv.org/abs/2310.14423)) lets $H$ grow as the learning rate falls,
 #
@@ -159,7 +159,7 @@ print(f"after the average:     {round_fn.consensus_distance(state):.3f}")
 
 # %%
 qsr = periods.quadratic(learning_rate, coefficient=1.0, base=4)
-print("H of QSR's rounds:", *periods.lengths(qsr, TICKS))
+print("H of QSR's rounds:", *periods.lengths(qsr, STEPS))
 
 # %% [markdown]
 # `run` takes the steps and says when a measurement is due. What we measure is the average model
@@ -170,13 +170,13 @@ evaluate = Evaluation(round_fn, evaluation_metrics(model, digits.normalize, digi
 
 
 def curves(round_fn, batches, seed=0):
-    """What the average model is worth every 16 ticks, and what one worker has said by then."""
-    steps = run(round_fn, start(seed), batches.indices, TICKS, measure_every=16)
+    """What the average model is worth every 16 steps, and what one worker has said by then."""
+    progresses = run(round_fn, start(seed), batches.indices, STEPS, measure_every=16)
     lines = [
-        {"tick": step.tick, "rounds": step.round, "bits": step.messages.workers}
-        | {"distance": step.distance, **evaluate(step.state)}
-        for step in steps
-        if step.due
+        {"step": progress.step, "rounds": progress.round, "bits": progress.message_bits.workers}
+        | {"distance": progress.distance, **evaluate(progress.state)}
+        for progress in progresses
+        if progress.due
     ]
     return {name: np.array([line[name] for line in lines]) for name in lines[0]}
 
@@ -192,14 +192,14 @@ def show(results):
     for name, c in results.items():
         kilobytes = c["bits"][1:] / 8e3
         style = {"label": name, "linestyle": "--" if name == "QSR" else "-"}
-        axes[0, 0].plot(c["tick"], c["loss"], **style)
+        axes[0, 0].plot(c["step"], c["loss"], **style)
         axes[0, 1].plot(kilobytes, c["loss"][1:], **style)
-        axes[1, 0].plot(c["tick"], c["accuracy"], **style)
-        axes[1, 1].plot(c["tick"][1:], c["distance"][1:], **style)
-    axes[0, 0].set(xlabel="ticks", ylabel="test loss", yscale="log")
+        axes[1, 0].plot(c["step"], c["accuracy"], **style)
+        axes[1, 1].plot(c["step"][1:], c["distance"][1:], **style)
+    axes[0, 0].set(xlabel="steps", ylabel="test loss", yscale="log")
     axes[0, 1].set(xlabel="kB said by a worker", ylabel="test loss", xscale="log", yscale="log")
-    axes[1, 0].set(xlabel="ticks", ylabel="test accuracy", ylim=(0.5, 1))
-    axes[1, 1].set(xlabel="ticks", ylabel="consensus distance", ylim=(0, None))
+    axes[1, 0].set(xlabel="steps", ylabel="test accuracy", ylim=(0.5, 1))
+    axes[1, 1].set(xlabel="steps", ylabel="consensus distance", ylim=(0, None))
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
@@ -226,7 +226,7 @@ table(results)
 # What we saw with seeds 0 to 3, and you should see too:
 #
 # - All four end at nearly the same accuracy, about 0.975: 360 test images cannot tell them apart.
-#   Over ticks the curves all but coincide.
+#   Over steps the curves all but coincide.
 # - Over what was said they lie far apart: $H = 16$ sends a sixteenth of what $H = 1$ sends, QSR a
 #   tenth.
 # - Workers that are alone for longer drift further apart, though not in proportion: sixteen times

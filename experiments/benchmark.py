@@ -3,8 +3,8 @@
 Suite `speed`: rounds of jaxlocal beside those of other ways to train as many workers, each in a
 process of its own, in turns; for each workload the seconds of a round, and how many times as fast
 jaxlocal is. Suite `compression`: seconds of a partial synchronisation by each compressor beside
-those of the gradient of a tick, in the same run and in turns; and the peak memory of methods above
-Local SGD's. Suite `scaling`: seconds of a tick on more and more virtual devices and processes, and
+those of the gradient of a step, in the same run and in turns; and the peak memory of methods above
+Local SGD's. Suite `scaling`: seconds of a step on more and more virtual devices and processes, and
 over a link made slow on purpose beside what the model of a cluster says. Prints tables and writes
 the figures as JSON.
 """
@@ -24,18 +24,18 @@ from rich.console import Console
 from rich.text import Text
 
 import jaxlocal
-from experiments import compression_costs
-from experiments.benchmarking import QUIET, Others, wait_until_idle
-from experiments.command_line import FAILED, run_tool
-from experiments.display import data_size, number, show_table
-from experiments.recording import write_json
-from experiments.scaling.link import NoLink, check_speed, slow_link
-from experiments.scaling.suite import OVER_LINK, over_link, scale, sized
-from experiments.scaling.tables import show_link, show_scaling
-from experiments.speed.contender import JAXLOCAL
-from experiments.speed.in_jax import local_sgd
-from experiments.speed.suite import compare, growth, show_growth, show_workload
-from experiments.speed.workloads import WORKLOADS, Workload
+from experiments.benchmarks import compression_costs
+from experiments.benchmarks.benchmarking import QUIET, Others, wait_until_idle
+from experiments.benchmarks.scaling.link import NoLink, check_speed, slow_link
+from experiments.benchmarks.scaling.suite import OVER_LINK, over_link, scale, sized
+from experiments.benchmarks.scaling.tables import show_link, show_scaling
+from experiments.benchmarks.speed.contender import JAXLOCAL
+from experiments.benchmarks.speed.in_jax import local_sgd
+from experiments.benchmarks.speed.suite import compare, growth, show_growth, show_workload
+from experiments.benchmarks.speed.workloads import WORKLOADS, Workload
+from experiments.launching.command_line import FAILED, run_tool
+from experiments.plotting.display import data_size, number, show_table
+from experiments.running.recording import write_json
 from jaxlocal.errors import ConfigurationError, lookup
 
 COMPRESSORS = (

@@ -1,4 +1,4 @@
-"""Compare runs that experiments.train left: a picture over ticks, communication and time, and a
+"""Compare runs that experiments.train left: a picture over steps, communication and time, and a
 table.
 
 Takes folders of runs: python -m experiments.compare WORKDIR... [--output=compare.png]. A folder of
@@ -19,19 +19,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.command_line import INTERRUPTED, fail
-from experiments.comparison_plot import Curves, plot_comparison
-from experiments.config import PLACE, Config
-from experiments.display import data_size, number
-from experiments.recording import FLAGS as FLAGS_FILE
-from experiments.recording import METRICS, SUMMARY, read_metrics
-from experiments.several import mean_and_error
+from experiments.building.config import PLACE, Config
+from experiments.launching.command_line import INTERRUPTED, fail
+from experiments.plotting.comparison import Curves, plot_comparison
+from experiments.plotting.display import data_size, number
+from experiments.running.recording import FLAGS as FLAGS_FILE
+from experiments.running.recording import METRICS, SUMMARY, read_metrics
+from experiments.running.seeds import mean_and_error
 from jaxlocal import ConfigurationError
 
 LABEL = 60  # characters beyond which folders' names are shorter to read than flags
 FORMATS = (".png", ".pdf", ".svg")
 KEYS = (
-    *("tick", "round", "wall_seconds", "train_loss", "eval_loss", "eval_accuracy"),
+    *("step", "round", "wall_seconds", "train_loss", "eval_loss", "eval_accuracy"),
     *("bits_workers", "bits_hubs"),
 )
 
@@ -111,8 +111,8 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
     length = min(map(len, lines))
     lines = [seed[:length] for seed in lines]
     values = {key: np.array([[line[key] for line in seed] for seed in lines]) for key in KEYS}
-    if (values["tick"] != values["tick"][0]).any():
-        raise ConfigurationError(f"the seeds in {folder} were not measured at the same ticks")
+    if (values["step"] != values["step"][0]).any():
+        raise ConfigurationError(f"the seeds in {folder} were not measured at the same steps")
     return values
 
 

@@ -1,7 +1,7 @@
 """What a run would do and say, without training: rounds, H, communication, parameters, memory.
 
 Takes the flags of experiments.train. Reads no data and runs no model, unless an audit is asked for,
-or hours and the time of a tick is not given.
+or hours and the time of a step is not given.
 """
 
 import itertools
@@ -14,19 +14,19 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from experiments import hours
-from experiments.auditing import audited, show_audit
-from experiments.build import Job, build_job, make_round_fn, measure_every, model_shapes
-from experiments.command_line import define_flags, run_binary
-from experiments.compressing import ratio_by_formula
-from experiments.config import Config
-from experiments.display import data_size, number, show_table
-from experiments.recording import finite
-from experiments.starting import start
+from experiments.building.compressors import ratio_by_formula
+from experiments.building.config import Config
+from experiments.building.job import Job, build_job, make_round_fn, measure_every, model_shapes
+from experiments.launching.command_line import define_flags, run_binary
+from experiments.launching.starting import start
+from experiments.planning import hours
+from experiments.planning.auditing import audited, show_audit
+from experiments.plotting.display import data_size, number, show_table
+from experiments.running.recording import finite
 from jaxlocal.compression import payload_bits
 from jaxlocal.errors import unknown
-from jaxlocal.local import bits
-from jaxlocal.training import dispatches, schedule
+from jaxlocal.stages.local_step import bits
+from jaxlocal.training.loop import dispatches, schedule
 
 FORMATS = ("text", "json")
 ROWS = 12  # of the H schedule that are printed; JSON has all
@@ -34,23 +34,23 @@ ROWS = 12  # of the H schedule that are printed; JSON has all
 
 def plan(job: Job) -> dict[str, Any]:
     """The figures of a run."""
-    lengths = list(schedule(job.rounds, job.ticks))
+    lengths = list(schedule(job.method, job.steps))
     round_fn = make_round_fn(job)
     shapes = model_shapes(job.config, job.model)
     state = round_fn.shapes(*shapes)
-    pieces = dispatches(round_fn, job.ticks, measure_every(job))
-    ending = job.rounds.outer.ticks
-    programs = {d.ticks for d in pieces if not (ending and d.ends_round)}
-    said = round_fn.messages(state, job.ticks, len(lengths))
+    pieces = dispatches(round_fn, job.steps, measure_every(job))
+    ending = job.method.outer.steps
+    programs = {d.steps for d in pieces if not (ending and d.ends_round)}
+    said = round_fn.message_bits(state, job.steps, len(lengths))
     model = bits(state.params)
-    turns = job.rounds.outer.turns  # rounds in which a whole model is said
-    ticks_a_model = turns * job.ticks / len(lengths)
+    turns = job.method.outer.turns  # rounds in which a whole model is said
+    steps_a_model = turns * job.steps / len(lengths)
     return {
         "method": job.config.method,
-        "period": job.rounds.period.description,
-        "ticks": job.ticks,
+        "period": job.method.period.description,
+        "steps": job.steps,
         "rounds": len(lengths),
-        "communication_volume": len(lengths) / (turns * job.ticks),
+        "communication_volume": len(lengths) / (turns * job.steps),
         "turns": turns,
         "local_steps": _segments(lengths),
         "local_steps_max": max(lengths),
@@ -61,9 +61,9 @@ def plan(job: Job) -> dict[str, Any]:
         "bits_model": model,
         "bits_workers": said.workers,
         "bits_hubs": said.hubs,
-        "bits_workers_data_parallel": model * job.ticks if job.layout.workers > 1 else 0,
-        "compression_ratio_formula": ratio_by_formula(job.config, job.compressors, ticks_a_model),
-        "compression_ratio_counted": model * job.ticks / said.workers if said.workers else None,
+        "bits_workers_data_parallel": model * job.steps if job.layout.workers > 1 else 0,
+        "compression_ratio_formula": ratio_by_formula(job.config, job.compressors, steps_a_model),
+        "compression_ratio_counted": model * job.steps / said.workers if said.workers else None,
         "compressors": _compressors(job, shapes[0]),
         "devices": round_fn.mesh.size,
         "mesh": dict(round_fn.mesh.shape),
@@ -86,11 +86,11 @@ def _compressors(job: Job, params: Any) -> dict[str, dict[str, Any]]:
 
 def _segments(lengths: list[int]) -> list[dict[str, int]]:
     """The H schedule as runs of equal H."""
-    segments, tick = [], 0
+    segments, step = [], 0
     for length, group in itertools.groupby(lengths):
         rounds = len(list(group))
-        segments.append({"tick": tick, "local_steps": length, "rounds": rounds})
-        tick += rounds * length
+        segments.append({"step": step, "local_steps": length, "rounds": rounds})
+        step += rounds * length
     return segments
 
 
@@ -125,9 +125,9 @@ def show(figures: dict[str, Any]) -> None:
     memory = figures["memory_bytes"]
     rows = [
         ("period", figures["period"]),
-        ("ticks", number(figures["ticks"])),
+        ("steps", number(figures["steps"])),
         ("rounds", number(figures["rounds"])),
-        ("communication volume", f"{volume:.2%} (rounds{turns} / ticks)"),
+        ("communication volume", f"{volume:.2%} (rounds{turns} / steps)"),
         ("sent by a worker", _said(figures["bits_workers"], model)),
         ("sent by a hub", _said(figures["bits_hubs"], model)),
         ("data parallel, by a worker", _said(figures["bits_workers_data_parallel"], model)),
@@ -148,7 +148,7 @@ def show(figures: dict[str, Any]) -> None:
     shown = segments if len(segments) <= ROWS else _thinned(segments)
     more = f", {len(shown)} of {len(segments)} values" if len(shown) < len(segments) else ""
     schedule_rows = [
-        (f"from tick {number(s['tick'])}", f"H = {number(s['local_steps'])}") for s in shown
+        (f"from step {number(s['step'])}", f"H = {number(s['local_steps'])}") for s in shown
     ]
     show_table(console, f"\nH schedule{more}", schedule_rows)
     hours.show_hours(console, figures)

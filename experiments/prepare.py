@@ -10,7 +10,7 @@ import sys
 from absl import app, flags, logging
 from absl.flags import FLAGS
 
-from experiments.command_line import FAILED, INTERRUPTED, fail
+from experiments.launching.command_line import FAILED, INTERRUPTED, fail
 from jaxlocal import ConfigurationError
 from jaxlocal.data import DATASETS, prepared
 

@@ -14,23 +14,23 @@ from typing import Any
 
 import jax
 
-from experiments.build import Job, build_job, make_round_fn, measure_every, save_every
-from experiments.command_line import FAILED, INTERRUPTED, define_flags, run_binary
-from experiments.config import Config, default_workdir
-from experiments.display import Display
-from experiments.feeding import Feed
-from experiments.joining import find_group, joined
-from experiments.measuring import Measure, check_model
-from experiments.partition_plot import plot_partition
-from experiments.recording import CHECKPOINTS, PARTITION, Recorder, record
-from experiments.reporting import export_model, leave, title_of
-from experiments.several import train_several
-from experiments.starting import start
+from experiments.building.config import Config, default_workdir
+from experiments.building.job import Job, build_job, make_round_fn, measure_every, save_every
+from experiments.launching.command_line import FAILED, INTERRUPTED, define_flags, run_binary
+from experiments.launching.joining import find_group, joined
+from experiments.launching.starting import start
+from experiments.plotting.display import Display
+from experiments.plotting.partition import plot_partition
+from experiments.running.feeding import Feed
+from experiments.running.measuring import Measure, check_model
+from experiments.running.recording import CHECKPOINTS, PARTITION, Recorder, record
+from experiments.running.reporting import export_model, leave, title_of
+from experiments.running.seeds import train_several
 from jaxlocal import ConfigurationError, RoundFn
-from jaxlocal.checkpoints import Checkpoints, SavingError
 from jaxlocal.data import StreamError
-from jaxlocal.local import bits
-from jaxlocal.training import Diverged, Step, run, schedule
+from jaxlocal.stages.local_step import bits
+from jaxlocal.training.checkpoints import Checkpoints, SavingError
+from jaxlocal.training.loop import Diverged, Progress, run, schedule
 from jaxlocal.types import TrainState
 
 
@@ -44,7 +44,7 @@ def train(config: Config) -> int:
         raise ConfigurationError(
             f"--parameters={config.parameters} is for experiments.plan; training needs a model"
         )
-    next(schedule(job.rounds, job.ticks))
+    next(schedule(job.method, job.steps))
     with Feed(job) as feed:
         check_model(job)
         round_fn = make_round_fn(job, feed.pool)
@@ -76,7 +76,7 @@ class _Run:
         self.state, notes = self._start()
         said = bits(self.state.params) if job.compressors else 0
         self.first = jax.process_index() == 0  # of several processes the one that writes and shows
-        self.display = Display(job.ticks, said, quiet=not self.first)
+        self.display = Display(job.steps, said, quiet=not self.first)
         self.ended: str | None = notes.get("ended")
         self.measurements: int | None = notes.get("measurements")
         self.measure = Measure(job, round_fn, feed.first, notes.get("seconds", 0.0))
@@ -85,7 +85,7 @@ class _Run:
         """The newest state of the folder, or a fresh one."""
         assert self.job.model is not None
         key = jax.random.key(self.job.config.seed)
-        if self.checkpoints and self.checkpoints.ticks:
+        if self.checkpoints and self.checkpoints.steps:
             shapes = self.round_fn.shapes(*jax.eval_shape(self.job.model.init, key))
             return self.checkpoints.restore(shapes)
         params, model_state = jax.jit(self.job.model.init)(key)
@@ -93,7 +93,7 @@ class _Run:
 
     def to_the_end(self) -> int:
         config, display = self.job.config, self.display
-        begin = int(self.state.tick)
+        begin = int(self.state.step)
         self.recorder.begin(begin, self.measurements)
         self._say_what_is_unusual(begin)
         if config.plot_partition and self.first:
@@ -113,12 +113,12 @@ class _Run:
     def _train(self) -> tuple[int, str]:
         """Take the steps to their end; returns the exit status and how it ended."""
         job, config = self.job, self.job.config
-        steps = run(
-            self.round_fn, self.state, self.feed, job.ticks, measure_every(job), save_every(job)
+        progresses = run(
+            self.round_fn, self.state, self.feed, job.steps, measure_every(job), save_every(job)
         )
         try:
             with self.display.live():
-                return self._follow(steps, config.stop_train_loss)
+                return self._follow(progresses, config.stop_train_loss)
         except Diverged as error:
             return FAILED, f"diverged: {error}"
         except (SavingError, StreamError, KeyboardInterrupt) as error:
@@ -129,22 +129,25 @@ class _Run:
             interrupted = isinstance(error, KeyboardInterrupt)
             return (INTERRUPTED, "interrupted") if interrupted else (FAILED, str(error))
 
-    def _follow(self, steps: Iterator[Step], enough: float | None) -> tuple[int, str]:
+    def _follow(self, progresses: Iterator[Progress], enough: float | None) -> tuple[int, str]:
         why = "finished"
-        for step in steps:
-            line = self.measure(step) if step.due else None
+        for progress in progresses:
+            line = self.measure(progress) if progress.due else None
             if line:
                 self.recorder.measured(line)
-            self.state = step.state  # of which all that is due has been measured
-            self.display.step(step, line)
+            self.state = progress.state  # of which all that is due has been measured
+            self.display.show(progress, line)
             loss = line["train_loss"] if line else math.inf
             if line and not math.isfinite(loss):
-                return FAILED, f"diverged: the average model's loss is {loss} at tick {step.tick}"
+                return (
+                    FAILED,
+                    f"diverged: the average model's loss is {loss} at step {progress.step}",
+                )
             stop = enough is not None and loss < enough
             if stop:
                 why = f"training loss {loss:.4g} < {enough:g}"
-            if step.save or (stop and save_every(self.job)):
-                self._save(why if stop or step.tick == self.job.ticks else None)
+            if progress.save or (stop and save_every(self.job)):
+                self._save(why if stop or progress.step == self.job.steps else None)
             if stop:
                 break
         return 0, why
@@ -159,9 +162,9 @@ class _Run:
         """Unless the device was at work on the state, or nothing is new."""
         alive = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
         if self.checkpoints and save_every(self.job) and alive:
-            tick = int(self.state.tick)
+            step = int(self.state.step)
             finite = math.isfinite(float(self.round_fn.consensus_distance(self.state)))
-            if finite and tick and tick not in self.checkpoints.ticks:
+            if finite and step and step not in self.checkpoints.steps:
                 self._save()
 
     def _say_what_is_unusual(self, begin: int) -> None:
@@ -174,7 +177,7 @@ class _Run:
         if self.ended:
             self.display.say(f"this run has ended; delete {self.recorder.folder} to run it again")
         elif begin:
-            self.display.say(f"going on from tick {begin}")
+            self.display.say(f"going on from step {begin}")
 
     def _plot_partition(self) -> None:
         dataset, config = self.job.dataset, self.job.config

@@ -21,17 +21,17 @@ from typing import Any
 
 from absl import flags
 
-from experiments.build import build_job
-from experiments.checks import check_numbers
-from experiments.command_line import FAILED, INTERRUPTED, define_flags, run_binary
-from experiments.config import Config
-from experiments.display import number
+from experiments.building.checks import check_numbers
+from experiments.building.config import Config
+from experiments.building.job import build_job
+from experiments.launching.command_line import FAILED, INTERRUPTED, define_flags, run_binary
+from experiments.launching.starting import start
 from experiments.plan import plan
-from experiments.recording import SUMMARY, check_same_run, write_json, write_whole
-from experiments.settings import read_settings
-from experiments.starting import start
+from experiments.plotting.display import number
+from experiments.running.recording import SUMMARY, check_same_run, write_json, write_whole
 from experiments.train import train
-from experiments.tuning_results import DIVERGED, diverged, figures_of, markdown, rank
+from experiments.tuning.results import DIVERGED, diverged, figures_of, markdown, rank
+from experiments.tuning.settings import read_settings
 from jaxlocal import ConfigurationError
 
 RESULTS, TABLE, LOG = "results.json", "table.md", "log.txt"

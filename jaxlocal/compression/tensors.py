@@ -69,7 +69,7 @@ class Codec(NamedTuple):
     granularity: str
 
 
-class Said(NamedTuple):
+class Message(NamedTuple):
     """The payload of a vector."""
 
     values: Tree
@@ -191,12 +191,12 @@ def _encode(codec: Codec, tree: Tree, key: Leaf) -> Tree:
 
 def _decode(codec: Codec, payload: Tree, key: Leaf, onto: Tree, scale: Any) -> Tree:
     # What was compressed is read off the payload: onto may have other types than what was said.
-    whole = lambda said: said is not None and not isinstance(said, Said)
+    whole = lambda said: said is not None and not isinstance(said, Message)
     leaves, structure = jax.tree.flatten(onto)
     pairs = zip(leaves, payload, strict=True)
     leaves = [add(x, said, scale) if whole(said) else x for x, said in pairs]
     others = [i for i, said in enumerate(payload) if said is None]
-    places = [[i, *others] for i, said in enumerate(payload) if isinstance(said, Said)]
+    places = [[i, *others] for i, said in enumerate(payload) if isinstance(said, Message)]
     sizes = [sum(leaves[i].size for i in place) for place in places]
     masks = random_words(key, [codec.selection.words(n) for n in sizes])
     for place, mask in zip(places, masks, strict=True):
@@ -214,12 +214,12 @@ def _delta(codec: Codec, like: Tree) -> float:
     return min((selection.delta(n) * coder.delta(selection.kept(n)) for n in sizes), default=1.0)
 
 
-def _say(codec: Codec, x: Leaf, mask: Leaf, noise: Leaf) -> Said:
+def _say(codec: Codec, x: Leaf, mask: Leaf, noise: Leaf) -> Message:
     values, index = codec.selection.encode(x, mask)
-    return Said(codec.coder.encode(values, noise), index)
+    return Message(codec.coder.encode(values, noise), index)
 
 
-def _add(codec: Codec, said: Said, mask: Leaf, onto: list[Leaf], scale: Any) -> list[Leaf]:
+def _add(codec: Codec, said: Message, mask: Leaf, onto: list[Leaf], scale: Any) -> list[Leaf]:
     def change(values):
         return add(values, codec.coder.decode(said.values, values.size), scale)
 

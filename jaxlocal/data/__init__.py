@@ -1,6 +1,6 @@
 """Data: where examples come from, who holds them, and which of them make each batch.
 
-Everything here is numpy on the host, but for `crop_and_flip`, which runs in the compiled tick.
+Everything here is numpy on the host, but for `crop_and_flip`, which runs in the compiled step.
 Grain, TensorFlow Datasets, Pillow and scikit-learn are imported only when they are needed.
 """
 

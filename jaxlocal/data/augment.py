@@ -7,7 +7,7 @@
 | `crop`, `crop:PAD` | a window of the image's own size, uniform in the image padded by PAD zeros |
 | `crop,flip`, `crop:PAD,flip` | both |
 
-Draws are a pure function of (seed, tick), so that a run on a resident pool and a streamed one see
+Draws are a pure function of (seed, step), so that a run on a resident pool and a streamed one see
 the same images, wherever they start. Workers are numbered hub by hub; grouping them into other hubs
 changes no number.
 """
@@ -57,29 +57,29 @@ class CropFlip:
     def draw(
         self,
         seed: int,
-        start_tick: int,
-        ticks: int,
+        start_step: int,
+        steps: int,
         hubs: int,
         workers_per_hub: int,
         batch_size: int,
     ) -> dict[str, NDArray]:
-        """What `crop_and_flip` does to each image of some ticks.
+        """What `crop_and_flip` does to each image of some steps.
 
         Returns:
-          shift: int8 [ticks, hubs, workers_per_hub, batch_size, 2], pixels by which the window
+          shift: int8 [steps, hubs, workers_per_hub, batch_size, 2], pixels by which the window
             moves down and right, -pad to pad.
-          flip: bool [ticks, hubs, workers_per_hub, batch_size].
+          flip: bool [steps, hubs, workers_per_hub, batch_size].
         """
-        shape = (ticks, hubs * workers_per_hub, batch_size)
+        shape = (steps, hubs * workers_per_hub, batch_size)
         shift, flip = np.zeros((*shape, 2), np.int8), np.zeros(shape, bool)
-        for tick, (down_right, mirrored) in enumerate(zip(shift, flip, strict=True), start_tick):
-            generator = np.random.default_rng((seed, _AUGMENTATION, tick))
+        for step, (down_right, mirrored) in enumerate(zip(shift, flip, strict=True), start_step):
+            generator = np.random.default_rng((seed, _AUGMENTATION, step))
             down_right[:] = generator.integers(
                 -self.pad, self.pad, size=down_right.shape, dtype=np.int8, endpoint=True
             )
             if self.flip:
                 mirrored[:] = generator.integers(2, size=mirrored.shape, dtype=np.uint8)
-        grid = (ticks, hubs, workers_per_hub, batch_size)
+        grid = (steps, hubs, workers_per_hub, batch_size)
         return {"shift": shift.reshape(*grid, 2), "flip": flip.reshape(grid)}
 
 

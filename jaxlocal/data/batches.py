@@ -1,6 +1,6 @@
-"""Batches: which examples each worker takes at each tick.
+"""Batches: which examples each worker takes at each step.
 
-Indices are a pure function of (seed, partition, first tick, number of ticks), so a run can resume,
+Indices are a pure function of (seed, partition, first step, number of steps), so a run can resume,
 and be cut into calls, anywhere. Workers are numbered hub by hub; grouping them into other hubs
 changes no number.
 """
@@ -18,7 +18,7 @@ from jaxlocal.errors import ConfigurationError
 # The purposes of random numbers are distinct over this package: sources 0, partitions 1.
 _EPOCH, _DRAW, _PASS = 2, 3, 4
 
-# Fills an array [ticks, workers, batch] with the examples of the ticks from a first one on.
+# Fills an array [steps, workers, batch] with the examples of the steps from a first one on.
 _Fill = Callable[[int, NDArray[np.int32]], None]
 
 
@@ -26,16 +26,16 @@ class BatchPlan(NamedTuple):
     """What is known of the batches from counts alone."""
 
     shard_sizes: NDArray[np.int64]  # [hubs, workers_per_hub], examples each worker holds
-    epoch_ticks: int  # ticks in which all workers together take each example about once
+    epoch_steps: int  # steps in which all workers together take each example about once
 
 
 class Batches(NamedTuple):
     """The batches of a run."""
 
     indices: Callable[[int, int], NDArray[np.int32]]
-    """indices(start_tick, ticks): example numbers, [ticks, hubs, workers_per_hub, batch_size]."""
+    """indices(start_step, steps): example numbers, [steps, hubs, workers_per_hub, batch_size]."""
     shard_sizes: NDArray[np.int64]  # [hubs, workers_per_hub], examples each worker holds
-    epoch_ticks: int  # ticks in which all workers together take each example about once
+    epoch_steps: int  # steps in which all workers together take each example about once
     shards: list[NDArray[np.int32]]
     """The examples that each worker holds, hub by hub; empty where no one holds any for good."""
 
@@ -51,7 +51,7 @@ def plan_batches(
 ) -> BatchPlan:
     """Shard sizes and the length of an epoch, before any inputs are read.
 
-    An epoch is floor(examples / (workers * batch_size)) ticks, and at least one.
+    An epoch is floor(examples / (workers * batch_size)) steps, and at least one.
 
     Args:
       targets: reads the labels [examples]; called for `dirichlet` alone, whose sizes depend on
@@ -62,7 +62,7 @@ def plan_batches(
       ConfigurationError: a spec that is wrong, a size that is not positive, a negative seed, a
         batch larger than the shard of a worker, or labels that are needed and not given.
 
-    >>> plan_batches("iid", examples=60_000, hubs=2, workers_per_hub=4, batch_size=16).epoch_ticks
+    >>> plan_batches("iid", examples=60_000, hubs=2, workers_per_hub=4, batch_size=16).epoch_steps
     468
     """
     sizes = {"hubs": hubs, "workers_per_hub": workers_per_hub, "batch_size": batch_size}
@@ -83,8 +83,8 @@ def plan_batches(
             f"a batch of {batch_size} is larger than the shard of worker {worker}, which holds "
             f"{held[worker]} of the {examples} examples under partition {spec!r}"
         )
-    epoch_ticks = max(1, examples // (workers * batch_size))
-    return BatchPlan(held.reshape(hubs, workers_per_hub), epoch_ticks)
+    epoch_steps = max(1, examples // (workers * batch_size))
+    return BatchPlan(held.reshape(hubs, workers_per_hub), epoch_steps)
 
 
 def make_batches(
@@ -97,7 +97,7 @@ def make_batches(
 ) -> Batches:
     """The batches of a run under a partition.
 
-    - `iid`: one permutation of all examples an epoch, without repeats; what does not fill a tick is
+    - `iid`: one permutation of all examples an epoch, without repeats; what does not fill a step is
       left out, a different remainder each epoch.
     - `fresh`: uniform draws from the whole set, with replacement.
     - `sorted`, `unequal`, `dirichlet`: each worker reshuffles its own shard at each pass of its
@@ -128,12 +128,12 @@ def make_batches(
     shards = assign(partition, targets, workers, seed, batch_size) if partition.fixed else []
     fill = _fill(partition, len(targets), workers, shards, batch_size, seed)
 
-    def indices(start_tick: int, ticks: int) -> NDArray[np.int32]:
-        if start_tick < 0 or ticks < 0:
-            raise ValueError(f"start_tick and ticks must not be negative: {start_tick}, {ticks}")
-        out = np.empty((ticks, workers, batch_size), np.int32)
-        fill(start_tick, out)
-        return out.reshape(ticks, *grid, batch_size)
+    def indices(start_step: int, steps: int) -> NDArray[np.int32]:
+        if start_step < 0 or steps < 0:
+            raise ValueError(f"start_step and steps must not be negative: {start_step}, {steps}")
+        out = np.empty((steps, workers, batch_size), np.int32)
+        fill(start_step, out)
+        return out.reshape(steps, *grid, batch_size)
 
     return Batches(indices, *plan, shards)
 
@@ -154,25 +154,25 @@ def _fill(
 
 
 def _fill_iid(examples: int, workers: int, batch_size: int, seed: int) -> _Fill:
-    ticks = examples // (workers * batch_size)
-    used = ticks * workers * batch_size
+    steps = examples // (workers * batch_size)
+    used = steps * workers * batch_size
 
     @functools.lru_cache(maxsize=1)
     def epoch(number: int) -> NDArray:
         order = np.random.default_rng((seed, _EPOCH, number)).permutation(examples)
-        return order[:used].reshape(ticks, workers, batch_size)
+        return order[:used].reshape(steps, workers, batch_size)
 
-    def fill(start_tick: int, out: NDArray[np.int32]) -> None:
-        for number, source, target in _passes(start_tick, len(out), ticks):
+    def fill(start_step: int, out: NDArray[np.int32]) -> None:
+        for number, source, target in _passes(start_step, len(out), steps):
             out[target] = epoch(number)[source]
 
     return fill
 
 
 def _fill_fresh(examples: int, seed: int) -> _Fill:
-    def fill(start_tick: int, out: NDArray[np.int32]) -> None:
-        for tick, batch in enumerate(out, start_tick):
-            generator = np.random.default_rng((seed, _DRAW, tick))
+    def fill(start_step: int, out: NDArray[np.int32]) -> None:
+        for step, batch in enumerate(out, start_step):
+            generator = np.random.default_rng((seed, _DRAW, step))
             batch[:] = generator.integers(examples, size=batch.shape, dtype=np.int32)
 
     return fill
@@ -186,9 +186,9 @@ def _fill_shards(shards: list[NDArray[np.int32]], batch_size: int, seed: int) ->
         for size in np.unique(sizes)
     ]
 
-    def fill(start_tick: int, out: NDArray[np.int32]) -> None:
+    def fill(start_step: int, out: NDArray[np.int32]) -> None:
         for fill_group in groups:
-            fill_group(start_tick, out)
+            fill_group(start_step, out)
 
     return fill
 
@@ -198,27 +198,27 @@ def _fill_group(
 ) -> _Fill:
     held = np.stack([shards[worker] for worker in members])
     size = held.shape[1]
-    ticks = size // batch_size
+    steps = size // batch_size
 
     @functools.lru_cache(maxsize=1)
     def reshuffled(number: int) -> NDArray:
         order = np.random.default_rng((seed, _PASS, size, number)).permuted(held, axis=1)
-        batches = order[:, : ticks * batch_size].reshape(len(members), ticks, batch_size)
+        batches = order[:, : steps * batch_size].reshape(len(members), steps, batch_size)
         return batches.swapaxes(0, 1)
 
-    def fill(start_tick: int, out: NDArray[np.int32]) -> None:
-        for number, source, target in _passes(start_tick, len(out), ticks):
+    def fill(start_step: int, out: NDArray[np.int32]) -> None:
+        for number, source, target in _passes(start_step, len(out), steps):
             out[target, members] = reshuffled(number)[source]
 
     return fill
 
 
-def _passes(start_tick: int, ticks: int, period: int) -> Iterator[tuple[int, slice, slice]]:
-    """For each pass of `period` ticks: its number, which of its ticks, their place in the call."""
-    tick, stop = start_tick, start_tick + ticks
-    while tick < stop:
-        number, first = divmod(tick, period)
-        count = min(period - first, stop - tick)
-        at = tick - start_tick
+def _passes(start_step: int, steps: int, period: int) -> Iterator[tuple[int, slice, slice]]:
+    """For each pass of `period` steps: its number, which of its steps, their place in the call."""
+    step, stop = start_step, start_step + steps
+    while step < stop:
+        number, first = divmod(step, period)
+        count = min(period - first, stop - step)
+        at = step - start_step
         yield number, slice(first, first + count), slice(at, at + count)
-        tick += count
+        step += count

@@ -1,6 +1,6 @@
-"""Reading: the batches of a tick, put together from single examples.
+"""Reading: the batches of a step, put together from single examples.
 
-A reader is a pure function of the tick, and crosses to other processes.
+A reader is a pure function of the step, and crosses to other processes.
 """
 
 import functools
@@ -30,18 +30,18 @@ class Source(Protocol):
 
 
 class StreamError(RuntimeError):
-    """A tick could not be read."""
+    """A step could not be read."""
 
-    def __init__(self, tick: int, cause: str):
-        super().__init__(tick, cause)  # as its arguments, so that it crosses processes
-        self.tick, self.cause = tick, cause
+    def __init__(self, step: int, cause: str):
+        super().__init__(step, cause)  # as its arguments, so that it crosses processes
+        self.step, self.cause = step, cause
 
     def __str__(self) -> str:
-        return f"tick {self.tick} could not be read: {self.cause}"
+        return f"step {self.step} could not be read: {self.cause}"
 
 
 class Reader:
-    """Reads the batches of a tick: examples, transformed and stacked, then augmented."""
+    """Reads the batches of a step: examples, transformed and stacked, then augmented."""
 
     def __init__(
         self,
@@ -72,32 +72,32 @@ class Reader:
             )
 
     @property
-    def tick_bytes(self) -> int:
+    def step_bytes(self) -> int:
         sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in self._form.values())
         return max(1, math.prod(self._grid) * sum(sizes))
 
-    def empty(self, ticks: int) -> dict[str, NDArray]:
-        """Arrays for the batches of some ticks."""
+    def empty(self, steps: int) -> dict[str, NDArray]:
+        """Arrays for the batches of some steps."""
         return {
-            name: np.empty((ticks, *self._grid, *shape), dtype)
+            name: np.empty((steps, *self._grid, *shape), dtype)
             for name, (shape, dtype) in self._form.items()
         }
 
-    def __call__(self, tick: int) -> dict[str, NDArray]:
+    def __call__(self, step: int) -> dict[str, NDArray]:
         try:
-            return self._read(tick)
+            return self._read(step)
         except BaseException as error:  # sys.exit too: Grain waits for ever for who left politely
-            raise StreamError(tick, told(error)) from error
+            raise StreamError(step, told(error)) from error
 
-    def _read(self, tick: int) -> dict[str, NDArray]:
-        numbers = self._of_workers(self._indices(tick, 1)[0])
-        examples = self._examples(numbers.ravel().tolist(), tick)
+    def _read(self, step: int) -> dict[str, NDArray]:
+        numbers = self._of_workers(self._indices(step, 1)[0])
+        examples = self._examples(numbers.ravel().tolist(), step)
         batches = {
             name: np.stack([example[name] for example in examples]).reshape(*self._grid, *shape)
             for name, (shape, _) in self._form.items()
         }
         if self._augmentation:
-            draws = self._augmentation.draw(self._seed, tick, 1, *self._whole)
+            draws = self._augmentation.draw(self._seed, step, 1, *self._whole)
             moves = (self._of_workers(draws[name][0]) for name in ("shift", "flip"))
             batches["inputs"] = crop_and_flip_on_host(batches["inputs"], *moves)
         return batches
@@ -107,22 +107,22 @@ class Reader:
         rows = values.reshape(-1, *values.shape[2:])[self._workers]
         return rows.reshape(*self._grid, *values.shape[3:])
 
-    def _examples(self, numbers: list[int], tick: int) -> list[dict[str, NDArray]]:
+    def _examples(self, numbers: list[int], step: int) -> list[dict[str, NDArray]]:
         at_once = getattr(self._source, "__getitems__", None)
         found = iter(at_once(numbers) if at_once else map(self._source.__getitem__, numbers))
         examples = []
         for place, number in enumerate(numbers):
             try:
-                examples.append(self._prepared(next(found), tick, place))
+                examples.append(self._prepared(next(found), step, place))
             except Exception as error:
                 error.add_note(f"in example {number}")
                 raise
         return examples
 
-    def _prepared(self, example: Any, tick: int, place: int) -> dict[str, NDArray]:
+    def _prepared(self, example: Any, step: int, place: int) -> dict[str, NDArray]:
         if self._transform:
             row, at = divmod(place, self._grid[-1])
-            purpose = (self._seed, _TRANSFORM, tick, self._workers[row], at)
+            purpose = (self._seed, _TRANSFORM, step, self._workers[row], at)
             example = self._transform(example, np.random.default_rng(purpose))
         arrays = {name: np.asarray(value) for name, value in example.items()}
         for name, array in arrays.items():

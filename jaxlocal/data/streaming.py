@@ -1,8 +1,8 @@
 """Streaming: batches read, augmented and stacked in the background by Grain, for sets too large
 for a device.
 
-Which examples and which augmentation belong to a tick is a pure function of seed and tick, so what
-a stream gives is, bit for bit, what a resident pool gives. The tick at which the next call starts
+Which examples and which augmentation belong to a step is a pure function of seed and step, so what
+a stream gives is, bit for bit, what a resident pool gives. The step at which the next call starts
 is all of a stream's state: a checkpoint of the run need keep nothing else.
 
 Processes are started by spawn. They import the main module of the program anew, so a script that
@@ -29,26 +29,26 @@ from jaxlocal.data.augment import CropFlip
 from jaxlocal.data.reading import Reader, Source, StreamError, Transform, pickled, told
 from jaxlocal.errors import ConfigurationError
 
-_LONGEST_BUFFER = 256  # ticks
+_LONGEST_BUFFER = 256  # steps
 _SHARED_MEMORY = "/dev/shm"
 
 
 class Stream:
-    """Batches from a source that is read in the background: `stream(start_tick, ticks)` → arrays.
+    """Batches from a source that is read in the background: `stream(start_step, steps)` → arrays.
 
     Args:
       source: of examples {"inputs", "targets"}, after `transform` all of one shape. It is read from
         several threads at once if `processes` is 0, else it is pickled to each process.
-      indices: `indices(start_tick, ticks)` → example numbers [ticks, hubs, workers, batch]; see
+      indices: `indices(start_step, steps)` → example numbers [steps, hubs, workers, batch]; see
         `Batches`.
       seed: of `augmentation` and `transform`.
       augmentation: of images [H, W, C], after `transform`.
       transform: `transform(example, generator)` → example, e.g. to decode and resize; the generator
-        is seeded by (seed, tick, worker, place in the batch).
+        is seeded by (seed, step, worker, place in the batch).
       processes: that read; 0 for threads of this one. Worth their start where `transform` is slow.
-      buffer_bytes: of ticks read ahead, about; at least a few ticks, however large they are.
+      buffer_bytes: of steps read ahead, about; at least a few steps, however large they are.
       workers: numbers, ascending, of the workers whose examples are read, such as
-        `RoundFn.local_workers`; then the arrays are [ticks, those workers, batch, ...], as
+        `RoundFn.local_workers`; then the arrays are [steps, those workers, batch, ...], as
         `RoundFn.local_batches` takes them. By default all, on their grid.
 
     Raises:
@@ -58,7 +58,7 @@ class Stream:
 
     >>> import numpy as np
     >>> source = [{"inputs": np.full((4, 4, 1), n, np.uint8), "targets": n} for n in range(10)]
-    >>> with Stream(source, lambda start, ticks: np.ones((ticks, 1, 2, 3), int)) as stream:
+    >>> with Stream(source, lambda start, steps: np.ones((steps, 1, 2, 3), int)) as stream:
     ...     {name: values.shape for name, values in stream(0, 5).items()}
     {'inputs': (5, 1, 2, 3, 4, 4, 1), 'targets': (5, 1, 2, 3)}
     """
@@ -83,36 +83,36 @@ class Stream:
                 raise ConfigurationError(f"{name} must not be negative, got {value}")
         self._reader = Reader(source, indices, seed, augmentation, transform, workers)
         self._processes = processes
-        self._buffer = _buffer_ticks(self._reader.tick_bytes, processes, buffer_bytes)
+        self._buffer = _buffer_steps(self._reader.step_bytes, processes, buffer_bytes)
         if processes:
             _check_pickles(self._reader)
-        self._next_tick = 0
+        self._next_step = 0
         self._running: list[Any] = []  # Grain's iterator, while there is one
         # Grain ends its processes when told to, not when nobody is left to ask; at exit it is told
         # before the threads that free its memory are gone.
         util.Finalize(self, _end, args=(self._running,), exitpriority=100)
 
-    def __call__(self, start_tick: int, ticks: int) -> dict[str, NDArray]:
-        """The batches of some ticks: arrays [ticks, hubs, workers, batch, ...], the caller's own.
+    def __call__(self, start_step: int, steps: int) -> dict[str, NDArray]:
+        """The batches of some steps: arrays [steps, hubs, workers, batch, ...], the caller's own.
 
         What has been read ahead serves a call that starts where the last one ended; any other
         starts reading anew.
         """
-        iterator = self._from(start_tick)
-        out = self._reader.empty(ticks)
+        iterator = self._from(start_step)
+        out = self._reader.empty(steps)
         try:
-            for place in range(ticks):
+            for place in range(steps):
                 for name, values in next(iterator).items():
                     out[name][place] = values
-                self._next_tick += 1
+                self._next_step += 1
         except StreamError as error:
             self.close()
             # A new one, since Grain adds paragraphs to what it passes on.
-            raise StreamError(self._next_tick, error.cause) from error.__cause__
+            raise StreamError(self._next_step, error.cause) from error.__cause__
         except Exception as error:
             self.close()
-            raise StreamError(self._next_tick, _why(error)) from error
-        except BaseException:  # an interrupt, by which a tick may have been lost
+            raise StreamError(self._next_step, _why(error)) from error
+        except BaseException:  # an interrupt, by which a step may have been lost
             self.close()
             raise
         return out
@@ -127,29 +127,29 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _from(self, tick: int) -> Iterator[dict[str, NDArray]]:
-        if not self._running or tick != self._next_tick:
+    def _from(self, step: int) -> Iterator[dict[str, NDArray]]:
+        if not self._running or step != self._next_step:
             self.close()
-            self._running.append(iter(self._dataset(tick)))
-            self._next_tick = tick
+            self._running.append(iter(self._dataset(step)))
+            self._next_step = step
         return self._running[0]
 
-    def _dataset(self, start_tick: int) -> Any:
-        """Grain's pipeline over the ticks from one on; its elements are batches of a tick."""
+    def _dataset(self, start_step: int) -> Any:
+        """Grain's pipeline over the steps from one on; its elements are batches of a step."""
         import grain
 
-        ticks = grain.MapDataset.range(start_tick, sys.maxsize).map(self._reader)
+        steps = grain.MapDataset.range(start_step, sys.maxsize).map(self._reader)
         if not self._processes:
             threads = min(os.cpu_count() or 1, self._buffer)
             # The buffer is before a daemon thread, since at exit Python waits for all that is
             # left to do for the threads of a pool.
-            read = ticks.to_iter_dataset(grain.ReadOptions(threads, threads))
+            read = steps.to_iter_dataset(grain.ReadOptions(threads, threads))
             return grain.experimental.ThreadPrefetchIterDataset(
                 read, prefetch_buffer_size=self._buffer
             )
         _let_flags_be_unparsed()
         options = grain.MultiprocessingOptions(self._processes, self._buffer)
-        read = ticks.to_iter_dataset(grain.ReadOptions(0, 0))
+        read = steps.to_iter_dataset(grain.ReadOptions(0, 0))
         return read.mp_prefetch(options, worker_init_fn=_begin_process)
 
 
@@ -168,21 +168,21 @@ def _check_pickles(reader: Reader) -> None:
         ) from error
 
 
-def _buffer_ticks(tick_bytes: int, processes: int, buffer_bytes: int) -> int:
-    """How many ticks Grain is to buffer: in all, or for each process."""
+def _buffer_steps(step_bytes: int, processes: int, buffer_bytes: int) -> int:
+    """How many steps Grain is to buffer: in all, or for each process."""
     if not processes:
-        return min(max(1, buffer_bytes // tick_bytes), _LONGEST_BUFFER)
-    if os.path.exists(_SHARED_MEMORY):  # through which ticks go; a full one kills the process
+        return min(max(1, buffer_bytes // step_bytes), _LONGEST_BUFFER)
+    if os.path.exists(_SHARED_MEMORY):  # through which steps go; a full one kills the process
         free = shutil.disk_usage(_SHARED_MEMORY).free
-        if 4 * processes * tick_bytes > free:
+        if 4 * processes * step_bytes > free:
             raise ConfigurationError(
-                f"{processes} processes that read ticks of {tick_bytes / 2**20:.1f} MiB need "
-                f"{4 * processes * tick_bytes / 2**20:.1f} MiB in {_SHARED_MEMORY}, which has "
+                f"{processes} processes that read steps of {step_bytes / 2**20:.1f} MiB need "
+                f"{4 * processes * step_bytes / 2**20:.1f} MiB in {_SHARED_MEMORY}, which has "
                 f"{free / 2**20:.1f} MiB free"
             )
         buffer_bytes = min(buffer_bytes, free // 2)
-    # A process holds its buffer and a tick more, and so does the thread that listens to it.
-    each = buffer_bytes // (2 * tick_bytes * processes) - 1
+    # A process holds its buffer and a step more, and so does the thread that listens to it.
+    each = buffer_bytes // (2 * step_bytes * processes) - 1
     return min(max(1, each), max(1, _LONGEST_BUFFER // processes))
 
 

@@ -35,7 +35,7 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
 
     `params` holds the module's `nnx.Param` variables and `model_state` its other ones, such as
     batch statistics, each as nested dictionaries of arrays. Random streams are kept in neither:
-    every `apply` seeds them from its `key`, so that dropout follows the tick and the worker that
+    every `apply` seeds them from its `key`, so that dropout follows the step and the worker that
     the key was folded from. `key` may be None where nothing is drawn. `train`, a Python bool,
     chooses between the module's `train()` and `eval()`.
 

@@ -61,7 +61,7 @@ def training_loss(
     Args:
       model: what gives the outputs.
       normalize: from stored inputs (uint8 images, say) to what enters the model; it runs in the
-        tick, so that what is stored and moved stays small. Tokens it has to leave alone.
+        step, so that what is stored and moved stays small. Tokens it has to leave alone.
       classes: see `example_metrics`. Batches are {"inputs": [batch, ...], "targets": [batch]}, of
         sequences [batch, length].
     """

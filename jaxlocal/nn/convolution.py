@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxlocal.nn import forms
 from jaxlocal.nn.forms import Plan
-from jaxlocal.workers import vary
+from jaxlocal.parallel.collectives import vary
 
 
 def conv_general_dilated(

@@ -1,0 +1,241 @@
+"""The contender that PyTorch runs: the workers one after another, in eager mode, with its own
+layers, channels before pixels and parameters updated in place."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from experiments.benchmarks.speed.in_jax import Run
+from experiments.benchmarks.speed.workloads import LEARNING_RATE, Workload, make_pool
+from jaxlocal.models.simple import HIDDEN
+from jaxlocal.types import Tree
+
+EPSILON = 1e-6  # of Flax's norms
+
+
+def workers_in_turn(workload: Workload, params: Tree) -> Run:
+    """A model for every worker, which steps forward, backward and down the gradient."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pool = [torch.from_numpy(x).to(device) for x in _stored(workload)]
+    models = [make_module(workload, params).to(device) for _ in range(workload.workers)]
+    held: list[list[Tensor]] = [list(model.parameters()) for model in models]
+
+    def update(worker: int, index: Tensor) -> Tensor:
+        inputs, targets = (x.index_select(0, index) for x in pool)
+        value = loss(models[worker](_scaled(inputs)), targets)
+        grads = torch.autograd.grad(value, held[worker])
+        with torch.no_grad():
+            torch._foreach_add_(held[worker], grads, alpha=-LEARNING_RATE)
+        return value.detach()
+
+    def run(indices: np.ndarray) -> Any:
+        steps = torch.from_numpy(indices).to(device)
+        losses = [update(worker, index) for step in steps for worker, index in enumerate(step)]
+        _average(held)
+        return torch.stack(losses).reshape(indices.shape[:2]).cpu().numpy()
+
+    return run
+
+
+@torch.no_grad()
+def _average(held: list[list[Tensor]]) -> None:
+    total = [x.clone() for x in held[0]]
+    for own in held[1:]:
+        torch._foreach_add_(total, own)
+    torch._foreach_div_(total, len(held))
+    for own in held:
+        torch._foreach_copy_(own, total)
+
+
+def _stored(workload: Workload) -> list[np.ndarray]:
+    """Inputs and targets as PyTorch keeps them: channels first, classes as long integers and the
+    targets of one output as floats."""
+    pool = make_pool(workload)
+    inputs, targets = pool["inputs"], pool["targets"]
+    if inputs.ndim == 4:
+        inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
+    return [inputs, targets.astype(np.float32 if workload.outputs == 1 else np.int64)]
+
+
+def _scaled(inputs: Tensor) -> Tensor:
+    return inputs.to(torch.float32).mul_(1 / 255) if inputs.dtype == torch.uint8 else inputs
+
+
+def loss(logits: Tensor, targets: Tensor) -> Tensor:
+    if logits.shape[-1] == 1:
+        return functional.binary_cross_entropy_with_logits(logits[:, 0], targets)
+    return functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, ins: int, outs: int, stride: int):
+        super().__init__()
+        conv = partial(nn.Conv2d, bias=False)
+        self.conv1 = conv(ins, outs, 3, stride, padding=1)
+        self.norm1 = nn.GroupNorm(1, outs, EPSILON)
+        self.conv2 = conv(outs, outs, 3, padding=1)
+        self.norm2 = nn.GroupNorm(1, outs, EPSILON)
+        self.projects = stride != 1 or ins != outs
+        if self.projects:
+            self.conv_around = conv(ins, outs, 1, stride)
+            self.norm_around = nn.GroupNorm(1, outs, EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = functional.relu(self.norm1(self.conv1(x)), inplace=True)
+        inner = self.norm2(self.conv2(inner))
+        around = self.norm_around(self.conv_around(x)) if self.projects else x
+        return functional.relu(inner.add_(around), inplace=True)
+
+
+class ResNet(nn.Module):
+    def __init__(
+        self,
+        shape: Sequence[int],
+        outputs: int,
+        widths: Sequence[int] = (64, 128, 256, 512),
+        blocks: int = 2,
+    ):
+        super().__init__()
+        ins = widths[0]
+        self.stem = nn.Conv2d(shape[2], ins, 3, padding=1, bias=False)
+        self.norm, self.blocks = nn.GroupNorm(1, ins, EPSILON), nn.Sequential()
+        for stage, outs in enumerate(widths):
+            for number in range(blocks):
+                self.blocks.append(ResidualBlock(ins, outs, 2 if stage and not number else 1))
+                ins = outs
+        self.logits = nn.Linear(ins, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.norm(self.stem(x)), inplace=True)
+        return self.logits(self.blocks(x).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.queries_keys_values, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        parts = self.queries_keys_values(x).view(batch, length, 3, self.heads, -1)
+        queries, keys, values = parts.permute(2, 0, 3, 1, 4).unbind()
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, EPSILON), nn.LayerNorm(width, EPSILON)
+        self.attention = Attention(width, heads)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class Transformer(nn.Module):
+    def __init__(
+        self,
+        shape: Sequence[int],
+        outputs: int,
+        layers: int = 4,
+        width: int = 128,
+        heads: int = 4,
+    ):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(outputs, width))
+        self.places = nn.Parameter(torch.empty(shape[0], width))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(layers)))
+        self.norm, self.logits = nn.LayerNorm(width, EPSILON), nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.embedding(x, self.tokens) + self.places
+        return self.logits(self.norm(self.blocks(x)))
+
+
+def _logistic(shape: Sequence[int], outputs: int) -> nn.Module:
+    return _named(flat=nn.Flatten(), map=nn.Linear(int(np.prod(shape)), outputs))
+
+
+def _perceptron(shape: Sequence[int], outputs: int) -> nn.Module:
+    return _named(
+        flat=nn.Flatten(),
+        first=nn.Linear(int(np.prod(shape)), HIDDEN),
+        relu1=nn.ReLU(inplace=True),
+        second=nn.Linear(HIDDEN, HIDDEN),
+        relu2=nn.ReLU(inplace=True),
+        logits=nn.Linear(HIDDEN, outputs),
+    )
+
+
+def _cnn(shape: Sequence[int], outputs: int) -> nn.Module:
+    height, width, channels = shape
+    return _named(
+        first=nn.Conv2d(channels, 10, 5, padding=2),
+        relu1=nn.ReLU(inplace=True),
+        pool1=nn.MaxPool2d(2),
+        second=nn.Conv2d(10, 20, 5, padding=2),
+        relu2=nn.ReLU(inplace=True),
+        pool2=nn.MaxPool2d(2),
+        flat=nn.Flatten(),
+        hidden=nn.Linear(20 * (height // 4) * (width // 4), 100),
+        relu3=nn.ReLU(inplace=True),
+        logits=nn.Linear(100, outputs),
+    )
+
+
+def _named(**layers: nn.Module) -> nn.Module:
+    made = nn.Sequential()
+    for name, layer in layers.items():
+        made.add_module(name, layer)
+    return made
+
+
+MODULES: dict[str, Any] = {
+    "logistic": _logistic,
+    "mlp": _perceptron,
+    "mll_cnn": _cnn,
+    "resnet18_layer_norm": ResNet,
+    "small_resnet_layer_norm": partial(ResNet, widths=(16, 32, 64), blocks=1),
+    "transformer": Transformer,
+    "small_transformer": partial(Transformer, layers=2, width=64, heads=2),
+}
+
+
+def make_module(workload: Workload, params: Tree) -> nn.Module:
+    """The workload's model with jaxlocal's parameters."""
+    module = MODULES[workload.model](workload.input_shape, workload.outputs)
+    values = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        *above, name = (str(part.key) for part in path)
+        if above == ["hidden"] and workload.model == "mll_cnn" and name == "kernel":
+            value = _channels_first(value, workload)
+        values[".".join((*above, _NAMES.get(name, name)))] = torch.tensor(_turned(name, value))
+    module.load_state_dict(values)
+    return module
+
+
+_NAMES = {"kernel": "weight", "scale": "weight"}
+
+
+def _turned(name: str, value: np.ndarray) -> np.ndarray:
+    """Kernels [height, width, in, out] and [in, out] with what goes out first."""
+    if name != "kernel":
+        return value
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+
+
+def _channels_first(kernel: np.ndarray, workload: Workload) -> np.ndarray:
+    """The rows of a layer that reads flattened images, in the order of PyTorch's images."""
+    height, width, _ = workload.input_shape
+    images = kernel.reshape(height // 4, width // 4, -1, kernel.shape[1])
+    return images.transpose(2, 0, 1, 3).reshape(kernel.shape)

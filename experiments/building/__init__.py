@@ -1,0 +1,1 @@
+"""From flags to a job: data, model, workers, optimizer, method."""

@@ -1,0 +1,1 @@
+"""How a binary starts and ends: command line, devices, processes, compilation cache."""

@@ -1,0 +1,1 @@
+"""One run: batches, measurements, the folder that it leaves."""

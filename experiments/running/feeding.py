@@ -1,0 +1,83 @@
+"""What a run is fed: a resident pool and indices into it, or batches that are streamed; which of
+them makes no difference to the numbers."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from experiments.building.job import Job, mesh_of
+from jaxlocal.data import Batches, Stream, make_batches
+from jaxlocal.data.examples import Examples, ExampleSource
+from jaxlocal.parallel.mesh import local_rows, place_rows
+from jaxlocal.training.evaluation import read_examples
+from jaxlocal.types import Tree
+
+
+@functools.lru_cache(maxsize=8)
+def read_all(source: Callable[[], ExampleSource]) -> Examples:
+    """All examples of a dataset's source, decoded once for all runs of this process."""
+    return source().examples()
+
+
+class Feed:
+    """The batches of a job: `feed(start_step, steps)`, what `training.run` asks for."""
+
+    def __init__(self, job: Job):
+        assert job.dataset is not None
+        config, self._grid = job.config, job.layout.shape
+        self.config, self.augmentation, self._dataset = config, job.augmentation, job.dataset
+        self.pool: Tree = () if config.stream else read_all(job.dataset.train_source)
+        self.targets: np.ndarray = (
+            self.pool["targets"] if isinstance(self.pool, dict) else job.dataset.targets()
+        )
+        self.batches: Batches = make_batches(
+            config.partition, self.targets, *self._grid, config.batch_size, config.seed
+        )
+        mesh = mesh_of(job)
+        self._mesh = mesh if config.stream and mesh.is_multi_process else None
+        self._stream = self._make_stream() if config.stream else None
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._stream:
+            self._stream.close()
+
+    def __call__(self, start_step: int, steps: int) -> Tree:
+        if self._stream:
+            return self._spread(self._stream(start_step, steps))
+        index = self.batches.indices(start_step, steps)
+        if self.augmentation is None:
+            return index
+        config = self.config
+        drawn = self.augmentation.draw(
+            config.seed, start_step, steps, *self._grid, config.batch_size
+        )
+        return {"index": index, **drawn}
+
+    def first(self, steps: int) -> Tree:
+        """The batches of the first steps as they are stored, without augmentation."""
+        index = self.batches.indices(0, steps)
+        if not self._stream:
+            return index
+        if self._mesh:
+            index = index.reshape(steps, -1, index.shape[-1])[:, local_rows(self._mesh, self._grid)]
+        return self._spread(read_examples(self._dataset.train_source(), index))
+
+    def _spread(self, batches: Tree) -> Tree:
+        """What has been read, where that is of this process's workers alone, as global arrays."""
+        return place_rows(batches, self._mesh, self._grid, axis=1) if self._mesh else batches
+
+    def _make_stream(self) -> Stream:
+        config = self.config
+        return Stream(
+            self._dataset.train_source(),
+            self.batches.indices,
+            config.seed,
+            self.augmentation,
+            processes=config.stream_workers,
+            workers=local_rows(self._mesh, self._grid) if self._mesh else None,
+        )

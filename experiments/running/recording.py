@@ -1,0 +1,222 @@
+"""What a run leaves behind: its folder, a line per measurement, a summary."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from experiments.building.config import PLACE, Config
+from jaxlocal import ConfigurationError
+
+METRICS, SUMMARY, FLAGS, CURVES = "metrics.jsonl", "summary.json", "flags.txt", "curves.png"
+PREVIOUS = "metrics.previous.jsonl"  # of a run that starts anew, until that has ended
+CHECKPOINTS, TENSORBOARD, PARTITION = "checkpoints", "tensorboard", "partition.png"
+
+
+def record(folder: Path, config: Config) -> "Recorder":
+    """What writes the run's folder: of several processes the first does."""
+    recorder = Recorder(folder, config) if jax.process_index() == 0 else None
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the folder is the run's own")
+    return recorder or Bystander(folder, config)
+
+
+class Recorder:
+    """Writes a run's folder. The flags come first, so that no other run takes the folder for its
+    own.
+
+    Raises:
+      ConfigurationError: the folder holds a run with other flags, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, config: Config):
+        self.folder = folder
+        self.lines: list[dict[str, Any]] = []
+        claim(folder, config)
+
+    def begin(self, step: int, measurements: int | None = None) -> None:
+        """Go on from a step with the measurements that were made by then, or, at 0, anew.
+
+        Raises:
+          ConfigurationError: they are not there, or not so many.
+        """
+        metrics = self.folder / METRICS
+        if step and not metrics.exists():
+            raise ConfigurationError(
+                f"the workdir {self.folder} has a checkpoint of step {step} but no {METRICS}; "
+                f"delete {self.folder / CHECKPOINTS} to start anew"
+            )
+        if step:
+            self.lines = [line for line in read_metrics(self.folder) if line["step"] <= step]
+            if measurements not in (None, len(self.lines)):
+                raise ConfigurationError(
+                    f"{metrics} holds {len(self.lines)} of the {measurements} measurements up to "
+                    f"step {step}, of which there is a checkpoint; delete "
+                    f"{self.folder / CHECKPOINTS} to start anew"
+                )
+        elif metrics.exists():
+            os.replace(metrics, self.folder / PREVIOUS)
+        write_whole(metrics, "".join(map(_as_line, self.lines)))
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        self._file = metrics.open("a")
+        self._board = _Board(self.folder / TENSORBOARD)
+        for line in self.lines:
+            self._board.add(line)
+
+    def measured(self, line: dict[str, Any]) -> None:
+        """One more measurement, on disk when this returns."""
+        self.lines.append(line)
+        self._file.write(_as_line(line))
+        self._file.flush()
+        self._board.add(line)
+
+    def settle(self) -> None:
+        """Return when no crash of the machine could lose a measurement: before a checkpoint that
+        is newer than it."""
+        os.fsync(self._file.fileno())
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._file.close()
+        self._board.close()
+        if summary["ended"] != "interrupted":
+            (self.folder / PREVIOUS).unlink(missing_ok=True)
+        write_json(self.folder / SUMMARY, summary)
+
+
+class Bystander(Recorder):
+    """In the place of a recorder where another process writes the folder, which both must see.
+
+    Raises:
+      ConfigurationError: it is not there.
+    """
+
+    def __init__(self, folder: Path, config: Config):
+        self.folder = folder
+        self.lines = []
+        if not (folder / FLAGS).exists():
+            raise ConfigurationError(
+                f"the workdir {folder.absolute()} of process 0 is not seen by process "
+                f"{jax.process_index()}; it must be a folder that all processes share"
+            )
+
+    def begin(self, step: int, measurements: int | None = None) -> None:
+        pass
+
+    def measured(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+
+    def settle(self) -> None:
+        pass
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        pass
+
+
+class _Board:
+    """The measurements for TensorBoard: a scalar for every number of a line, by steps."""
+
+    def __init__(self, folder: Path):
+        from tensorboardX import SummaryWriter
+
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer = SummaryWriter(str(folder))
+
+    def add(self, line: dict[str, Any]) -> None:
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The measurements of a run's folder; a last line that a killed run left torn is no line.
+
+    Raises:
+      ConfigurationError: a line that is not JSON before others.
+    """
+    lines = (folder / METRICS).read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [_measurement(folder / METRICS, *numbered) for numbered in enumerate(lines, 1)]
+
+
+def _measurement(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError:
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise ConfigurationError(f"{path} is damaged: its line {number} is no measurement")
+    return values
+
+
+def finite(values: Any) -> Any:
+    """The values with null for what JSON has no number for."""
+    if isinstance(values, dict):
+        return {name: finite(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(finite(values), indent=2, ensure_ascii=False) + "\n")
+
+
+def claim(folder: Path, config: Config) -> None:
+    """Make the folder this run's own, by its flags.
+
+    Raises:
+      ConfigurationError: it holds a run with other flags, or cannot be written.
+    """
+    check_same_run(folder, config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / FLAGS, "\n".join(config.flag_lines()) + "\n")
+    except OSError as error:
+        raise ConfigurationError(
+            f"the workdir {folder} cannot be written: {error.strerror}"
+        ) from None
+
+
+def check_same_run(folder: Path, config: Config) -> None:
+    """Whether the folder is free for this run, or holds it.
+
+    Raises:
+      ConfigurationError: it holds a run with other flags, or something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"the workdir {folder} is a file")
+    if not (folder / FLAGS).exists():
+        if (folder / METRICS).exists():
+            raise ConfigurationError(
+                f"the workdir {folder} holds a {METRICS} but no {FLAGS}: not a run of this program"
+            )
+        return
+    lines = (folder / FLAGS).read_text(errors="replace").splitlines()
+    theirs = {line for line in lines if line and line.split("=")[0] not in PLACE}
+    ours = set(config.identity_lines())
+    if ours != theirs:
+        its = " ".join(sorted(theirs - ours)[:3]) or "none of them"
+        asked = " ".join(sorted(ours - theirs)[:3]) or "none of them"
+        raise ConfigurationError(
+            f"the workdir {folder} holds a run with other flags: it has {its}, this one {asked}"
+        )
+
+
+def _as_line(line: dict[str, Any]) -> str:
+    return json.dumps(finite(line)) + "\n"

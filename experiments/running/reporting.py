@@ -1,0 +1,81 @@
+"""What a run that has ended shows: summary, picture, table, exported model."""
+
+from typing import Any
+
+import jax
+
+import jaxlocal
+from experiments.building.job import Job
+from experiments.plotting.curves import plot_curves
+from experiments.plotting.display import Display, data_size, number, show_table
+from experiments.running.measuring import Measure
+from experiments.running.recording import CURVES, FLAGS, METRICS, PARTITION, SUMMARY, Recorder
+from jaxlocal import RoundFn
+from jaxlocal.training.checkpoints import export
+from jaxlocal.types import TrainState
+
+
+def leave(
+    job: Job, round_fn: RoundFn, recorder: Recorder, display: Display, seconds: float, why: str
+) -> None:
+    """Summary, picture and table of what was measured."""
+    folder, lines = recorder.folder, recorder.lines
+    title = f"{title_of(job)}, {job.method.period.description}"
+    recorder.finish(_summary(job, round_fn, lines, seconds, why))
+    if lines:
+        plot_curves(lines, folder / CURVES, title)
+        show_table(display.console, title, _rows(lines[-1], seconds, why))
+    for name in (METRICS, SUMMARY, CURVES, PARTITION, FLAGS):
+        if (folder / name).exists():
+            display.say(str(folder / name))
+
+
+def title_of(job: Job) -> str:
+    return f"{job.config.method} on {job.config.dataset}, {job.layout.workers} workers"
+
+
+def export_model(
+    round_fn: RoundFn, recorder: Recorder, display: Display, measure: Measure, state: TrainState
+) -> None:
+    """The average model, for use elsewhere."""
+    params, model_state = round_fn.mean(measure.model(state))
+    for path in export(recorder.folder / "export", params, model_state):
+        display.say(str(path))
+
+
+def _summary(
+    job: Job, round_fn: RoundFn, lines: list[dict[str, Any]], seconds: float, why: str
+) -> dict[str, Any]:
+    accuracies = [line["eval_accuracy"] for line in lines if line["eval_accuracy"] is not None]
+    return {
+        "ended": why,
+        **(lines[-1] if lines else {}),
+        "best_eval_accuracy": max(accuracies, default=None),
+        "total_seconds": round(seconds, 3),
+        "method": job.config.method,
+        "period": job.method.period.description,
+        "dataset": job.config.dataset,
+        "model": job.config.model,
+        "hubs": job.layout.hubs,
+        "workers": job.layout.workers,
+        "zeta": job.zeta,
+        "processes": jax.process_count(),
+        "devices": round_fn.mesh.size,
+        "backend": jax.default_backend(),
+        "versions": {"jaxlocal": jaxlocal.__version__, "jax": jax.__version__},
+        "flags": job.config.flag_lines(),
+    }
+
+
+def _rows(last: dict[str, Any], seconds: float, why: str) -> list[tuple[str, str]]:
+    steps, rounds, accuracy = last["step"], last["round"], last["eval_accuracy"]
+    said = f"{data_size(last['bits_workers'])}, {data_size(last['bits_hubs'])}"
+    each = f" ({steps / rounds:.1f} steps a round)" if rounds else ""
+    return [
+        ("ended", why),
+        ("steps, rounds", f"{number(steps)}, {number(rounds)}{each}"),
+        ("train loss, test loss", f"{number(last['train_loss'])}, {number(last['eval_loss'])}"),
+        ("test accuracy", "—" if accuracy is None else f"{accuracy:.4f}"),
+        ("sent by a worker, by a hub", said),
+        ("seconds", f"{seconds:.1f}"),
+    ]

@@ -1,0 +1,1 @@
+"""Grids of settings and learning rates, and their results."""

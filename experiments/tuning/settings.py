@@ -1,0 +1,73 @@
+"""Settings of runs that are compared: a file with a line of flags for each."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments.building.config import Config
+from experiments.launching.command_line import define_flags
+from jaxlocal import ConfigurationError
+
+# What a setting may not choose: it is the same for all, or what is looked for.
+SHARED = ("learning_rate", "seed", "seeds", "workdir")
+
+
+def read_settings(path: Path, base: Config) -> dict[str, Config]:
+    """The configs of a settings file by their names.
+
+    A line is `NAME: --flag=value --flag=value`: the base with other flags. Names are names of
+    folders. Empty lines, and what follows a #, say nothing.
+
+    Raises:
+      ConfigurationError: a file that cannot be read, a line that is none, a name that is given
+        twice, an unknown flag, or one that all settings share.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--settings={path} cannot be read: {error}") from None
+    settings: dict[str, Config] = {}
+    for number, line in enumerate(lines, 1):
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        name, colon, chosen = line.partition(":")
+        if not colon or not re.fullmatch(r"\w[\w.-]*", name):
+            raise ConfigurationError(
+                f"{path} line {number} is no setting, as in 'NAME: --flag=value': {line!r}"
+            )
+        if name in settings:
+            raise ConfigurationError(f"{path} has two settings named {name}, one in line {number}")
+        settings[name] = _with_flags(base, chosen, f"setting {name}")
+    if not settings:
+        raise ConfigurationError(f"{path} holds no setting, as in 'NAME: --flag=value'")
+    return settings
+
+
+def _with_flags(base: Config, text: str, where: str) -> Config:
+    """The base with the flags of a line."""
+    values = flags.FlagValues()
+    define_flags(values)
+    try:
+        rest = values([where, *shlex.split(text)])[1:]
+    except (flags.Error, ValueError) as error:
+        raise ConfigurationError(f"{where}: {error}") from None
+    if rest:
+        raise ConfigurationError(f"{where}: what is {rest[0]!r}? flags look like --name=value")
+    chosen: dict[str, Any] = {
+        name: values[name].value for name in _fields() if values[name].present
+    }
+    for name in SHARED:
+        if name in chosen:
+            raise ConfigurationError(
+                f"{where}: --{name}={chosen[name]} is the same for all settings"
+            )
+    return dataclasses.replace(base, **chosen)
+
+
+def _fields() -> list[str]:
+    return [field.name for field in dataclasses.fields(Config)]

@@ -1,0 +1,102 @@
+"""The grid of workers: hubs, workers of a hub, their weights and rates, and its mesh axes."""
+
+import dataclasses
+import numbers
+from typing import Any
+
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from jaxlocal.errors import ConfigurationError
+from jaxlocal.types import Context, Tree
+
+AXES, MODEL = ("hubs", "workers"), "model"
+
+
+STACKED, SINGLE = P(*AXES), P()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """D hubs of N workers each, with their weights and rates.
+
+    Args:
+      hubs: D; a method without hubs has one.
+      workers_per_hub: N.
+      weights: w_i > 0, any shape that broadcasts to [D, N] or K numbers; the share of worker i in
+        the average is a_i = w_i / Σ w.
+      rates: p_i in (0, 1], likewise: the probability that worker i takes its step at a step.
+
+    >>> Layout(hubs=2, workers_per_hub=2, weights=[1, 1, 2, 4]).weight
+    array([[0.125, 0.125],
+           [0.25 , 0.5  ]])
+    """
+
+    hubs: int = 1
+    workers_per_hub: int = 1
+    weights: Any = 1.0
+    rates: Any = 1.0
+
+    def __post_init__(self):
+        for name in ("hubs", "workers_per_hub"):
+            count = getattr(self, name)
+            if not isinstance(count, numbers.Integral) or count < 1:
+                raise ConfigurationError(f"{name} must be an integer of at least 1, got {count!r}")
+        weights, rates = self._grid("weights"), self._grid("rates")
+        for wrong in weights[~((weights > 0) & np.isfinite(weights))][:1]:
+            raise ConfigurationError(f"worker weights must be > 0 and finite, got {wrong}")
+        for wrong in rates[~((rates > 0) & (rates <= 1))][:1]:
+            raise ConfigurationError(f"worker rates must be in (0, 1], got {wrong}")
+        if (self.weight < np.finfo(np.float32).tiny).any():
+            raise ConfigurationError(
+                f"worker weights from {weights.min()} to {weights.max()} are too far apart"
+            )
+
+    def _grid(self, field: str) -> np.ndarray:
+        """The field as float64 [D, N]."""
+        values = np.asarray(getattr(self, field), np.float64)
+        if values.ndim == 1 and values.size == self.workers:
+            values = values.reshape(self.shape)
+        try:
+            return np.broadcast_to(values, self.shape)
+        except ValueError:
+            raise ConfigurationError(
+                f"{values.size} {field} do not fit {self.hubs} hubs × {self.workers_per_hub} "
+                f"workers: give one, "
+                f"{self.workers_per_hub} (a hub's) or {self.workers}"
+            ) from None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.hubs, self.workers_per_hub
+
+    @property
+    def workers(self) -> int:
+        """K."""
+        return self.hubs * self.workers_per_hub
+
+    @property
+    def weight(self) -> np.ndarray:
+        """a_i, float64 [D, N], sums to 1."""
+        weights = self._grid("weights") / self._grid("weights").max()  # so that no sum overflows
+        return weights / weights.sum()
+
+    @property
+    def hub_weight(self) -> np.ndarray:
+        """b_d = Σ a_i over the workers of hub d, float64 [D]."""
+        return self.weight.sum(axis=1)
+
+    @property
+    def rate(self) -> np.ndarray:
+        """p_i, float64 [D, N]."""
+        return self._grid("rates")
+
+    def context(self, data: Tree = ()) -> Context:
+        """What the rounds are told of this layout, as host arrays."""
+        return Context(
+            worker=np.arange(self.workers, dtype=np.int32).reshape(self.shape),
+            weight=self.weight,
+            hub_share=self.weight / self.hub_weight[:, None],
+            rate=None if (self.rate == 1).all() else self.rate,
+            data=data,
+        )

@@ -1,0 +1,79 @@
+"""An outer optimizer steps on the pseudo-gradient, the distance that the workers have come."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxlocal.parallel.collectives import one_worker, spread
+from jaxlocal.stages.partial_sync import check_common
+from jaxlocal.stages.sync import Others
+from jaxlocal.types import Info, Memory, Message, Mixer, Stage
+
+# The least learning rate that a pseudo-gradient is divided by.
+_LEAST_RATE = 1e-12
+
+
+def outer_step(
+    mixer: Mixer,
+    outer_optimizer: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    optimizer_state: str = "keep",
+    optimizer: optax.GradientTransformation | None = None,
+    model_state: str = "keep",
+) -> Stage:
+    """The anchor y takes an optimizer step on the pseudo-gradient, and all workers restart from it.
+
+        d ← Σ a_i (y − x_i) / η;  y ← y + η · outer(d);  x_i ← y
+
+    Args:
+      mixer: one that makes all workers common.
+      outer_optimizer: any optax transformation; its state exists once, for all workers. It is told
+        the run's step, for `scale_by_step`; a schedule of its own counts rounds.
+      learning_rate: η, the workers' own, of which the mean over the round is taken; without it,
+        η = 1.
+      optimizer_state, optimizer, model_state: what happens to the workers' own, as in `sync`.
+
+    Raises:
+      ConfigurationError: the mixer leaves workers unlike, so that there is no anchor.
+    """
+    check_common("an outer step", mixer)
+    others = Others(optimizer_state, optimizer, model_state)
+    update = optax.with_extra_args_support(outer_optimizer).update
+
+    def init(state):
+        return Memory(single=(outer_optimizer.init(state.anchor), state.step))
+
+    def apply(state, memory, batches, context):
+        outer_state, began = memory.single
+        rate = _mean_rate(learning_rate, began, state.step)
+        # Differences are averaged, not models: where workers have not moved they are exactly zero.
+        average = mixer.average(jax.tree.map(moved, state.anchor, state.params), context)
+        gradient = jax.tree.map(
+            lambda y, d: (d[0, 0] / rate).astype(y.dtype), state.anchor, average
+        )
+        updates, outer_state = update(gradient, outer_state, state.anchor, step=state.step - 1)
+        anchor = jax.tree.map(lambda y, u: (y + rate * u).astype(y.dtype), state.anchor, updates)
+        params = spread(jax.tree.map(lambda y: y[None, None], anchor), state.params)
+        state = state._replace(params=params, anchor=anchor)
+        memory = Memory(single=(outer_state, state.step))
+        return others.treat(state, mixer, context), memory, Info()
+
+    def communication(state, number=0):
+        return [Message(mixer, one_worker(state.params)), *others.said(mixer, state)]
+
+    return Stage(init, apply, 0, communication, anchored=True)
+
+
+def moved(anchor, params):
+    """y − x_i, from where a worker began, which is y in its own precision."""
+    return anchor.astype(params.dtype).astype(anchor.dtype) - params.astype(anchor.dtype)
+
+
+def _mean_rate(learning_rate, began, step):
+    """The mean of η over the steps of a round."""
+    if not callable(learning_rate):
+        return 1.0 if learning_rate is None else learning_rate
+    add = lambda t, total: total + learning_rate(t)
+    total = lax.fori_loop(began, step, add, jnp.zeros_like(jnp.asarray(learning_rate(step))))
+    return jnp.maximum(total / (step - began), _LEAST_RATE)

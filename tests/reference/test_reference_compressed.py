@@ -1,0 +1,294 @@
+"""The loops with compressed messages against hand calculations, conservation laws, the loops
+without compression, and second forms of their own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+import reference_compressed as compressed
+from reference_compressed import Run, adamw, sgd
+
+WORKERS, DIM, STEPS = 5, 6, 24
+HUB_OF_WORKER = (0, 0, 1, 2, 2)
+WEIGHTS = np.array([1.0, 3.0, 2.0, 0.5, 1.5])
+SHARES = WEIGHTS / WEIGHTS.sum()
+PATH = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]])
+MIXING = reference.mixing_matrix(PATH, np.array([4.0, 2.0, 2.0]) / 8)
+RANDOM = np.random.default_rng(0)
+START = RANDOM.normal(size=DIM)
+SCALES = RANDOM.uniform(0.5, 2.0, size=(WORKERS, DIM))
+TARGETS = RANDOM.normal(size=(WORKERS, DIM))
+NOISE = 0.1 * RANDOM.normal(size=(STEPS, WORKERS, DIM))
+SOMETIMES = RANDOM.random((STEPS, WORKERS)) < np.linspace(0.2, 1, WORKERS)
+# Sums of a few dozen terms of size one in two orders: some 1e-15, with room for more terms.
+EXACT = {"rtol": 0, "atol": 1e-12}
+
+
+def start_of(message):
+    return 5 * message
+
+
+COMPRESSORS = {
+    "identity": compressed.identity,
+    "zero": compressed.zero,
+    "top_k": compressed.top_k(2),
+    "sign": compressed.sign,
+    "shared_block": compressed.shared_block(2, start_of),
+}
+RULES = {
+    "sgd": sgd(),
+    "momentum": sgd(0.8),
+    "nesterov": sgd(0.8, nesterov=True),
+    "adamw": adamw(0.8, 0.95, 0.1),
+}
+LOSSY = compressed.top_k(2)
+BLOCK = compressed.shared_block(1, start_of)
+
+
+def noisy_quadratic(worker, x, step):
+    return SCALES[worker] * (x - TARGETS[worker]) + NOISE[step, worker]
+
+
+def rate(step):
+    return 0.1 / (1 + 0.1 * step)
+
+
+def make_run(rule=RULES["sgd"], active=None):
+    return Run(noisy_quadratic, START, rate, WEIGHTS, rule, active)
+
+
+def mean_of(trajectory):
+    return np.einsum("i,tid->td", SHARES, trajectory)
+
+
+def updates_of(rule, models, active=None):
+    """The mean of the updates that the models of a trajectory made, [steps, DIM]."""
+    states, updates = [None] * WORKERS, []
+    for step, x in enumerate(models[:-1]):
+        update = np.zeros(DIM)
+        for worker in range(WORKERS):
+            if active is None or active[step, worker]:
+                g = noisy_quadratic(worker, x[worker], step)
+                update, states[worker] = rule(x[worker], states[worker], g, rate(step))
+                update += SHARES[worker] * update
+        updates.append(update)
+    return np.stack(updates)
+
+
+def test_compressors_by_hand():
+    vectors = np.array([[1.0, -4.0, 3.0], [0.0, 2.0, -2.0]])
+    sent = {name: compress(vectors, 1).tolist() for name, compress in COMPRESSORS.items()}
+    assert sent["identity"] == vectors.tolist() and sent["zero"] == [[0] * 3, [0] * 3]
+    assert sent["top_k"] == [[0, -4, 3], [0, 2, -2]]
+    assert sent["shared_block"] == [[1, 0, 3], [0, 0, -2]]  # from 5 mod 3 on, around the end
+    np.testing.assert_allclose(sent["sign"], np.array([[8, -8, 8], [4, 4, -4]]) / 3)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_partial_synchronisation_keeps_the_mean_and_what_was_not_said(name):
+    vectors = np.random.default_rng(1).normal(size=(WORKERS, DIM))
+    synced, residuals = compressed.psync(vectors, COMPRESSORS[name], WEIGHTS, 3)
+    np.testing.assert_allclose(SHARES @ synced, SHARES @ vectors, **EXACT)
+    np.testing.assert_allclose(residuals + COMPRESSORS[name](vectors, 3), vectors, **EXACT)
+    common = synced - residuals
+    np.testing.assert_allclose(common, np.broadcast_to(common[0], common.shape), **EXACT)
+
+
+def test_partial_synchronisation_by_hand():
+    """Weights 1/4 and 3/4; the larger entry of each is said: (0, −4) and (8, 0)."""
+    vectors = np.array([[1.0, -4.0], [8.0, 2.0]])
+    synced, residuals = compressed.psync(vectors, compressed.top_k(1), [1, 3], 0)
+    assert residuals.tolist() == [[1, 0], [0, 2]]
+    assert synced.tolist() == [[7, -1], [6, 1]]
+
+
+@pytest.mark.parametrize("active", [None, SOMETIMES], ids=["always", "sometimes"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_the_mean_moves_by_the_mean_update_whatever_is_said(name, rule, active):
+    """Σ a_j x_j of CSER, and Σ a_j (x_j + e_j) of what feeds errors back."""
+    run, compress = make_run(RULES[rule], active), COMPRESSORS[name]
+    models, errors = compressed.m_cser_1(run, [5, 3, 8, 8], compress, BLOCK)
+    moved = START + np.cumsum(updates_of(run.rule, models, active), axis=0)
+    np.testing.assert_allclose(mean_of(models)[1:], moved, **EXACT)
+    models = compressed.m_cser_2(run, [5, 3, 8, 8], compress, BLOCK)
+    moved = START + np.cumsum(updates_of(run.rule, models, active), axis=0)
+    np.testing.assert_allclose(mean_of(models)[1:], moved, **EXACT)
+    models, errors = compressed.qsparse_local_sgd(run, [5, 3, 8, 8], compress)
+    moved = START + np.cumsum(updates_of(run.rule, models, active), axis=0)
+    np.testing.assert_allclose(mean_of(models + errors)[1:], moved, **EXACT)
+
+
+@pytest.mark.parametrize("active", [None, SOMETIMES], ids=["always", "sometimes"])
+@pytest.mark.parametrize("method", [compressed.cser, compressed.m_cser_1])
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_models_without_their_errors_are_common_at_every_step(name, method, active):
+    run = make_run(active=active)
+    models, errors = method(run, [5, 3, 8, 8], COMPRESSORS[name], LOSSY)
+    common = models - errors
+    np.testing.assert_allclose(common, np.broadcast_to(common[:, :1], common.shape), **EXACT)
+
+
+def anchor_form(run, periods, update_compress, reset_compress, at_steps):
+    """M-CSER I for one anchor y instead of K errors, e_i = x_i − y: y moves by the mean of what is
+    said, at steps too or at resets alone."""
+    x, y, step = np.stack([run.start] * WORKERS), run.start, 0
+    states, models = [None] * WORKERS, [x]
+    for local_steps in periods:
+        for _ in range(local_steps):
+            updates = np.zeros_like(x)
+            for worker in range(WORKERS):
+                g = run.gradient(worker, x[worker], step)
+                updates[worker], states[worker] = run.rule(
+                    x[worker], states[worker], g, run.learning_rate(step)
+                )
+            said = update_compress(updates, step)
+            x = x + SHARES @ said + (updates - said)
+            y = y + SHARES @ said if at_steps else y
+            step += 1
+            models.append(x)
+        errors = x - y
+        said = reset_compress(errors, step)
+        y = y + SHARES @ said
+        x = y + (errors - said)
+        models[-1] = x
+    return np.stack(models)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_anchor_is_as_good_as_an_error_of_every_worker_if_it_moves_at_steps_too(rule):
+    arguments = (make_run(RULES[rule]), [5, 3, 8, 8], BLOCK, LOSSY)
+    models, _ = compressed.m_cser_1(*arguments)
+    np.testing.assert_allclose(anchor_form(*arguments, at_steps=True), models, **EXACT)
+    assert np.abs(anchor_form(*arguments, at_steps=False) - models).max() > 1e-3
+
+
+def test_where_the_reset_is_linear_what_the_errors_have_in_common_does_not_matter():
+    """PSync(e_i + c) = PSync(e_i) + c of a mask that is the same on all workers."""
+    arguments = (make_run(), [5, 3, 8, 8], LOSSY, BLOCK)
+    models, _ = compressed.m_cser_1(*arguments)
+    for at_steps in (True, False):
+        np.testing.assert_allclose(anchor_form(*arguments, at_steps=at_steps), models, **EXACT)
+
+
+@pytest.mark.parametrize("active", [None, SOMETIMES], ids=["always", "sometimes"])
+@pytest.mark.parametrize("name", ["top_k", "sign", "shared_block"])
+def test_momentum_cser_without_momentum_is_cser(name, active):
+    """These compressors are homogeneous and odd: C(−η g) = −η C(g)."""
+    arguments = (make_run(active=active), [5, 3, 8, 8], COMPRESSORS[name], LOSSY)
+    first, first_errors = compressed.cser(*arguments)
+    second, second_errors = compressed.m_cser_1(*arguments)
+    np.testing.assert_allclose(first, second, **EXACT)
+    np.testing.assert_allclose(first_errors, second_errors, **EXACT)
+
+
+def local(rule, periods):
+    """The loops without compression."""
+    options = {"momentum": {"momentum": 0.8}, "nesterov": {"momentum": 0.8, "nesterov": True}}
+    if rule == "adamw":
+        loop, options = reference.local_adamw, {"beta1": 0.8, "beta2": 0.95, "weight_decay": 0.1}
+    else:
+        loop, options = reference.local_sgd, options.get(rule, {})
+    return loop(noisy_quadratic, START, rate, periods, WEIGHTS, **options)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_all_that_is_said_whole_is_local_sgd(rule):
+    run, periods, whole = make_run(RULES[rule]), [5, 3, 8, 8], compressed.identity
+    expected = local(rule, periods)
+    for models in [
+        compressed.qsparse_local_sgd(run, periods, whole)[0],
+        compressed.sparse_loco(run, periods, whole, 0.5, 1.0)[0],
+        compressed.m_cser_1(run, periods, compressed.zero, whole)[0],
+        compressed.m_cser_2(run, periods, compressed.zero, whole),
+    ]:
+        np.testing.assert_allclose(models, expected, **EXACT)
+    every_step = local(rule, [1] * STEPS)
+    np.testing.assert_allclose(compressed.ef_sgd(run, STEPS, whole)[0], every_step, **EXACT)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "nesterov"])
+def test_updates_said_whole_are_data_parallelism_where_they_are_linear_in_the_gradient(rule):
+    run, whole = make_run(RULES[rule]), compressed.identity
+    beta = 0.0 if rule == "sgd" else 0.8
+    expected = reference.data_parallel(
+        noisy_quadratic, START, rate, STEPS, WEIGHTS, beta, rule == "nesterov"
+    )
+    np.testing.assert_allclose(compressed.data_parallel(run, STEPS, whole), expected, **EXACT)
+    models, errors = compressed.m_cser_1(run, [5, 3, 8, 8], whole, LOSSY)
+    np.testing.assert_allclose(models, np.stack([expected] * WORKERS, axis=1), **EXACT)
+    assert not errors.any()
+    if rule == "sgd":
+        models, _ = compressed.cser(run, [5, 3, 8, 8], whole, LOSSY)
+        np.testing.assert_allclose(models, np.stack([expected] * WORKERS, axis=1), **EXACT)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_error_feedback_at_every_step_is_qsparse_with_rounds_of_one_step(name):
+    run, compress = make_run(RULES["nesterov"], SOMETIMES), COMPRESSORS[name]
+    models, errors = compressed.ef_sgd(run, STEPS, compress)
+    expected, expected_errors = compressed.qsparse_local_sgd(run, [1] * STEPS, compress)
+    np.testing.assert_allclose(models, expected, **EXACT)
+    np.testing.assert_allclose(errors, expected_errors, **EXACT)
+    loco, _ = compressed.sparse_loco(run, [1] * STEPS, compress, 1.0, 1.0)
+    np.testing.assert_allclose(loco, expected, **EXACT)
+
+
+def test_error_feedback_by_hand():
+    """Constant gradients (1, 3) and (2, 0), η = 1, top-1. First p = (−1, −3), (−2, 0), of which −3
+    and −2 are said; then (−2, −3) and (−2, 0): −3 and −2 again, and e_1 = (−2, 0)."""
+    gradients = np.array([[1.0, 3.0], [2.0, 0.0]])
+    run = Run(lambda worker, x, step: gradients[worker], np.zeros(2), lambda step: 1.0, [1, 1])
+    models, errors = compressed.ef_sgd(run, 2, compressed.top_k(1))
+    assert models[:, 0].tolist() == [[0, 0], [-1, -1.5], [-2, -3]]
+    assert errors[:, 0].tolist() == [[0, 0], [-1, 0], [-2, 0]] and not errors[:, 1].any()
+
+
+def test_an_outer_optimizer_and_a_decay_by_hand():
+    """One worker, a gradient of 1, η = 1, rounds of two steps, nothing said at the second end:
+    d = 2, v = 2, y = −α (2 + β 2) = −1.5; then p = −2, d = 0, v = 1, y = −1.5 − 0.5 · 0.5 · 1."""
+    run = Run(lambda worker, x, step: np.ones(1), np.zeros(1), lambda step: 1.0, [1])
+    say_at_2 = lambda vectors, message: vectors * (message == 2)
+    arguments = (run, [2, 2, 2], say_at_2, 0.5, 0.5)
+    models, errors = compressed.sparse_loco(*arguments, outer_momentum=0.5, nesterov=True)
+    # The third: p = 0.5 · −2 − 2 = −3, d = 0, v = 0.5, y = −1.75 − 0.5 · 0.5 · 0.5.
+    assert models[::2, 0, 0].tolist() == [0, -1.5, -1.75, -1.875]
+    assert errors[::2, 0, 0].tolist() == [0, 0, -2, -3]
+
+
+@pytest.mark.parametrize("active", [None, SOMETIMES], ids=["always", "sometimes"])
+def test_hub_averages_said_whole_are_multi_level_local_sgd(active):
+    run = make_run(active=active)
+    models, _ = compressed.mll_sgd(run, STEPS, 3, 2, HUB_OF_WORKER, MIXING, compressed.identity)
+    always = np.ones((STEPS, WORKERS), bool) if active is None else active
+    expected = reference.mll_sgd(
+        noisy_quadratic, START, rate, STEPS, 3, 2, WEIGHTS, HUB_OF_WORKER, MIXING, always
+    )
+    np.testing.assert_allclose(models, expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_one_hub_is_qsparse_and_hubs_keep_the_mean_with_their_errors(name):
+    run, compress = make_run(RULES["momentum"], SOMETIMES), COMPRESSORS[name]
+    one, _ = compressed.mll_sgd(run, STEPS, 3, 1, [0] * WORKERS, np.eye(1), compress)
+    expected, _ = compressed.qsparse_local_sgd(run, [3] * (STEPS // 3), compress)
+    np.testing.assert_allclose(one, expected, **EXACT)
+    models, errors = compressed.mll_sgd(run, STEPS, 3, 2, HUB_OF_WORKER, MIXING, compress)
+    moved = START + np.cumsum(updates_of(run.rule, models, SOMETIMES), axis=0)
+    np.testing.assert_allclose(mean_of(models + errors)[1:], moved, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["top_k", "sign"])
+def test_feedback_reaches_the_optimum_where_the_same_compressor_without_it_stalls(name):
+    """Unequal quadratics ½ s_i (x − t_i)²: x* = Σ a s t / Σ a s. Feedback leaves an error of
+    O(η²/δ²) here, and none at all with a rate that goes to zero."""
+    pull = lambda worker, x, step: SCALES[worker] * (x - TARGETS[worker])
+    weighted = SHARES[:, None] * SCALES
+    optimum = (weighted * TARGETS).sum(axis=0) / weighted.sum(axis=0)
+    run = Run(pull, START, lambda step: 0.3 / (1 + 0.02 * step), WEIGHTS)
+    fed_back, _ = compressed.ef_sgd(run, 2000, COMPRESSORS[name])
+    without = compressed.data_parallel(run, 2000, COMPRESSORS[name])
+    distance = np.linalg.norm(fed_back[-1, 0] - optimum)
+    assert distance < 0.03
+    assert np.linalg.norm(without[-1] - optimum) > 5 * distance

@@ -1,0 +1,151 @@
+"""A problem large enough for compressors to bite, what its workers do step by step, and the
+library's compressors replayed outside of the library's methods."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from problems import steps_of
+
+import jaxlocal
+from jaxlocal import Layout
+from jaxlocal.compression import parse
+from jaxlocal.parallel.keys import stream
+
+EXAMPLES, FEATURES, OUTPUTS = 4, 6, 5
+_START = np.random.default_rng(7)
+START = {
+    "bias": _START.normal(size=OUTPUTS),
+    "weight": _START.normal(size=(FEATURES, OUTPUTS)),
+}
+DIM = OUTPUTS + FEATURES * OUTPUTS  # a vector has the bias and then the weight's rows
+START_VECTOR = np.concatenate([START["bias"], START["weight"].ravel()])
+
+
+def loss(params, batch, key):
+    """Half the mean squared error of a linear model of five outputs."""
+    errors = batch["inputs"] @ params["weight"] + params["bias"] - batch["targets"]
+    return 0.5 * jnp.mean(jnp.sum(errors**2, axis=-1))
+
+
+grad_fn = jaxlocal.gradients(loss)
+
+
+def make_batches(layout: Layout, steps: int, seed: int = 0) -> dict:
+    """Least squares with an optimum of its own for every worker; leaves [steps, D, N, ...]."""
+    random = np.random.default_rng(seed)
+    inputs = random.normal(size=(steps, *layout.shape, EXAMPLES, FEATURES))
+    optima = random.normal(size=(*layout.shape, FEATURES, OUTPUTS))
+    return {"inputs": inputs, "targets": np.einsum("tdnbf,dnfo->tdnbo", inputs, optima)}
+
+
+def numpy_gradient(batches: dict):
+    """gradient(worker, x, step) of the same loss, by hand."""
+    flat = lambda x: x.reshape(len(x), -1, *x.shape[3:])
+    inputs, targets = flat(batches["inputs"]), flat(batches["targets"])
+
+    def gradient(worker, x, step):
+        bias, weight = x[:OUTPUTS], x[OUTPUTS:].reshape(FEATURES, OUTPUTS)
+        errors = inputs[step, worker] @ weight + bias - targets[step, worker]
+        slope = inputs[step, worker].T @ errors
+        return np.concatenate([errors.sum(axis=0), slope.ravel()]) / EXAMPLES
+
+    return gradient
+
+
+def vectors(params) -> np.ndarray:
+    """All workers' models as the rows of a matrix, [K, DIM]; of an anchor, one row."""
+    bias, weight = np.asarray(params["bias"]), np.asarray(params["weight"])
+    flat = [bias.reshape(-1, OUTPUTS), weight.reshape(-1, FEATURES * OUTPUTS)]
+    return np.concatenate(flat, axis=1)
+
+
+def trajectory(round_fn, batches, periods):
+    """Models [stages + 1, K, DIM], anchors [stages + 1, DIM] or None, active bool [steps, K],
+    before the run and after every inner stage (and what ends a round there)."""
+    state = round_fn.init(START, jax.random.key(0))
+    size, start, states, active = round_fn.method.inner.steps, 0, [], []
+
+    def keep(state):
+        anchor = vectors(state.anchor)[0] if jax.tree.leaves(state.anchor) else None
+        states.append((vectors(state.params), anchor))
+
+    keep(state)
+    for length in periods:
+        for stop in range(start + size, start + length + 1, size):
+            state, info = round_fn.local_steps(state, steps_of(batches, stop - size, stop))
+            active.append(np.asarray(info.worker["active"]).reshape(size, -1))
+            if stop == start + length:
+                state, _ = round_fn.end_round(state)
+            keep(state)
+        start += length
+    models, anchors = zip(*states, strict=True)
+    anchors = None if anchors[0] is None else np.stack(anchors)
+    return np.stack(models), anchors, np.concatenate(active) > 0
+
+
+def replay(spec, purpose, weights, hub_of_worker=None):
+    """A compressor as `reference_compressed` wants it, with the keys of `trajectory`: one worker's
+    tree after another, far from any method, mixer or mesh.
+
+    Workers of a hub, by default all, hear the weighted average of each other's first messages.
+    """
+    compressor, unravel = parse(spec), ravel_pytree(_zeros())[1]
+    weights, memories = np.asarray(weights), [compressor.init(_zeros())] * len(weights)
+    hubs = np.zeros(len(weights), int) if hub_of_worker is None else np.asarray(hub_of_worker)
+    encode, decode = _programs(spec)
+
+    def average(trees):
+        """Of every worker's hub."""
+        means = []
+        for hub in hubs:
+            shares = weights * (hubs == hub) / weights[hubs == hub].sum()
+            combine = lambda *leaves, a=shares: sum(w * x for w, x in zip(a, leaves, strict=True))
+            means.append(jax.tree.map(combine, *trees))
+        return means
+
+    def answer(vectors, payloads, key):
+        """The whole payloads of a compressor that says a second message."""
+        second = compressor.second
+        known = [second.settle(heard) for heard in average(payloads)]
+        arguments = zip(vectors, known, strict=True)
+        said = [second.encode(unravel(jnp.asarray(x)), fact, key) for x, fact in arguments]
+        for worker, heard in enumerate(average(said)):
+            payload = {**known[worker], **heard}
+            memories[worker] = second.remember(memories[worker], payload, key)
+        return [{**fact, **own} for fact, own in zip(known, said, strict=True)]
+
+    def compress(vectors, message):
+        shared = stream(jax.random.key(0), purpose, message)
+        own = lambda worker: stream(jax.random.key(0), purpose, message, worker)
+        payloads = [
+            encode(x, memories[worker], shared if compressor.shared_mask else own(worker))
+            for worker, x in enumerate(vectors)
+        ]
+        if compressor.second is not None:
+            payloads = answer(vectors, payloads, shared)
+        return np.stack([decode(payload, shared) for payload in payloads])
+
+    return compress
+
+
+@functools.cache
+def _programs(spec):
+    """Of one worker's vector: (vector, memory, key) -> payload, (payload, key) -> C(vector)."""
+    compressor = parse(spec)
+
+    @jax.jit
+    def encode(vector, memory, key):
+        return compressor.encode(ravel_pytree(_zeros())[1](vector), memory, key)
+
+    @jax.jit
+    def decode(payload, key):
+        return ravel_pytree(compressor.decode(payload, key, _zeros(), 1.0))[0]
+
+    return encode, decode
+
+
+def _zeros():
+    return jax.tree.map(jnp.zeros_like, START)

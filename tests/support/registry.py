@@ -1,0 +1,177 @@
+"""Every method, with more than one optimizer, on the layout that it needs: what contract tests
+range over. A method that is missing here fails `test_every_method_is_in_the_registry`.
+
+The problem has all that a state can hold: two dtypes among the parameters, a model state with an
+integer in it, noise by key, unequal weights, workers that skip steps.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxlocal
+from jaxlocal import Layout
+from jaxlocal.communication import topology
+from jaxlocal.compression import parse
+from jaxlocal.types import Method
+
+BATCH = 4
+
+
+def layout(hubs: int, workers_per_hub: int) -> Layout:
+    workers = hubs * workers_per_hub
+    weights = 1 + np.arange(workers) % 3
+    return Layout(hubs, workers_per_hub, weights, rates=np.where(np.arange(workers) % 2, 0.5, 1.0))
+
+
+def matrix(graph: str, of: Layout) -> np.ndarray:
+    return topology.mixing_matrix(topology.hub_graph(graph, of.hubs), of.hub_weight)
+
+
+class Entry(NamedTuple):
+    build: Callable[[Callable, optax.GradientTransformation], Method]
+    layout: Layout
+    steps: int = 4  # of one round
+    half: bool = True  # whether it takes parameters in half precision
+
+    def params(self):
+        whole = lambda x: x if self.half else x.astype(jnp.float32)
+        return jax.tree.map(whole, params())
+
+
+FLAT, HUBS, PAIRS, ALONE = layout(1, 8), layout(4, 2), layout(2, 4), layout(8, 1)
+
+METHODS = {
+    "data_parallel": Entry(jaxlocal.data_parallel, FLAT, steps=1),
+    "data_parallel-average": Entry(
+        lambda g, o: jaxlocal.data_parallel(g, o, "average"), FLAT, steps=1
+    ),
+    "local_sgd": Entry(lambda g, o: jaxlocal.local_sgd(g, o, 4), FLAT),
+    "local_sgd-average": Entry(lambda g, o: jaxlocal.local_sgd(g, o, 4, "average"), FLAT),
+    "local_sgd-reset": Entry(lambda g, o: jaxlocal.local_sgd(g, o, 4, "reset"), FLAT),
+    "post_local_sgd": Entry(lambda g, o: jaxlocal.post_local_sgd(g, o, 2, 4), FLAT),
+    "swap": Entry(lambda g, o: jaxlocal.swap(g, o, 2), FLAT),
+    "mll_sgd": Entry(lambda g, o: jaxlocal.mll_sgd(g, o, matrix("ring", HUBS), 2, 1), HUBS, 2),
+    "mll_sgd-average": Entry(
+        lambda g, o: jaxlocal.mll_sgd(g, o, matrix("star", HUBS), 2, 1, "average"), HUBS, 2
+    ),
+    "hl_sgd": Entry(lambda g, o: jaxlocal.hl_sgd(g, o, PAIRS, 1, 4), PAIRS),
+    "cooperative_sgd": Entry(
+        lambda g, o: jaxlocal.cooperative_sgd(g, o, matrix("path", ALONE), 4), ALONE
+    ),
+    "slowmo": Entry(
+        lambda g, o: jaxlocal.slowmo(g, o, lambda t: 0.1 / (1 + t), 4, None, "reset", "average"),
+        FLAT,
+    ),
+    "diloco": Entry(lambda g, o: jaxlocal.diloco(g, o, 4, optax.adam(0.1), "average"), FLAT),
+    "streaming_diloco": Entry(
+        lambda g, o: jaxlocal.streaming_diloco(g, o, 8, None, 2, 2, model_state="average"), FLAT
+    ),
+    "data_parallel-qsgd": Entry(
+        lambda g, o: jaxlocal.data_parallel(g, o, compressor=parse("qsgd:4")), FLAT, steps=1
+    ),
+    "ef_sgd": Entry(lambda g, o: jaxlocal.ef_sgd(g, o, parse("sign")), FLAT, steps=1),
+    "qsparse_local_sgd": Entry(
+        lambda g, o: jaxlocal.qsparse_local_sgd(g, o, parse("powersgd:1"), 4, "average"), FLAT
+    ),
+    "cser": Entry(
+        lambda g, o: jaxlocal.cser(g, o, parse("top_k:3"), parse("int8"), 4), FLAT, half=False
+    ),
+    "cser-powersgd": Entry(
+        lambda g, o: jaxlocal.cser(g, o, parse("powersgd:1"), parse("powersgd:1"), 4),
+        FLAT,
+        half=False,
+    ),
+    "cser-2": Entry(
+        lambda g, o: jaxlocal.cser(g, o, parse("grbs:2"), parse("random_k:2"), 4, 2), FLAT
+    ),
+    "csea": Entry(
+        lambda g, o: jaxlocal.csea(g, o, parse("grbs:2"), "average"), FLAT, steps=1, half=False
+    ),
+    "cser_pl": Entry(
+        lambda g, o: jaxlocal.cser_pl(g, o, parse("grbs:2+bfloat16"), 4), FLAT, half=False
+    ),
+    "sparse_loco": Entry(
+        lambda g, o: jaxlocal.sparse_loco(g, o, parse("top_k:2+qsgd:2"), 4, optax.adam(0.1)), FLAT
+    ),
+    "mll_sgd-grbs": Entry(
+        lambda g, o: jaxlocal.mll_sgd(
+            g, o, matrix("ring", HUBS), 2, 1, "reset", "average", parse("grbs:2")
+        ),
+        HUBS,
+        2,
+    ),
+    "hl_sgd-top_k": Entry(
+        lambda g, o: jaxlocal.hl_sgd(g, o, PAIRS, 1, 4, compressor=parse("top_k:2:model")), PAIRS
+    ),
+}
+OPTIMIZERS = {
+    "momentum": optax.chain(optax.trace(0.9), jaxlocal.scale_by_step(lambda t: 0.1 / (1 + t))),
+    "adamw": optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.05, 100))
+    ),
+}
+# A compilation takes a second: every method once, the plain one with both optimizers.
+CASES = [
+    ("data_parallel", "momentum"),
+    ("data_parallel-average", "adamw"),
+    ("local_sgd", "momentum"),
+    ("local_sgd", "adamw"),
+    ("local_sgd-average", "adamw"),
+    ("local_sgd-reset", "adamw"),
+    ("post_local_sgd", "momentum"),
+    ("swap", "adamw"),
+    ("mll_sgd", "momentum"),
+    ("mll_sgd-average", "adamw"),
+    ("hl_sgd", "adamw"),
+    ("cooperative_sgd", "momentum"),
+    ("slowmo", "momentum"),
+    ("diloco", "adamw"),
+    ("streaming_diloco", "adamw"),
+    ("data_parallel-qsgd", "momentum"),
+    ("ef_sgd", "momentum"),
+    ("qsparse_local_sgd", "adamw"),
+    ("cser", "adamw"),
+    ("cser-powersgd", "momentum"),
+    ("cser-2", "momentum"),
+    ("csea", "momentum"),
+    ("cser_pl", "adamw"),
+    ("sparse_loco", "adamw"),
+    ("mll_sgd-grbs", "adamw"),
+    ("hl_sgd-top_k", "momentum"),
+]
+
+
+def params():
+    random = np.random.default_rng(0)
+    return {
+        "matrix": jnp.asarray(random.normal(size=(3, 2)), jnp.float32),
+        "offset": jnp.asarray(random.normal(size=2), jnp.bfloat16),
+    }
+
+
+def model_state():
+    return {"seen": jnp.zeros((), jnp.int32), "running": jnp.zeros(2)}
+
+
+def loss(params, model_state, batch, key):
+    outputs = jnp.tanh(batch["x"] @ params["matrix"]) + params["offset"]
+    residual = outputs - batch["y"] + jax.random.uniform(key)
+    running = 0.9 * model_state["running"] + 0.1 * outputs.mean(0)
+    new_state = {"seen": model_state["seen"] + 1, "running": running}
+    return jnp.square(residual).mean(), (new_state, {"largest": jnp.abs(residual).max()})
+
+
+def batches(of: Layout, start: int, steps: int) -> dict[str, np.ndarray]:
+    """Leaves [steps, D, N, BATCH, ...], a function of the step alone."""
+
+    def draw(step, size):
+        shape = (*of.shape, BATCH, size)
+        return np.random.default_rng((step, size)).normal(size=shape).astype(np.float32)
+
+    span = range(start, start + steps)
+    return {name: np.stack([draw(t, n) for t in span]) for name, n in (("x", 3), ("y", 2))}

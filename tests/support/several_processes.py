@@ -1,0 +1,155 @@
+"""What `test_several_processes.py` runs in one process or in several: methods on eight workers, and
+what a mesh that spans processes must do besides.
+
+As a program, one process of several: `several_processes.py PROCESSES ID PORT DEVICES FOLDER WHAT`,
+WHAT being "losses" or "all".
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import compressed_problem as problem
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
+
+import jaxlocal
+from jaxlocal import Layout, RoundFn, make_mesh, periods
+from jaxlocal.communication import topology
+from jaxlocal.compression import parse
+from jaxlocal.data import Stream, make_batches
+from jaxlocal.parallel.mesh import place
+from jaxlocal.training.checkpoints import Checkpoints, export
+from jaxlocal.training.evaluation import Evaluation, Reestimation
+from jaxlocal.training.loop import Diverged, run
+
+STEPS = 50
+SGD = optax.sgd(0.05)
+WEIGHTS = [1, 2, 3, 4, 4, 3, 2, 1]
+FLAT, HUBS = Layout(1, 8, WEIGHTS), Layout(4, 2, WEIGHTS)
+IRREGULAR = np.array([[0, 1, 1, 1], [1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
+
+
+def _on_hubs(adjacency):
+    matrix = topology.mixing_matrix(adjacency, HUBS.hub_weight)
+    return jaxlocal.mll_sgd(problem.grad_fn, SGD, matrix, 2, 1)
+
+
+def _cser(reset):
+    return jaxlocal.cser(problem.grad_fn, SGD, parse("grbs:4"), parse(reset), 4)
+
+
+METHODS = {
+    "local_sgd": (lambda: jaxlocal.local_sgd(problem.grad_fn, SGD, 4), FLAT),
+    "ring": (lambda: _on_hubs(topology.hub_graph("ring", 4)), HUBS),
+    "irregular": (lambda: _on_hubs(IRREGULAR), HUBS),
+    "cser_grbs": (lambda: _cser("grbs:2"), FLAT),
+    "cser_top_k": (lambda: _cser("top_k:4"), FLAT),
+    "diloco": (
+        lambda: jaxlocal.diloco(problem.grad_fn, SGD, 4, optax.sgd(0.7, 0.9, nesterov=True)),
+        FLAT,
+    ),
+}
+
+
+def losses(name, devices=None):
+    """Every worker's loss at every step, [STEPS, D, N]."""
+    make, layout = METHODS[name]
+    method, batches = make(), problem.make_batches(layout, STEPS)
+    round_fn = RoundFn(method, layout, make_mesh(layout, devices), max_chunk=1)
+    state, start, infos = round_fn.init(problem.START, jax.random.key(0)), 0, []
+    everywhere = NamedSharding(round_fn.mesh, P())
+    joined = jax.jit(lambda infos: jnp.concatenate(infos), out_shardings=everywhere)
+    for length in periods.lengths(method.period, STEPS):
+        for step in range(start, start + length, method.inner.steps):
+            state, info = round_fn.local_steps(
+                state, problem.steps_of(batches, step, step + method.inner.steps)
+            )
+            infos.append(info.worker["loss"])
+        state, _ = round_fn.end_round(state)
+        start += length
+    return np.asarray(joined(infos))
+
+
+class Counted:
+    """Examples that note which of them were read."""
+
+    def __init__(self):
+        random = np.random.default_rng(3)
+        self.inputs = random.normal(size=(64, problem.FEATURES)).astype(np.float32)
+        self.targets = random.normal(size=(64, problem.OUTPUTS)).astype(np.float32)
+        self.read = set()
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, number):
+        self.read.add(int(number))
+        return {"inputs": self.inputs[number], "targets": self.targets[number]}
+
+
+def metrics(params, model_state, batch):
+    errors = batch["inputs"] @ params["weight"] + params["bias"] - batch["targets"]
+    return {"square": (errors**2).sum(-1)}
+
+
+def whole_run(folder):
+    """A streamed run that is measured, saved, restored and that diverges; what it all gave."""
+    method, layout = METHODS["local_sgd"]
+    round_fn, source = RoundFn(method(), layout), Counted()
+    indices = make_batches("sorted", np.arange(64) // 8, 1, 8, 4, seed=0).indices
+    workers = round_fn.local_workers
+    told = {"workers": workers.tolist()}
+    with Stream(source, indices, processes=0, buffer_bytes=1, workers=workers) as stream:
+        feed = lambda start, steps: round_fn.local_batches(stream(start, steps))
+        state = round_fn.init(problem.START, jax.random.key(0), {"mean": np.float32(0)})
+        *_, last = run(round_fn, state, feed, 8, measure_every=4, save_every=8)
+    told |= {"streamed": sorted(source.read), "loss": last.loss, "distance": last.distance}
+    evaluation = Evaluation(round_fn, metrics, batch_size=2, source=source)
+    source.read.clear()
+    told |= {"source": evaluation(last.state), "evaluated": sorted(source.read)}
+    pool = {"inputs": source.inputs, "targets": source.targets}
+    told["pool"] = Evaluation(round_fn, metrics, pool, batch_size=2)(last.state)
+    # A mean that moves by a tenth towards that of each batch.
+    move = lambda params, kept, batch: {"mean": 0.9 * kept["mean"] + 0.1 * batch["inputs"].mean()}
+    batches = {"inputs": np.arange(16.0).reshape(2, 1, 8, 1)}
+    estimated = Reestimation(round_fn, move, batches)(last.state)
+    told["mean"] = float(round_fn.mean(estimated)[1]["mean"])
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(last.state, {"written by": jax.process_index()})
+        checkpoints.wait()
+        shapes = round_fn.shapes(problem.START, {"mean": np.float32(0)})
+        restored, notes = checkpoints.restore(shapes)
+    told |= {"notes": notes, "step": int(restored.step), "again": evaluation(restored)}
+    everyone = NamedSharding(Mesh(np.array(jax.devices()), "model"), P("model"))
+    split = {"split": place(np.arange(8.0), everyone)}  # no process has the whole of it
+    _, single = export(folder / "export", split, {})
+    told["exported"] = load_file(single)["params/split"].tolist()
+    broken = problem.make_batches(layout, 8)
+    broken["targets"][5, 0, 6] = np.inf
+    fresh = round_fn.init(problem.START, jax.random.key(0))
+    try:
+        feed = lambda start, steps: problem.steps_of(broken, start, start + steps)
+        list(run(round_fn, fresh, feed, 8, measure_every=4))
+    except Diverged as error:
+        told["diverged"] = str(error)
+    return told
+
+
+def main(processes, number, port, devices, folder, what):
+    jax.config.update("jax_num_cpu_devices", int(devices))
+    folder = Path(folder)
+    jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(number))
+    np.savez(folder / f"losses{number}.npz", **{name: losses(name) for name in METHODS})
+    if what == "all":
+        (folder / f"told{number}.json").write_text(json.dumps(whole_run(folder)))
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,232 @@
+"""The binaries as a user calls them: mistakes end in one sentence and exit status 2, and leave
+nothing behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.building.config import Config
+from experiments.building.job import build_job
+from jaxlocal import ConfigurationError
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(module, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "local_sdg"}, ["unknown method", "local_sgd"]),
+        ({"dataset": "minst"}, ["unknown dataset", "mnist"]),
+        ({"model": "resnet"}, ["unknown model", "resnet18_layer_norm"]),
+        ({"period": "quadratc"}, ["unknown period", "quadratic"]),
+        ({"optimizer": "adamv"}, ["unknown optimizer", "adamw"]),
+        ({"schedule": "cosin"}, ["unknown schedule", "cosine"]),
+        ({"partition": "sortd"}, ["unknown partition", "sorted"]),
+        ({"worker_map": "vmp"}, ["unknown worker map", "vmap"]),
+        *(
+            ({"mesh": word}, ["HUBSxWORKERS", repr(word)])
+            for word in ("2x", "0x2", "axb", "1x1x1x1")
+        ),
+        ({"optimizer_state": "keeep"}, ["unknown optimizer state", "keep"]),
+        ({"rates": "slow"}, ["unknown rates", "slow_one"]),
+        ({"rates": "0.5,x"}, ["--rates=0.5,x", "numbers"]),
+        ({"rates": "0"}, ["(0, 1]", "got 0"]),
+        ({"rates": "1.5"}, ["(0, 1]", "got 1.5"]),
+        ({"rates": "0.5,0.5,0.5"}, ["3 rates", "8 workers"]),
+        ({"worker_weights": "-1"}, ["> 0", "-1"]),
+        ({"batch_size": 1000}, ["1000", "179"]),
+        ({"workers": 7, "hubs": 2, "method": "mll_sgd"}, ["7 workers", "2 hubs"]),
+        ({"hubs": 2}, ["local_sgd has no hubs", "--hubs=2"]),
+        ({"method": "mll_sgd", "hubs": 4, "hub_graph": "circle"}, ["unknown hub graph", "ring"]),
+        (
+            {"method": "mll_sgd", "hubs": 8, "hub_graph": "erdos_renyi:0.1:1"},
+            ["not connected", "parts"],
+        ),
+        ({"method": "mll_sgd", "hubs": 4, "period": "swap"}, ["swap", "τ = 4"]),
+        ({"method": "swap", "period": "constant"}, ["'swap'", "constant"]),
+        ({"method": "hl_sgd", "hubs": 4, "hub_graph": "ring"}, ["hl_sgd", "ring"]),
+        ({"method": "cooperative_sgd", "hubs": 2}, ["8 workers", "--hubs=2"]),
+        ({"steps": 0}, ["--steps", "got 0"]),
+        (
+            {"outer_learning_rate": 0.5},
+            ["--outer_learning_rate=0.5", "slowmo, diloco, sparse_loco"],
+        ),
+        ({"method": "diloco", "outer_learning_rate": 0.0}, ["--outer_learning_rate", "got 0"]),
+        ({"method": "slowmo", "outer_momentum": 1.0}, ["[0, 1)", "got 1"]),
+        ({"method": "diloco", "outer_optimizer": "sdg"}, ["unknown optimizer", "sgd"]),
+        (
+            {"method": "diloco", "outer_optimizer": "adam", "outer_momentum": 0.5},
+            ["--outer_momentum=0.5", "adam"],
+        ),
+        ({"method": "cser", "gradient_compressor": "gbrs:4"}, ["unknown compressor", "grbs"]),
+        ({"method": "csre", "gradient_compressor": "grbs:4"}, ["unknown method", "cser"]),
+        ({"method": "ef_sgd", "gradient_compressor": "grbs"}, ["grbs needs", "grbs:64"]),
+        ({"method": "ef_sgd", "gradient_compressor": "grbs:0.5"}, ["0.5"]),
+        ({"method": "ef_sgd", "gradient_compressor": "grbs:1e9"}, ["grbs:1000000000"]),
+        ({"method": "ef_sgd", "gradient_compressor": "powersgd:1000"}, ["1000"]),
+        ({"method": "cser_pl", "reset_compressor": "qsgd:9"}, ["9"]),
+        (
+            {"method": "cser", "sync_compressor": "grbs:4"},
+            ["--sync_compressor=grbs:4", "cser", "--gradient_compressor and --reset_compressor"],
+        ),
+        (
+            {"sync_compressor": "grbs:4"},
+            ["--sync_compressor=grbs:4", "qsparse_local_sgd", "hl_sgd"],
+        ),
+        ({"cser_implementation": 2}, ["--cser_implementation=2", "cser", "local_sgd"]),
+        ({"method": "cser", "cser_implementation": 3}, ["1 or 2", "got 3"]),
+        (
+            {"method": "cser", "cser_implementation": 2, "gradient_compressor": "top_k:4"},
+            ["top_k:4", "implementation"],
+        ),
+        ({"fragments": 2}, ["--fragments=2", "streaming_diloco", "local_sgd"]),
+        ({"method": "diloco", "delay_steps": 0}, ["--delay_steps=0", "streaming_diloco"]),
+        ({"method": "streaming_diloco", "fragments": 0}, ["--fragments", "got 0"]),
+        ({"method": "streaming_diloco", "model": "logistic", "fragments": 4}, ["2 tens", "4 frag"]),
+        ({"method": "streaming_diloco", "delay_steps": -1}, ["--delay_steps", "got -1"]),
+        ({"method": "streaming_diloco", "mixing_factor": 1.0}, ["[0, 1)", "got 1.0"]),
+        (
+            {"method": "streaming_diloco", "optimizer_state": "average"},
+            ["--optimizer_state=average", "streaming_diloco"],
+        ),
+        ({"error_decay": 0.5}, ["--error_decay=0.5", "sparse_loco", "local_sgd"]),
+        ({"method": "sparse_loco", "error_decay": 1.5}, ["[0, 1]", "got 1.5"]),
+        ({"method": "cser", "optimizer_state": "reset"}, ["--optimizer_state=reset", "cser"]),
+        ({"method": "csea", "period": "quadratic"}, ["'constant'", "quadratic"]),
+        ({"accumulation": 3}, ["--accumulation=3", "--batch_size=16"]),
+        ({"accumulation": 0}, ["--accumulation", "got 0"]),
+        ({"precision": "bfloat"}, ["unknown precision", "bfloat16"]),
+        ({"model_state": "reestimat"}, ["unknown model state option", "reestimate"]),
+        ({"augment": "cropp"}, ["unknown augmentation", "crop"]),
+        (
+            {"augment": "flip", "dataset": "least_squares", "model": "linear"},
+            ["--augment=flip", "(32,)"],
+        ),
+        ({"keep": 0}, ["--keep", "got 0"]),
+        ({"seeds": 0}, ["--seeds", "got 0"]),
+        ({"checkpoint_every": -1}, ["--checkpoint_every", "got -1"]),
+        ({"steps": 10, "rounds": 2}, ["--steps or --rounds", "10 and 2"]),
+        ({"rounds": 2}, ["--rounds", "cosine"]),
+        ({"learning_rate": float("nan")}, ["--learning_rate", "nan"]),
+        ({"stop_train_loss": float("nan")}, ["--stop_train_loss", "nan"]),
+        ({"momentum": 1.0}, ["--momentum", "1.0"]),
+        ({"weight_decay": -1.0}, ["--weight_decay", "-1.0"]),
+        ({"warmup_steps": 20, "steps": 10}, ["20 steps", "10"]),
+        ({"seed": -1}, ["--seed", "-1"]),
+        ({"seed": 1 << 64}, ["--seed", "2^32"]),
+        ({"warmup_steps": 500}, ["500 steps", "440"]),
+        ({"hub_graph": "ring"}, ["local_sgd has no hub graph", "ring"]),
+        ({"switch_step": 5}, ["--switch_step=5", "quadratic"]),
+        ({"method": "swap", "switch_step": 20, "steps": 12}, ["--switch_step=20", "12 steps"]),
+        ({"period_coefficient": -1.0}, ["≥ 0", "-1"]),
+        ({"model": "linear"}, ["linear is a regression", "10 classes"]),
+        ({"dataset": "two_quadratics", "model": "mlp", "workers": 2, "batch_size": 1}, ["linear"]),
+        ({"dataset": "least_squares"}, ["mll_cnn"]),
+        ({"parameters": 10, "worker_weights": "data"}, ["--worker_weights=data", "--parameters"]),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence_before_anything_runs(changes, words):
+    with pytest.raises(ConfigurationError) as error:
+        build_job(Config(**changes))
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--method=local_sdg"], "unknown method"),
+        (["--no_such_flag=1"], "no_such_flag"),
+        (["--learning_rate=fast"], "learning_rate"),
+        (["stray"], "stray"),
+        (["--flagfile=no_such_file"], "no_such_file"),
+        (["--dataset=mnist", "--data_dir=nowhere"], "mnist is not prepared"),
+        (["--parameters=10"], "training needs a model"),
+        (["--method=ef_sgd", "--gradient_compressor=grbs:1e9"], "grbs:1000000000"),
+        (["--method=cser", "--seeds=2", "--reset_compressor=powersgd:999"], "999"),
+        (["--method=mll_sgd", "--local_steps=16", "--steps=100"], "96 or 112"),
+        (["--mesh=3x1"], "1 hubs do not divide over 3 devices"),
+    ],
+)
+def test_a_mistake_ends_with_status_two_and_leaves_nothing(flags, words, tmp_path):
+    done = call("train", f"--workdir={tmp_path / 'run'}", *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_warning_is_one_line():
+    done = call(
+        "plan",
+        "--method=data_parallel",
+        "--gradient_compressor=sign",
+        "--steps=10",
+        "--parameters=64",
+    )
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: ") and "sign" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and ".py" not in done.stderr
+
+
+def test_help_shows_every_flag_in_groups():
+    done = call("train", "--help")
+    assert done.returncode == 0
+    for group in ("method:", "compression:", "workers:", "data:", "model:", "optimizer:", "run:"):
+        assert f"\n{group}\n" in done.stdout
+    for name in Config.__dataclass_fields__:
+        assert f"--{name}:" in done.stdout
+    assert "JAX_NUM_CPU_DEVICES" in done.stdout and "JAX_COMPILATION_CACHE_DIR" in done.stdout
+
+
+def test_the_plan_prints_json_for_programs():
+    done = call("plan", "--format=json", "--steps=100")
+    figures = json.loads(done.stdout)
+    assert done.returncode == 0 and figures["steps"] == 100 and figures["rounds"] > 0
+    assert call("plan", "--format=jason").returncode == 2
+
+
+def test_flags_txt_runs_again_on_more_devices_with_the_same_numbers(tmp_path):
+    flags = ["--dataset=least_squares", "--model=linear", "--steps=50", "--momentum=0"]
+    one = tmp_path / "one"
+    first = call("train", *flags, f"--workdir={one}", JAX_NUM_CPU_DEVICES="1")
+    assert first.returncode == 0, first.stderr
+    again = call(
+        "train",
+        f"--flagfile={one / 'flags.txt'}",
+        f"--workdir={tmp_path / 'four'}",
+        JAX_NUM_CPU_DEVICES="4",
+    )
+    assert again.returncode == 0, again.stderr
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "four")
+    ]
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours["step"] == theirs["step"]
+        # 50 steps of SGD: float32 sums in another order
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
+    assert json.loads((tmp_path / "four" / "summary.json").read_text())["devices"] == 4
+    shutil.rmtree(one / "checkpoints" / "50")
+    resumed = call("train", *flags, f"--workdir={one}", JAX_NUM_CPU_DEVICES="2")
+    assert resumed.returncode == 0 and "going on from step 45" in resumed.stdout
+    last = json.loads((one / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 50
+    assert last["train_loss"] == pytest.approx(lines[0][-1]["train_loss"], rel=1e-5)

@@ -1,0 +1,149 @@
+"""What every method promises to send is what its compiled rounds send: kinds, axes, types, bytes,
+and where in the program."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import registry
+
+import jaxlocal
+from jaxlocal import Layout, RoundFn, make_mesh
+from jaxlocal.communication.accounting import by_kind
+from jaxlocal.communication.audit import Audited, audit
+from jaxlocal.compression import parse
+from jaxlocal.models.mll_cnn import mll_cnn
+from jaxlocal.models.simple import mlp
+from jaxlocal.models.supervised import training_loss
+from jaxlocal.models.transformer import transformer
+from jaxlocal.types import Method
+
+BATCH, TOKENS, CLASSES, INNER = 2, 6, 10, 4  # INNER: inner stages of a round, one program
+FAST = {"xla_backend_optimization_level": 0}  # of machine code, after all that is audited
+PARTS = ["mlp", "cnn", "transformer"]
+# Said besides, by name: the loss that the optimizers are told of.
+SCALARS = dict.fromkeys(["data_parallel", "data_parallel-average", "data_parallel-qsgd"], 4)
+
+
+@functools.cache
+def model(name):
+    """A model, its loss, and the shapes of one worker's batch."""
+    image, size = jax.ShapeDtypeStruct((BATCH, 8, 8, 1), np.float32), (BATCH,)
+    if name == "transformer":
+        made = transformer((TOKENS,), CLASSES, layers=1, width=16, heads=2)
+        image, size = jax.ShapeDtypeStruct((BATCH, TOKENS), np.int32), (BATCH, TOKENS)
+    else:
+        made = {"mlp": mlp, "cnn": mll_cnn}[name]((8, 8, 1), CLASSES)
+    grad_fn = jaxlocal.gradients(training_loss(made, lambda x: x, CLASSES), stateful=True)
+    return made, grad_fn, {"inputs": image, "targets": jax.ShapeDtypeStruct(size, np.int32)}
+
+
+def audited(rounds: Method, layout: Layout, name: str, mesh_shape=None):
+    """What a round promises by kind, axes and type, what it sends, and each collective of it."""
+    made, _, batch = model(name)
+    round_fn = RoundFn(rounds, layout, make_mesh(layout, shape=mesh_shape))
+    steps = INNER * rounds.inner.steps + rounds.outer.steps
+    state = round_fn.shapes(*jax.eval_shape(made.init, jax.random.key(0)))
+    lead = lambda x: jax.ShapeDtypeStruct((steps, *layout.shape, *x.shape), x.dtype)
+    programs = round_fn.lower(state, jax.tree.map(lead, batch))
+    assert [times for times, _ in programs] == [1] * len(programs)
+    found = [one for _, program in programs for one in audit(program.compile(FAST), round_fn.mesh)]
+    # A round's end that takes turns has all of them, each as a branch.
+    promised = round_fn.collectives(state, steps) + [
+        one
+        for turn in range(1, rounds.outer.turns)
+        for one in round_fn.collectives(state, rounds.outer.steps, turn)
+    ]
+    return by_kind(promised), by_kind(x.collective() for x in found), found
+
+
+def assert_kept(promised: dict, sent: dict, scalars: int = 0):
+    """To the byte, but for the scalars that the method names."""
+    assert {key: sent.get(key, 0) - promised.get(key, 0) for key in {*sent, *promised}} == {
+        key: scalars * (key[0] == "all-reduce") for key in {*sent, *promised}
+    }
+
+
+def assert_where_it_belongs(found: list[Audited], rounds: Method):
+    """Once in every inner stage that says something, once at the end of a round, and never in the
+    loop of a worker's steps or in that over workers."""
+    said = bool(rounds.inner.communication(SHAPES))
+    assert {one.loops for one in found} <= ({(INNER,), ()} if said else {()})
+    assert all(one.branches == int(rounds.outer.turns > 1) for one in found)
+
+
+class _Anything:
+    """A state of one parameter, for stages that are asked whether they say something."""
+
+    params = opt_state = model_state = {"x": jax.ShapeDtypeStruct((1, 1, 8, 8), jnp.float32)}
+
+
+SHAPES = _Anything()
+# Of each method its first entry; the other entries differ in options, and a perceptron will do.
+NAMED = list({name.split("-")[0]: name for name in reversed(registry.METHODS)}.values())
+CASES = [(name, "mlp") for name in registry.METHODS] + [
+    (name, part) for name in sorted(NAMED) for part in PARTS[1:]
+]
+
+
+@pytest.mark.parametrize(("name", "part"), CASES)
+def test_a_round_sends_what_its_method_promises(name, part):
+    entry = registry.METHODS[name]
+    rounds = entry.build(model(part)[1], registry.OPTIMIZERS["momentum"])
+    promised, sent, found = audited(rounds, entry.layout, part)
+    assert_kept(promised, sent, SCALARS.get(name, 0) * INNER)
+    assert_where_it_belongs(found, rounds)
+    assert sent
+
+
+GRID = Layout(4, 4)
+
+
+def methods_on_hubs():
+    grad_fn, sgd = model("mlp")[1], optax.sgd(0.1)
+    top, blocks, factors = map(parse, ("top_k:4", "grbs:8", "powersgd:2"))
+    of = lambda graph: registry.matrix(graph, GRID)
+    return {
+        "local_sgd": jaxlocal.local_sgd(grad_fn, sgd, INNER),
+        "ring": jaxlocal.mll_sgd(grad_fn, sgd, of("ring"), 2, 4),
+        "star, top-k": jaxlocal.mll_sgd(
+            grad_fn, sgd, of("star"), 2, 4, compressor=parse("top_k:4")
+        ),
+        "cser": jaxlocal.cser(grad_fn, sgd, blocks, factors, INNER),
+    }
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("name", ["local_sgd", "ring", "star, top-k", "cser"])
+def test_promises_hold_on_any_mesh(name, shape):
+    rounds = methods_on_hubs()[name]
+    promised, sent, found = audited(rounds, GRID, "mlp", shape)
+    assert_kept(promised, sent)
+    assert bool(sent) == (max(shape) > 1)
+    on = {axis for one in found for axis in one.axes}
+    assert on <= {axis for axis, n in zip(("hubs", "workers"), shape, strict=True) if n > 1}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "word", "expected"),
+    [
+        # Averages of half precision are float32; 8 workers' payloads of 64 values, their weights.
+        ("bfloat16", "identity", {("all-reduce", "float32"): 4 * 64}),
+        ("float32", "bfloat16", {("all-gather", "uint16"): 2 * 512, ("all-gather", "float32"): 32}),
+    ],
+)
+def test_half_precision_crosses_as_promised_before_xla_optimises(dtype, word, expected):
+    grad_fn = jaxlocal.gradients(lambda w, batch, key: jnp.square(w - batch).sum())
+    rounds = jaxlocal.local_sgd(grad_fn, optax.sgd(0.1), 2)
+    if word != "identity":
+        rounds = jaxlocal.qsparse_local_sgd(grad_fn, optax.sgd(0.1), parse(word), 2)
+    round_fn = RoundFn(rounds, Layout(1, 8))
+    state = round_fn.shapes(jax.ShapeDtypeStruct((8, 8), jnp.dtype(dtype)))
+    *_, (_, end) = round_fn.lower(state, jax.ShapeDtypeStruct((2, 1, 8, 8, 8), jnp.dtype(dtype)))
+    for program in (end.as_text("hlo"), end.compile(FAST)):
+        sent = by_kind(one.collective() for one in audit(program, round_fn.mesh))
+        assert sent == {(kind, ("workers",), type_): n for (kind, type_), n in expected.items()}
+    assert sent == by_kind(round_fn.collectives(state, 2))

@@ -1,0 +1,288 @@
+"""Datasets: what they hold, that a plan reads none of them, and what a user's mistake is told."""
+
+import importlib.util
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlocal.data import DATASETS, ArraySource, load, prepared
+from jaxlocal.errors import ConfigurationError
+
+PREPARED = Path(__file__).parents[3].parent / "shared" / "data" / "tfds"
+MNIST_TEST_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]  # LeCun's own table
+SYNTHETIC = ["least_squares", "perceptron", "two_quadratics:7"]
+
+needs_mnist = pytest.mark.skipif(not (PREPARED / "mnist").exists(), reason="MNIST is not here")
+needs_cifar = pytest.mark.skipif(not (PREPARED / "cifar10").exists(), reason="CIFAR-10 is not here")
+needs_tfds = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow_datasets") is None, reason="no tfds"
+)
+
+
+def check_described(data):
+    for read, count in ((data.train, data.train_examples), (data.test, data.test_examples)):
+        examples = read()
+        assert examples["inputs"].shape == (count, *data.input_shape)
+        assert examples["inputs"].dtype in (np.uint8, np.float32)
+        assert examples["targets"].shape == (count,)
+        assert examples["targets"].dtype == (np.int32 if data.classes else np.float32)
+        if data.classes:
+            assert set(examples["targets"]) == set(range(data.classes))
+
+
+@pytest.mark.parametrize("spec", SYNTHETIC)
+def test_a_synthetic_problem_is_as_described_and_follows_its_seed(spec):
+    data = load(spec, seed=3)
+    check_described(data)
+    first, again = data.train(), load(spec, seed=3).train()
+    assert all((first[key] == again[key]).all() for key in first)
+    if spec.partition(":")[0] != "two_quadratics":
+        assert (first["inputs"] != load(spec, seed=4).train()["inputs"]).any()
+
+
+def test_digits_are_as_described_split_by_label_whatever_the_seed():
+    pytest.importorskip("sklearn")
+    data = load("digits", seed=5)
+    check_described(data)
+    train, test = data.train(), data.test()
+    shares = np.bincount(test["targets"]) / np.bincount(train["targets"])
+    # A fifth of every label is held out: each count is within one of it.
+    np.testing.assert_allclose(shares, 0.25, atol=0.015)
+    assert train["inputs"].min() == 0 and train["inputs"].max() == 255
+    assert (load("digits", seed=6).test()["inputs"] == test["inputs"]).all()
+
+
+def test_documentation_strings_enter_the_model_as_tokens():
+    data = load("docstrings:32")
+    train, test = data.train(), data.test()
+    assert data.input_shape == (32,) and data.train_examples == len(train["inputs"])
+    assert data.test_examples == len(test["targets"]) and data.targets().shape[1] == 32
+    assert data.classes > train["inputs"].max() and train["inputs"].dtype == np.int32
+    assert data.normalize(train["inputs"]) is train["inputs"]
+    for wrong in ("docstrings:0", "docstrings:-3", "docstrings:x", "docstrings:"):
+        with pytest.raises(ConfigurationError, match="length"):
+            load(wrong)
+
+
+def test_least_squares_is_solved_up_to_its_noise():
+    data = load("least_squares")
+    train, test = data.train(), data.test()
+    solution = np.linalg.lstsq(train["inputs"], train["targets"])[0]
+    residual = test["inputs"] @ solution - test["targets"]
+    # 1024 draws estimate a standard deviation to 1/sqrt(2*1024) = 2.2 %: four of these.
+    np.testing.assert_allclose(residual.std(), 0.1, rtol=0.09)
+    np.testing.assert_allclose(np.linalg.norm(solution), 1.0, atol=0.01)
+
+
+def test_perceptron_has_the_margin_along_one_direction():
+    data = load("perceptron", seed=2)
+    for examples in (data.train(), data.test()):
+        sides = 2 * examples["targets"] - 1
+        direction = (sides[:, None] * examples["inputs"]).mean(0)
+        generator = np.random.default_rng((2, 0))
+        truth = generator.normal(size=32)
+        truth /= np.linalg.norm(truth)
+        assert direction @ truth > 0.9 * np.linalg.norm(direction)
+        assert (sides * (examples["inputs"] @ truth)).min() > 0.5 - 1e-5  # float32 of 32 terms
+
+
+@pytest.mark.parametrize("rate, steps", [(1.0, 1), (1.0, 5), (0.1, 1), (0.1, 20)])
+def test_local_sgd_on_two_quadratics_stands_where_theory_puts_it(rate, steps):
+    rounds = 1000
+    data = load(f"two_quadratics:{rounds}")
+    vectors, start = data.train()["inputs"].astype(float), data.start.astype(float)
+    step = [np.eye(2) - rate * np.outer(a, a) for a in vectors]
+    mean = sum(np.linalg.matrix_power(one, steps) for one in step) / 2
+    final = np.linalg.matrix_power(mean, rounds) @ start
+    loss = 0.25 * ((vectors @ final) ** 2).sum()
+    apart, shrink = 1 / (rounds + 0.5), 1 - (1 - rate) ** steps
+    expected = apart / 4 * (1 - shrink * apart / 2) ** (2 * rounds)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)  # the vectors are rounded to float32
+    assert loss >= 1 / (4 * np.e * (rounds + 0.5))
+
+
+def test_examples_in_memory_are_a_source_that_crosses_processes():
+    data = load("perceptron", seed=1)
+    train, source = data.train(), pickle.loads(pickle.dumps(data.train_source()))
+    assert len(source) == data.train_examples == 4096 and len(data.test_source()) == 1024
+    for number, example in zip((7, 0), source.__getitems__([7, 0]), strict=True):
+        assert (example["inputs"] == train["inputs"][number]).all()
+        assert example["targets"] == train["targets"][number] and example["targets"].ndim == 0
+    np.testing.assert_array_equal(data.targets(), train["targets"])
+    assert len(list(ArraySource({"targets": np.arange(3)}))) == 3
+
+
+def test_inputs_enter_the_model_scaled():
+    data = load("least_squares")._replace(mean=(0.5, 0.25), scale=(0.5, 1.0))
+    pixels = np.array([[255, 0], [0, 255]], np.uint8)
+    expected = np.array([[1.0, -0.25], [-1.0, 0.75]], np.float32)
+    np.testing.assert_array_equal(data.normalize(pixels), expected)
+    floats = np.array([[1.0, 0.25]], np.float32)
+    np.testing.assert_array_equal(data.normalize(floats), np.array([[1.0, 0.0]], np.float32))
+    assert data.normalize(pixels).dtype == np.float32
+
+
+@needs_tfds
+@needs_cifar
+@needs_mnist
+def test_a_plan_reads_no_example(monkeypatch):
+    monkeypatch.setattr(prepared.PreparedSplit, "_open", lambda *_: pytest.fail("read"))
+    data = load("cifar10", data_dir=PREPARED)
+    assert (data.train_examples, data.test_examples) == (50_000, 10_000)
+    assert (data.input_shape, data.classes) == ((32, 32, 3), 10)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(PREPARED))
+    data = load("mnist_binary")
+    assert (data.train_examples, data.test_examples) == (60_000, 10_000)
+    assert (data.input_shape, data.classes) == ((28, 28, 1), 2)
+
+
+@needs_tfds
+@needs_mnist
+def test_mnist_and_its_two_classes():
+    images = load("mnist", data_dir=PREPARED).test()
+    assert images["inputs"].shape == (10_000, 28, 28, 1) and images["inputs"].dtype == np.uint8
+    assert np.bincount(images["targets"]).tolist() == MNIST_TEST_COUNTS
+    source = load("mnist_binary", data_dir=PREPARED).test_source()
+    assert source.targets().dtype == source[0]["targets"].dtype == np.int32
+    np.testing.assert_array_equal(source.targets() == 1, images["targets"] < 5)
+    np.testing.assert_array_equal(source[-1]["inputs"], images["inputs"][-1])
+    assert source[-1]["targets"] == source.targets()[-1]
+
+
+@needs_tfds
+@needs_cifar
+def test_cifar10_is_centred_by_its_mean_and_scale():
+    data = load("cifar10", data_dir=PREPARED)
+    images = data.test()
+    assert images["inputs"].shape == (10_000, 32, 32, 3) and images["inputs"].dtype == np.uint8
+    assert np.bincount(images["targets"]).tolist() == [1000] * 10
+    values = data.normalize(images["inputs"])
+    # The constants are of the training set; the test set's own differ by up to 0.004.
+    np.testing.assert_allclose(values.mean((0, 1, 2)), 0.0, atol=0.03)
+    np.testing.assert_allclose(values.std((0, 1, 2)), 1.0, atol=0.03)
+
+
+@needs_tfds
+def test_a_dataset_that_is_not_prepared_is_told_at_once_without_the_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("connected"))
+    for name in ("mnist", "cifar10", "mnist_binary"):
+        with pytest.raises(ConfigurationError, match="is not prepared in .*experiments.prepare"):
+            load(name, data_dir=tmp_path / "nowhere")
+    (tmp_path / "mnist" / "3.0.1").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match="is not prepared") as caught:
+        load("mnist", data_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of MNIST as prepared, whose training images are left out."""
+    source, copy = PREPARED / "mnist" / "3.0.1", tmp_path / "mnist" / "3.0.1"
+    copy.mkdir(parents=True)
+    for path in source.iterdir():
+        if "-train" in path.name:
+            (copy / path.name).touch()
+        else:
+            shutil.copyfile(path, copy / path.name)
+    return copy
+
+
+def check_damaged(data_dir):
+    with pytest.raises(ConfigurationError, match=r"the files of mnist in .* are damaged") as caught:
+        load("mnist", data_dir=data_dir).test()
+    assert "\n" not in str(caught.value)
+
+
+@needs_tfds
+@needs_mnist
+@pytest.mark.parametrize("left", [0, 1_000_000])
+def test_a_truncated_file_is_told_in_one_sentence(folder, left):
+    (images,) = folder.glob("*-test*")
+    images.write_bytes(images.read_bytes()[:left])
+    check_damaged(folder.parents[1])
+
+
+@needs_tfds
+@needs_mnist
+def test_a_missing_file_and_a_broken_description_are_told_in_one_sentence(folder):
+    info = folder / "dataset_info.json"
+    whole = info.read_text()
+    for text in (whole[:500], "{}", whole.replace('"test"', '"other"')):
+        info.write_text(text)
+        with pytest.raises(ConfigurationError, match="mnist"):
+            load("mnist", data_dir=folder.parents[1])
+    info.write_text(whole)
+    (images,) = folder.glob("*-test*")
+    images.unlink()
+    check_damaged(folder.parents[1])
+
+
+@needs_tfds
+@needs_mnist
+def test_the_other_file_format_is_told_to_need_tensorflow(folder):
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(
+        ConfigurationError, match="prepared as tfrecord.*another folder.*experiments.prepare"
+    ):
+        load("mnist", data_dir=folder.parents[1])
+
+
+@pytest.mark.parametrize(
+    "name, absent, package",
+    [
+        ("digits", ["sklearn"], "scikit-learn"),
+        ("mnist", ["tensorflow_datasets"], "tensorflow-datasets"),
+        ("cifar10", ["PIL", "cv2"], "Pillow"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_extra(name, absent, package, monkeypatch):
+    if name == "cifar10":
+        pytest.importorskip("tensorflow_datasets")
+    for module in absent:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigurationError, match=rf"needs {package}.*jaxlocal\[experiments\]"):
+        load(name, data_dir=PREPARED)
+
+
+@pytest.mark.parametrize(
+    "spec, told",
+    [
+        ("cifar", "did you mean 'cifar10'"),
+        ("digits:3", "takes no argument"),
+        ("two_quadratics:", "positive whole number"),
+        ("two_quadratics:0", "positive whole number"),
+        ("two_quadratics:1.5", "positive whole number"),
+    ],
+)
+def test_a_wrong_name_is_told(spec, told):
+    with pytest.raises(ConfigurationError, match=told):
+        load(spec)
+
+
+def test_a_negative_seed_is_told():
+    with pytest.raises(ConfigurationError, match="-1"):
+        load("perceptron", seed=-1)
+
+
+def test_every_name_is_known_to_load():
+    assert {spec.partition(":")[0] for spec in SYNTHETIC} < set(DATASETS)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = {"sklearn", "tensorflow_datasets", "tensorflow", "matplotlib", "PIL"}
+    code = f"import sys, jaxlocal.data; print({heavy} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,209 @@
+"""A Linen module becomes two pure functions, whatever it holds and wherever they run."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+from jax import lax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxlocal.models import from_linen
+
+KEY = jax.random.key(0)
+INPUTS = jax.random.normal(jax.random.key(1), (8, 5))
+
+
+class Users(linen.Module):
+    """Dropout, batch statistics, and a count of calls in a collection of its own."""
+
+    @linen.compact
+    def __call__(self, inputs, train):
+        calls = self.variable("calls", "count", lambda: jnp.zeros((), jnp.int32))
+        calls.value += train
+        hidden = linen.BatchNorm(use_running_average=not train, momentum=0.9)(inputs)
+        hidden = linen.Dropout(0.5, deterministic=not train)(linen.Dense(16)(hidden))
+        return linen.Dense(3)(hidden)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return from_linen(Users(), INPUTS)
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    return model.init(KEY)
+
+
+def assert_close(ours, theirs):
+    def one(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # float32, a few layers
+
+    jax.tree.map(one, ours, theirs)
+
+
+def assert_same(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_variables_are_the_modules_own(variables):
+    params, model_state = variables
+    own = Users().init(KEY, INPUTS, train=False)
+    assert_same({"params": params, **model_state}, dict(own))
+    assert set(model_state) == {"batch_stats", "calls"}
+
+
+def test_a_shape_is_as_good_as_inputs(variables):
+    model = from_linen(Users(), jax.ShapeDtypeStruct((1, 5), jnp.float32))
+    assert_same(model.init(KEY), variables)
+
+
+def test_at_rest_it_is_the_module_at_rest(model, variables):
+    outputs, model_state = model.apply(*variables, INPUTS, None, False)
+    own = {"params": variables[0], **variables[1]}
+    assert_same(outputs, Users().apply(own, INPUTS, train=False, mutable="calls")[0])
+    assert_same(model_state, variables[1])
+
+
+def test_in_training_the_state_moves(model, variables):
+    _, state = model.apply(*variables, INPUTS, KEY, True)
+    assert state["calls"]["count"] == 1
+    moved = jax.tree.map(lambda x: 0.1 * x, (INPUTS.mean(0), INPUTS.var(0)))
+    kept = state["batch_stats"]["BatchNorm_0"]
+    assert_close((kept["mean"], kept["var"] - 0.9), moved)
+    assert jax.tree.structure(state) == jax.tree.structure(variables[1])
+
+
+def test_dropout_follows_the_key_and_rests_in_evaluation(model, variables):
+    def outputs(key, train):
+        return np.asarray(model.apply(*variables, INPUTS, key, train)[0])
+
+    other = jax.random.key(7)
+    assert_same(outputs(KEY, True), outputs(KEY, True))
+    assert (outputs(KEY, True) != outputs(other, True)).any()
+    assert_same(outputs(KEY, False), outputs(other, False))
+
+
+def telling(keyword):
+    """A module that gives what it was told by that keyword."""
+    scope = {}
+    exec(f"def call(self, inputs, {keyword}): return inputs + {keyword}", scope)
+    return type("Telling", (linen.Module,), {"__call__": scope["call"], "__module__": __name__})()
+
+
+@pytest.mark.parametrize(
+    ("keyword", "rest"),
+    [
+        ("train", 0),
+        ("training", 0),
+        ("is_training", 0),
+        ("deterministic", 1),
+        ("use_running_average", 1),
+    ],
+)
+def test_the_keyword_of_the_module_is_told(keyword, rest):
+    model = from_linen(telling(keyword), jnp.zeros(1))
+    assert model.apply({}, {}, jnp.zeros(1), None, False)[0] == rest
+    assert model.apply({}, {}, jnp.zeros(1), None, True)[0] == 1 - rest
+
+
+def test_what_a_field_says_is_not_said_again():
+    fixed = from_linen(linen.Dropout(0.5, deterministic=True), INPUTS)
+    assert_same(fixed.apply({}, {}, INPUTS, KEY, True)[0], INPUTS)
+    free = from_linen(linen.Dropout(0.5), INPUTS)
+    assert (np.asarray(free.apply({}, {}, INPUTS, KEY, True)[0]) == 0).any()
+    assert_same(free.apply({}, {}, INPUTS, KEY, False)[0], INPUTS)
+
+
+class Noises(linen.Module):
+    """Draws twice from one stream, once from another."""
+
+    @linen.compact
+    def __call__(self, inputs):
+        keys = [self.make_rng(name) for name in ("dropout", "dropout", "noise")]
+        return jnp.stack([jax.random.normal(key, inputs.shape) for key in keys])
+
+
+@pytest.mark.parametrize("streams", [("dropout",), ("dropout", "noise"), ()])
+def test_every_draw_is_its_own(streams):
+    model = from_linen(Noises(), INPUTS, streams)
+    drawn, _ = model.apply({}, {}, INPUTS, KEY, True)
+    assert len({noise.tobytes() for noise in np.asarray(drawn)}) == 3
+
+
+class Layers(linen.Module):
+    """Layers made by `linen.scan`, which splits the stream by its name."""
+
+    @linen.compact
+    def __call__(self, inputs, train):
+        class Layer(linen.Module):
+            @linen.compact
+            def __call__(self, carry, _):
+                dropped = linen.Dropout(0.5, rng_collection="noise", deterministic=not train)(carry)
+                return carry, dropped
+
+        many = linen.scan(Layer, split_rngs={"params": False, "noise": True}, length=2)
+        return many()(inputs, None)[1]
+
+
+def test_a_stream_that_is_named_may_be_split_over_layers():
+    model = from_linen(Layers(), INPUTS, streams=("noise",))
+    first, second = model.apply({}, {}, INPUTS, KEY, True)[0]
+    assert (np.asarray(first) != np.asarray(second)).any()
+
+
+def test_vmap_map_and_shard_map_equal_one_at_a_time(model):
+    keys = jax.random.split(KEY, 3)
+    arguments = (*jax.vmap(model.init)(keys), jax.random.normal(KEY, (3, 8, 5)), keys)
+    one = lambda number: jax.tree.map(lambda a: a[number], arguments)
+    results = [model.apply(*one(number), True) for number in range(3)]
+    expected = jax.tree.map(lambda *a: jnp.stack(a), *results)
+
+    def shard(apply):
+        mesh = Mesh(np.array(jax.devices()[:1]), ("workers",), axis_types=(AxisType.Auto,))
+        specs = {"in_specs": P("workers"), "out_specs": P("workers")}
+        return jax.jit(jax.shard_map(partial(lax.map, apply), mesh=mesh, **specs))
+
+    for over in (jax.vmap, lambda apply: partial(lax.map, apply), shard):
+        assert_close(over(lambda each: model.apply(*each, True))(arguments), expected)
+
+
+def test_training_in_a_scan_equals_a_loop(model, variables):
+    def step(carry, key):
+        params, model_state = carry
+
+        def loss(params):
+            outputs, state = model.apply(params, model_state, INPUTS, key, True)
+            return (outputs**2).mean(), state
+
+        gradient, model_state = jax.grad(loss, has_aux=True)(params)
+        return (jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), model_state), ()
+
+    keys = jax.random.split(KEY, 3)
+    scanned, _ = jax.jit(partial(lax.scan, step))(variables, keys)
+    looped = variables
+    for key in keys:
+        looped, _ = jax.jit(step)(looped, key)
+    assert_close(scanned, looped)
+    assert scanned[1]["calls"]["count"] == 3
+
+
+class Boxed(linen.Module):
+    @linen.compact
+    def __call__(self, inputs):
+        start = linen.with_partitioning(linen.initializers.ones_init(), (None, "model"))
+        self.sow("intermediates", "inputs", inputs)
+        return linen.Dense(3, kernel_init=start)(inputs)
+
+
+def test_parameters_are_plain_arrays_and_what_a_call_sows_is_not_carried():
+    model = from_linen(Boxed(), INPUTS)
+    params, model_state = model.init(KEY)
+    assert type(params["Dense_0"]["kernel"]) is type(INPUTS)
+    outputs, after = model.apply(params, model_state, INPUTS, None, True)
+    assert model_state == after == {}
+    assert_close(outputs, INPUTS @ np.ones((5, 3)))

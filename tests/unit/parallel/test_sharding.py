@@ -1,0 +1,296 @@
+"""Workers larger than a device: split over the mesh axis `model`, they give the same numbers, keep
+their places, and say the same to each other, each device its part."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxlocal
+from jaxlocal import ConfigurationError, Layout, RoundFn, compression, make_mesh
+from jaxlocal.communication import topology
+from jaxlocal.communication.accounting import by_kind
+from jaxlocal.communication.audit import audit
+from jaxlocal.models.transformer import transformer
+from jaxlocal.nn import conv_general_dilated, max_pool
+from jaxlocal.parallel import sharding
+from jaxlocal.training.checkpoints import Checkpoints
+from jaxlocal.training.evaluation import Evaluation, Reestimation
+
+LENGTH, TOKENS = 8, 16
+FLAT, HUBS = Layout(workers_per_hub=4, weights=[1, 2, 3, 4]), Layout(hubs=4, rates=[1, 0.5, 1, 0.5])
+WHOLE = (1, 1)
+language = transformer((LENGTH,), TOKENS, layers=1, width=8, heads=2)
+
+
+def next_tokens(params, batch, key):
+    logits, _ = language.apply(params, {}, batch[:, :-1], key, True)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+
+
+def perceptron(params, batch, key):
+    hidden = jax.nn.relu(batch @ params["first"] + params["bias"])
+    return jnp.square(hidden @ params["second"] - 1).mean()
+
+
+def convolutional(params, batch, key):
+    images = conv_general_dilated(
+        batch, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    pooled = max_pool(jax.nn.relu(images), (2, 2), (2, 2))
+    return jnp.square(pooled.reshape(len(batch), -1) @ params["second"] - 1).mean()
+
+
+def drawn(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+PARAMS = {
+    next_tokens: language.init(jax.random.key(3))[0],
+    perceptron: {
+        "first": drawn(0, 12, 8) / 4,
+        "bias": drawn(1, 8) / 4,
+        "second": drawn(2, 8, 4) / 4,
+    },
+    convolutional: {"kernel": drawn(0, 3, 3, 3, 8) / 5, "second": drawn(1, 32, 4) / 6},
+}
+EXAMPLES = {
+    next_tokens: np.random.default_rng(0).integers(0, TOKENS, (8, 4, 8, LENGTH + 1), np.int32),
+    perceptron: drawn(3, 8, 4, 8, 12),
+    convolutional: drawn(4, 8, 4, 8, 4, 4, 3),
+}  # [steps, workers, batch, ...]
+
+
+def ring():
+    return topology.mixing_matrix(topology.hub_graph("ring", 4), HUBS.hub_weight)
+
+
+METHODS = {
+    "local_sgd": lambda g, o, **k: jaxlocal.local_sgd(g, o, 4, **k),
+    "mll_sgd": lambda g, o, **k: jaxlocal.mll_sgd(g, o, ring(), 2, 2, **k),
+    "diloco": lambda g, o, **k: jaxlocal.diloco(g, o, 4, **k),
+    "cser": lambda g, o, **k: jaxlocal.cser(
+        g, o, compression.parse("grbs:4"), compression.parse("grbs:2"), 4, **k
+    ),
+}
+
+
+def rounds_on(mesh, method="local_sgd", loss=perceptron, least=0, rule=None, **options):
+    """The compiled rounds on a mesh of a shape; small leaves are split too."""
+    rounds = METHODS[method](jaxlocal.gradients(loss), optax.sgd(0.1, 0.9), **options)
+    layout = HUBS if method == "mll_sgd" else FLAT
+    rule = rule or sharding.fsdp((*mesh, 1)[2], least)
+    return RoundFn(rounds, layout, make_mesh(layout, shape=mesh), sharding=rule)
+
+
+def batches_of(round_fn, loss):
+    examples = EXAMPLES[loss]
+    return examples.reshape(len(examples), *round_fn.layout.shape, *examples.shape[2:])
+
+
+def trained(round_fn, loss, rounds=2):
+    """State and losses after some rounds of four steps."""
+    state = round_fn.init(PARAMS[loss], jax.random.key(1))
+    batches, losses = batches_of(round_fn, loss), []
+    for start in range(0, 4 * rounds, 4):
+        state, info = round_fn(state, batches[start : start + 4])
+        losses.append(np.asarray(info.worker["loss"]))
+    return state, np.concatenate(losses)
+
+
+@functools.cache
+def trained_whole(method, loss):
+    return trained(rounds_on(WHOLE, method, loss), loss)
+
+
+def assert_close(one, other):
+    """To float32 rounding: sums are taken in another order."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), one, other)
+
+
+def as_numpy(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def assert_in_place(state, shapes):
+    for x, shape in zip(jax.tree.leaves(state), jax.tree.leaves(shapes), strict=True):
+        assert x.sharding.is_equivalent_to(shape.sharding, x.ndim)
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "mesh", "worker_map"),
+    [
+        ("local_sgd", next_tokens, (1, 2, 4), "map"),
+        ("local_sgd", convolutional, (1, 2, 4), "map"),
+        ("local_sgd", convolutional, (1, 2, 2), "vmap"),
+        ("local_sgd", perceptron, (1, 1, 8), "vmap"),
+        ("mll_sgd", perceptron, (1, 1, 4), "map"),
+        ("mll_sgd", perceptron, (2, 1, 2), "map"),
+        ("mll_sgd", perceptron, (4, 1, 2), "vmap"),
+        ("diloco", perceptron, (1, 2, 4), "map"),
+        ("cser", perceptron, (1, 2, 4), "map"),
+    ],
+)
+def test_split_workers_train_as_whole_ones(method, loss, mesh, worker_map):
+    least = 64 if loss is next_tokens else 0
+    split = rounds_on(mesh, method, loss, least, worker_map=worker_map)
+    (state, losses), (expected, expected_losses) = trained(split, loss), trained_whole(method, loss)
+    assert_close(losses, expected_losses)
+    assert_close(as_numpy(state.params), as_numpy(expected.params))
+    assert_close(as_numpy(state.opt_state), as_numpy(expected.opt_state))
+    assert_in_place(state, split.shapes(PARAMS[loss]))
+
+
+MESH, LEAST = (1, 2, 4), 64
+
+
+@functools.cache
+def language_rounds(mesh=MESH):
+    """Local SGD with momentum on the transformer, and what a round is handed."""
+    round_fn = rounds_on(mesh, loss=next_tokens, least=LEAST)
+    state = round_fn.shapes(PARAMS[next_tokens])
+    return round_fn, state, batches_of(round_fn, next_tokens)[:4]
+
+
+@functools.cache
+def compiled(which, mesh=MESH):
+    round_fn, state, batches = language_rounds(mesh)
+    lowered = [program for _, program in round_fn.lower(state, batches)]
+    return lowered[-1 if which == "outer" else 0].compile()
+
+
+def of_one(tree):
+    """Elements of one worker's leaves, and of those, elements on one of its four devices."""
+    sizes = [x.size // FLAT.workers for x in jax.tree.leaves(tree)]
+    split = lambda x: math.prod(x.shape) >= LEAST * FLAT.workers
+    return sum(sizes), sum(
+        n // 4 if split(x) else n for n, x in zip(sizes, jax.tree.leaves(tree), strict=True)
+    )
+
+
+def test_a_device_holds_its_part_of_a_worker():
+    _, state, _ = language_rounds()
+    for tree in (state.params, state.opt_state):
+        whole, part = of_one(tree)
+        here = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+        assert here == 2 * part  # two workers on each
+        assert part < 0.4 * whole
+
+
+def test_between_workers_each_device_says_its_part_of_the_model():
+    round_fn, state, _ = language_rounds()
+    sent = by_kind(one.collective() for one in audit(compiled("outer"), round_fn.mesh))
+    _, part = of_one(state.params)
+    assert sent == {("all-reduce", ("workers",), "float32"): 4 * part}
+    assert sent == by_kind(round_fn.collectives(state, 1))
+
+
+def test_in_the_local_steps_only_the_devices_of_a_worker_speak():
+    found = audit(compiled(4), language_rounds()[0].mesh)
+    assert found and {one.axes for one in found} == {("model",)}
+    assert all(one.loops for one in found)
+
+
+def test_the_devices_of_a_worker_share_its_batch():
+    whole, split = (compiled(4, mesh).cost_analysis() for mesh in (WHOLE, MESH))
+    assert split["flops"] < 0.4 * whole["flops"]
+
+
+def test_a_checkpoint_goes_on_on_any_mesh(tmp_path):
+    def restored(folder, mesh):
+        with Checkpoints(folder) as checkpoints:
+            shapes = rounds_on(mesh).shapes(PARAMS[perceptron])
+            state, _ = checkpoints.restore(shapes)
+            assert_in_place(state, shapes)
+            return state
+
+    state = rounds_on((1, 2, 2)).init(PARAMS[perceptron], jax.random.key(2))
+    state = state._replace(params=jax.tree.map(lambda x: x * (1 + x), state.params))
+    values = [as_numpy(state.params)]
+    for number, mesh in enumerate([(1, 1), (1, 1, 4), (1, 4, 2)]):
+        with Checkpoints(tmp_path / str(number)) as checkpoints:
+            checkpoints.save(state)
+        state = restored(tmp_path / str(number), mesh)
+        values.append(as_numpy(state.params))
+    for later in values[1:]:
+        jax.tree.map(np.testing.assert_array_equal, later, values[0])
+
+
+def outputs(params, model_state, batch):
+    return {"output": (batch["x"] @ params["first"] + model_state["shift"]).sum(-1)}
+
+
+@functools.cache
+def measured(mesh):
+    """The metrics, mean and distance of workers that are apart, with statistics of the mean."""
+    round_fn = rounds_on(mesh)
+    state = round_fn.init(PARAMS[perceptron], jax.random.key(0), {"shift": jnp.zeros(8)})
+    first = jax.device_put(drawn(7, 1, 4, 12, 8), state.params["first"].sharding)
+    state = state._replace(params={**state.params, "first": first})
+    moved = lambda params, state, batch: {"shift": batch["x"].mean(0)[:8] * params["bias"]}
+    state = Reestimation(round_fn, moved, {"x": drawn(6, 3, 1, 4, 8, 12)})(state)
+    metrics = Evaluation(round_fn, outputs, {"x": drawn(5, 37, 12)}, batch_size=3)(state)
+    return metrics, as_numpy(round_fn.mean(state)), float(round_fn.consensus_distance(state))
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 2), (1, 1, 4)])
+def test_split_workers_are_measured_as_whole_ones(mesh):
+    assert_close(measured(mesh), measured(WHOLE))
+    _, (_, statistics), distance = measured(mesh)
+    assert distance > 1 and statistics["shift"].all()
+
+
+def refused(sentence):
+    return pytest.raises(ConfigurationError, match=re.escape(sentence))
+
+
+def test_the_automatic_rule_splits_the_largest_dimension_that_divides():
+    rule = sharding.fsdp(4, least=0)
+    shapes = {(3, 8, 16): 2, (8, 8): 0, (6, 4): 1, (5, 7): None, (): None, (12,): 0}
+    for shape, place in shapes.items():
+        assert tuple(rule("", shape)) == (() if place is None else (None,) * place + ("model",))
+    assert sharding.fsdp(4, least=65)("", (8, 8)) == P()
+
+
+def test_rules_by_name_place_what_optimizers_and_stages_keep_of_a_parameter_too():
+    rule = sharding.by_name([("first", P(None, "model")), ("second", P("model")), ("", P())])
+    state = rounds_on((1, 2, 4), "diloco", rule=rule).shapes(PARAMS[perceptron])
+    wanted = {"first": [12, 2], "bias": [8], "second": [2, 4]}
+    trace = state.opt_state[0].trace
+    for tree, lead in ((state.params, [1, 2]), (trace, [1, 2]), (state.anchor, [])):
+        for name, shape in wanted.items():
+            assert list(tree[name].sharding.shard_shape(tree[name].shape)) == [*lead, *shape]
+    outer = state.memory[1].single[0][0].trace
+    assert outer["first"].sharding.spec == P(None, "model")
+
+
+def test_rules_that_do_not_fit_are_refused():
+    def on(pairs, mesh=(1, 1, 8)):
+        return rounds_on(mesh, rule=sharding.by_name(pairs)).shapes(PARAMS[perceptron])
+
+    with refused("none of the patterns ['kernel'] is found in params/bias"):
+        on([("kernel", P("model"))])
+    with refused(
+        f"params/first of shape (12, 8) cannot be split as {P('model')} over the 8 devices"
+    ):
+        on([("first", P("model")), ("", P())])
+    for spec in (P(None, "model"), P("workers"), P("model", "model")):
+        with refused(f"params/bias of shape (8,) cannot be split as {spec} over"):
+            on([("bias", spec), ("", P())])
+
+
+def test_a_loss_may_gather_its_parameters_itself():
+    def loss(params, batch, key):
+        first, second = (sharding.whole(params[name]) for name in ("first", "second"))
+        return jnp.square(jax.nn.relu(batch @ first + params["bias"]) @ second - 1).mean()
+
+    rounds = jaxlocal.local_sgd(jaxlocal.gradients(loss, gathered=False), optax.sgd(0.1, 0.9), 4)
+    round_fn = RoundFn(rounds, FLAT, make_mesh(FLAT, shape=(1, 2, 2)))
+    _, losses = trained(round_fn, perceptron)
+    assert_close(losses, trained_whole("local_sgd", perceptron)[1])

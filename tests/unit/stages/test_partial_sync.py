@@ -1,0 +1,289 @@
+"""The partial synchronisation of trees against its equation, worker by worker, and what of it
+crosses the wire."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+import jaxlocal
+from jaxlocal import ConfigurationError, Layout, compression, make_mesh
+from jaxlocal.communication import mixing
+from jaxlocal.communication.accounting import by_kind
+from jaxlocal.communication.audit import audit
+from jaxlocal.communication.topology import hub_graph, mixing_matrix
+from jaxlocal.parallel.collectives import spread
+from jaxlocal.parallel.layout import STACKED
+from jaxlocal.stages.error_feedback import error_feedback
+from jaxlocal.stages.error_reset import error_reset, partial_average
+from jaxlocal.stages.local_step import local_step
+from jaxlocal.stages.partial_sync import partial_sync
+from jaxlocal.training.round import CONTEXT
+from jaxlocal.types import MessageBits
+
+KEY = jax.random.key(3)
+LAYOUT = Layout(2, 4, weights=1 + np.arange(8) % 3)
+WORDS = [
+    *("identity", "zero", "grbs:3", "random_k:3", "top_k:3", "top_k:4:model", "sign", "qsgd:3"),
+    *("int8", "bfloat16", "powersgd:2", "grbs:2+int8", "top_k:3+qsgd:4"),
+]
+
+
+def trees(layout=LAYOUT):
+    random = np.random.default_rng(0)
+    shapes = {"kernel": (5, 6), "bias": (10,), "scale": ()}
+    draw = lambda shape: jnp.asarray(random.normal(size=(*layout.shape, *shape)), jnp.float32)
+    return {name: draw(shape) for name, shape in shapes.items()}
+
+
+def synced(mixer, compressor, tree, layout, mesh_shape, compiled=False):
+    """What all workers hold after a partial synchronisation, and their residuals."""
+
+    def program(tree, context):
+        one = jax.tree.map(lambda x: x[0, 0], tree)
+        kept = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, context.worker.shape + x.shape), compressor.init(one)
+        )
+        out = partial_sync(mixer, compressor, tree, kept, KEY, context)
+        new = out.add(out.residual)
+        common = out.add(jax.tree.map(lambda x: jnp.zeros_like(x[:, :1]), tree))
+        return new, out.residual, spread(common, tree)
+
+    mesh = make_mesh(layout, shape=mesh_shape)
+    places = {"in_specs": (STACKED, CONTEXT), "out_specs": STACKED}
+    fn = jax.jit(jax.shard_map(program, mesh=mesh, **places))
+    if compiled:
+        return fn.lower(tree, layout.context()).compile().as_text()
+    return jax.tree.map(np.asarray, fn(tree, layout.context()))
+
+
+def by_the_equation(matrix, compressor, tree, layout):
+    """s_i = C(x_i), one worker after another; x_i ← Σ_j W_ji s_j + x_i − s_i."""
+    stacked = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    workers = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layout.workers)]
+    said = []
+    for number, x in enumerate(workers):
+        key = KEY if compressor.shared_mask else jax.random.fold_in(KEY, number)
+        payload = compressor.encode(x, (), key)
+        nothing = jax.tree.map(jnp.zeros_like, x)
+        said.append(compressor.decode(payload, KEY, nothing, 1.0))
+    sent = jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float64), *said)
+    mixed = jax.tree.map(lambda s: np.einsum("ji,j...->i...", matrix, s), sent)
+    grid = lambda x: np.asarray(x).reshape(*layout.shape, *x.shape[1:])
+    residual = jax.tree.map(lambda x, s: x - s, stacked, sent)
+    return jax.tree.map(lambda c, r: grid(c + r), mixed, residual), jax.tree.map(grid, residual)
+
+
+def matrices(layout):
+    shares = layout.weight.reshape(-1)
+    hub = np.repeat(np.arange(layout.hubs), layout.workers_per_hub)
+    hub_share = shares / layout.hub_weight[hub]
+    mean = np.repeat(shares[:, None], layout.workers, axis=1)
+    in_hubs = (hub[:, None] == hub[None]) * hub_share[:, None]
+    return {"mean": (mixing.mean(), mean), "hub_mean": (mixing.hub_mean(), in_hubs)}
+
+
+def assert_close(one, other):
+    np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+def assert_same_mean(one, other):
+    average = lambda x: np.einsum("dn,dn...->...", LAYOUT.weight, x)
+    np.testing.assert_allclose(average(one), average(other), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "mesh", "words"),
+    [
+        ("mean", (2, 2), WORDS),
+        ("hub_mean", (2, 2), WORDS),
+        ("mean", (1, 1), ["grbs:3", "top_k:3+qsgd:4", "powersgd:2"]),
+        ("hub_mean", (1, 1), ["sign"]),
+    ],
+)
+def test_partial_sync_is_its_equation(mixer, mesh, words):
+    mix, matrix = matrices(LAYOUT)[mixer]
+    tree = trees()
+    for word in words:
+        compressor = compression.parse(word)
+        new, residual, common = synced(mix, compressor, tree, LAYOUT, mesh)
+        if compressor.second is None:
+            expected = by_the_equation(matrix, compressor, tree, LAYOUT)
+            jax.tree.map(assert_close, (new, residual), expected)
+        jax.tree.map(assert_same_mean, new, tree)
+        for leaf in jax.tree.leaves(common):  # on all devices the same, to the bit
+            first = leaf[:1, :1] if mixer == "mean" else leaf[:, :1]
+            assert (leaf == first).all(), word
+
+
+def test_over_any_graph_what_can_be_averaged():
+    layout = Layout(5, 1, weights=np.arange(1, 6))
+    matrix = mixing_matrix(hub_graph("path", 5), layout.hub_weight)
+    compressor, tree = compression.grbs(3), trees(layout)
+    new, _, _ = synced(mixing.from_matrix(matrix), compressor, tree, layout, (5, 1))
+    expected, _ = by_the_equation(matrix, compressor, tree, layout)
+    jax.tree.map(assert_close, new, expected)
+
+
+# 41 values, of which a third of 30, a third of 10, and the one.
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("grbs:3", {("all-reduce", "float32"): 4 * (10 + 4 + 1)}),
+        ("random_k:3", {("all-reduce", "float32"): 4 * (10 + 4 + 1)}),
+        ("zero", {}),
+        # From each of 8 workers: values, indices in bytes, and its weight in the average.
+        (
+            "top_k:3",
+            {
+                ("all-gather", "float32"): 4 * 8 * (10 + 4 + 1 + 1),
+                ("all-gather", "uint8"): 8 * (10 + 4),
+            },
+        ),
+        # Signs of 30 and of 10 values in bits; of each its scale, the one value, and the weight.
+        (
+            "sign",
+            {
+                ("all-gather", "uint8"): 8 * (4 + 2),
+                ("all-gather", "float32"): 4 * 8 * (1 + 1 + 1 + 1),
+            },
+        ),
+    ],
+)
+def test_only_the_payload_crosses_the_wire(word, expected):
+    layout = Layout(1, 8)
+    program = synced(mixing.mean(), compression.parse(word), trees(layout), layout, (1, 8), True)
+    found = by_kind(one.collective() for one in audit(program, make_mesh(layout)))
+    assert found == {(kind, ("workers",), dtype): n for (kind, dtype), n in expected.items()}
+
+
+def test_messages_are_the_payload():
+    params = {"kernel": jnp.zeros((40, 50)), "bias": jnp.zeros(50)}
+    optimizer, layout = optax.sgd(0.1), Layout(1, 4)
+    top, blocks = compression.top_k(10), compression.grbs(20)
+    top_bits = (200 + 5) * 32 + 200 * 16 + 5 * 8
+    block_bits = (100 + 3) * 32
+    grad_fn = problems.grad_fn
+    for method, inner, outer in [
+        (jaxlocal.cser(grad_fn, optimizer, blocks, top, 4), block_bits, top_bits),
+        (jaxlocal.cser(grad_fn, optimizer, blocks, blocks, 4, 2), block_bits, block_bits),
+        (jaxlocal.qsparse_local_sgd(grad_fn, optimizer, top, 4), 0, top_bits),
+        (jaxlocal.csea(grad_fn, optimizer, blocks), 0, block_bits),
+        (jaxlocal.data_parallel(grad_fn, optimizer, compressor=blocks), block_bits, 0),
+    ]:
+        round_fn = problems.on_one_device(method, layout)
+        expected = (MessageBits(inner), MessageBits(outer))
+        assert round_fn.stage_bits(round_fn.shapes(params)) == expected
+        alone = problems.on_one_device(method, Layout(1, 1))
+        assert alone.stage_bits(alone.shapes(params)) == (MessageBits(), MessageBits())
+
+
+def test_a_hub_says_all_payloads_that_cannot_be_averaged():
+    params, layout = {"w": jnp.zeros(256)}, Layout(3, 4)
+    for word, payloads in (("grbs:4", 1), ("top_k:4", 4)):
+        compressor = compression.parse(word)
+        method = jaxlocal.qsparse_local_sgd(problems.grad_fn, optax.sgd(0.1), compressor, 2)
+        round_fn = problems.on_one_device(method, layout)
+        bits = compression.payload_bits(compressor, params)
+        said = round_fn.stage_bits(round_fn.shapes(params))[1]
+        assert said == MessageBits(workers=bits, hubs=2 * payloads * bits)
+
+
+@pytest.mark.parametrize("word", ["top_k:3", "sign", "powersgd:2", "grbs:3"])
+def test_empty_tensors_and_none_at_all(word):
+    tree = {"empty": jnp.zeros((2, 4, 0, 5)), "w": trees()["kernel"]}
+    new, _, _ = synced(mixing.mean(), compression.parse(word), tree, LAYOUT, (1, 1))
+    assert new["empty"].shape == (2, 4, 0, 5) and np.isfinite(new["w"]).all()
+    assert synced(mixing.mean(), compression.parse(word), {}, LAYOUT, (1, 1))[0] == {}
+
+
+def test_errors_of_half_precision_are_sent_as_float32():
+    method = jaxlocal.qsparse_local_sgd(problems.grad_fn, optax.sgd(0.1), compression.grbs(4), 2)
+    round_fn = problems.on_one_device(method, Layout(1, 2))
+    shapes = round_fn.shapes({"w": jnp.zeros(40, jnp.bfloat16)})
+    assert round_fn.stage_bits(shapes)[1].workers == 32 * 10
+
+
+RING = mixing_matrix(hub_graph("ring", 4), np.full(4, 0.25))
+NOTHING_SHARED = compression.top_k(2)
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: error_reset(mixing.hub_mean(), compression.grbs(2)), "error reset.*all workers"),
+        (
+            lambda: local_step(
+                problems.grad_fn,
+                optax.sgd(0.1),
+                update_mixer=mixing.hub_mean(),
+                compressor=compression.grbs(2),
+            ),
+            "updates.*all workers",
+        ),
+        (
+            lambda: error_feedback(mixing.hub_mean(), compression.grbs(2)),
+            "error feedback from an anchor.*all workers",
+        ),
+        (
+            lambda: partial_average(mixing.hub_diffusion(RING), NOTHING_SHARED),
+            "top_k:2.*gathers none",
+        ),
+        (
+            lambda: partial_average(mixing.from_matrix(RING), compression.powersgd(1)),
+            "powersgd:1.*workers of a hub common",
+        ),
+        (
+            lambda: jaxlocal.cser(
+                problems.grad_fn, optax.sgd(0.1), NOTHING_SHARED, compression.grbs(2), 2, 2
+            ),
+            "implementation 2.*top_k:2 keeps differs",
+        ),
+        (
+            lambda: jaxlocal.cser(
+                problems.grad_fn, optax.sgd(0.1), NOTHING_SHARED, compression.grbs(2), 2, 3
+            ),
+            "implementations 1 and 2, got 3",
+        ),
+        (
+            lambda: jaxlocal.sparse_loco(problems.grad_fn, optax.sgd(0.1), error_decay=1.5),
+            r"decay of errors must be in \[0, 1\], got 1.5",
+        ),
+        (
+            lambda: local_step(problems.grad_fn, optax.sgd(0.1), compressor=compression.grbs(2)),
+            "a compressor needs a mixer.*grbs:2 has none",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_when_it_is_built(build, sentence):
+    with pytest.raises(ConfigurationError, match=sentence):
+        build()
+
+
+def test_an_error_reset_needs_whole_precision():
+    method = jaxlocal.cser_pl(problems.grad_fn, optax.sgd(0.1), compression.grbs(2), 2)
+    round_fn = problems.on_one_device(method, Layout(1, 2))
+    with pytest.raises(ConfigurationError, match="bfloat16 is too coarse"):
+        round_fn.init({"w": jnp.zeros(8, jnp.bfloat16)}, jax.random.key(0))
+
+
+def test_a_ratio_above_every_tensor_is_told_when_the_state_is_made():
+    method = jaxlocal.ef_sgd(problems.grad_fn, optax.sgd(0.1), compression.grbs(50))
+    round_fn = problems.on_one_device(method, Layout(1, 2))
+    with pytest.raises(ConfigurationError, match="50.*40"):
+        round_fn.init({"w": jnp.zeros(40)}, jax.random.key(0))
+
+
+def test_a_biased_compressor_without_feedback_is_warned_of():
+    arguments = (problems.grad_fn, optax.sgd(0.1))
+    with pytest.warns(UserWarning, match="sign is biased, and without error feedback"):
+        jaxlocal.data_parallel(*arguments, compressor=compression.sign())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jaxlocal.data_parallel(*arguments, compressor=compression.qsgd(4))
+        jaxlocal.ef_sgd(*arguments, compression.sign())
+        jaxlocal.cser(*arguments, compression.sign(), compression.sign(), 4)

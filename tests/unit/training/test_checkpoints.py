@@ -1,0 +1,235 @@
+"""Checkpoints: what is restored is what was saved, to the bit; what cannot be is told."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import registry
+from safetensors.numpy import load_file
+
+import jaxlocal
+from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh
+from jaxlocal.training import loop as training
+from jaxlocal.training.checkpoints import Checkpoints, SavingError, export
+
+GRAD = jaxlocal.gradients(registry.loss, stateful=True)
+OPTIMIZER = registry.OPTIMIZERS["adamw"]
+
+
+def round_fn_of(method, devices=8, **options):
+    entry = registry.METHODS[method]
+    mesh = make_mesh(entry.layout, jax.devices()[:devices])
+    return entry, RoundFn(entry.build(GRAD, OPTIMIZER), entry.layout, mesh, **options)
+
+
+def start(round_fn):
+    return round_fn.init(registry.params(), jax.random.key(1), registry.model_state())
+
+
+def shapes(round_fn):
+    return round_fn.shapes(registry.params(), registry.model_state())
+
+
+def as_numbers(tree):
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    raw = lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x).copy()
+    return jax.tree.map(raw, tree)
+
+
+def assert_same_bits(one, other):
+    jax.tree.map(np.testing.assert_array_equal, as_numbers(one), as_numbers(other))
+
+
+def progress_of(round_fn, entry, state, steps=14, **options):
+    batches = lambda first, count: registry.batches(entry.layout, first, count)
+    return training.run(round_fn, state, batches, steps, measure_every=4, **options)
+
+
+@pytest.mark.parametrize("method", ["diloco", "slowmo", "mll_sgd", "local_sgd-average"])
+def test_a_run_goes_on_from_every_dispatch_as_if_it_had_never_stopped(method, tmp_path):
+    """Each restored from disk; rounds of 4 in chunks of at most 2 steps, so that some checkpoints
+    lie within a round."""
+    entry, round_fn = round_fn_of(method, max_chunk=2)
+    whole, seen = {}, []
+    with Checkpoints(tmp_path, keep=100) as checkpoints:
+        for progress in progress_of(round_fn, entry, start(round_fn)):
+            whole[progress.step] = as_numbers(progress.state)
+            seen.append(progress._replace(state=None, loss=0.0))
+            if progress.step:
+                checkpoints.save(progress.state)
+    steps = [progress.step for progress in seen]
+    assert len(steps) >= 6 and any(step % 4 for step in steps[1:-1])
+    for number in (1, 2, 3):
+        shutil.rmtree(tmp_path / str(steps[-number]))  # the newest that is left
+        with Checkpoints(tmp_path, keep=100) as checkpoints:
+            state, _ = checkpoints.restore(shapes(round_fn))
+        begin = int(state.step)
+        assert_same_bits(state, whole[begin])
+        rest = []
+        for progress in progress_of(round_fn, entry, state):
+            rest.append(progress._replace(state=None, loss=0.0))
+            assert_same_bits(progress.state, whole[progress.step])
+        assert rest == seen[steps.index(begin) + 1 :]
+
+
+def test_saving_does_not_wait_for_the_disk_and_sees_no_later_state(tmp_path):
+    """The state is donated right after it was handed over, and its buffers are used again."""
+    grad_fn = jaxlocal.gradients(lambda w, batch, key: -w.sum() * batch)
+    method = jaxlocal.local_sgd(grad_fn, optax.sgd(1.0))
+    round_fn = RoundFn(method, Layout(1, 8))
+    state = round_fn.init(np.zeros((500, 500), np.float32), jax.random.key(0))
+    ones = np.ones((1, 1, 8), np.float32)
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        for _ in range(3):
+            state, _ = round_fn(state, ones)
+            checkpoints.save(state)
+            for _ in range(2):
+                state, _ = round_fn(state, ones)
+    for step in (7, 4, 1):
+        with Checkpoints(tmp_path, keep=9) as checkpoints:
+            restored, _ = checkpoints.restore(round_fn.shapes(np.zeros((500, 500), np.float32)))
+        assert int(restored.step) == step and (np.asarray(restored.params) == step).all()
+        shutil.rmtree(tmp_path / str(step))
+
+
+def test_on_other_devices_the_same_numbers_and_the_shardings_of_this_run(tmp_path):
+    entry, eight = round_fn_of("diloco", 8)
+    state, _ = eight(start(eight), registry.batches(entry.layout, 0, 4))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {"seconds": 1.5, "names": ["a"]})
+    saved = as_numbers(state)
+    state, _ = eight(state, registry.batches(entry.layout, 4, 4))
+    for devices in (1, 2, 8):
+        _, round_fn = round_fn_of("diloco", devices)
+        with Checkpoints(tmp_path) as checkpoints:
+            restored, notes = checkpoints.restore(shapes(round_fn))
+        assert notes == {"seconds": 1.5, "names": ["a"]}
+        assert_same_bits(restored, saved)
+        fresh = start(round_fn)
+        for one, other in zip(jax.tree.leaves(restored), jax.tree.leaves(fresh), strict=True):
+            assert one.sharding.is_equivalent_to(other.sharding, other.ndim)
+            assert one.dtype == other.dtype
+        restored, _ = round_fn(restored, registry.batches(entry.layout, 4, 4))
+        for one, other in zip(
+            jax.tree.leaves(as_numbers(restored)), jax.tree.leaves(as_numbers(state)), strict=True
+        ):
+            # Sums over devices round in another order; a bfloat16 may land on its neighbour.
+            np.testing.assert_allclose(
+                np.float32(one), np.float32(other), rtol=1e-2 if one.dtype.itemsize == 2 else 1e-4
+            )
+
+
+def test_the_newest_are_kept(tmp_path):
+    entry, round_fn = round_fn_of("local_sgd", 1)
+    state = start(round_fn)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for number in range(4):
+            state, _ = round_fn(state, registry.batches(entry.layout, 4 * number, 4))
+            checkpoints.save(state)
+        checkpoints.wait()
+        assert checkpoints.steps == [12, 16]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["12", "16"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with the checkpoints of steps 4 and 8."""
+    folder = tmp_path_factory.mktemp("two")
+    entry, round_fn = round_fn_of("diloco", 1)
+    state = start(round_fn)
+    with Checkpoints(folder) as checkpoints:
+        for number in range(2):
+            state, _ = round_fn(state, registry.batches(entry.layout, 4 * number, 4))
+            checkpoints.save(state)
+    return folder, round_fn
+
+
+FILES = ["state/_METADATA", "state/manifest.ocdbt", "notes/metadata"]
+
+
+@pytest.mark.parametrize("file", [*FILES, "state/d"])
+def test_a_truncated_checkpoint_is_one_sentence_with_the_way_on(two, tmp_path, file):
+    shutil.copytree(two[0], tmp_path / "copy")
+    path = tmp_path / "copy" / "8" / file
+    for part in [path] if path.is_file() else path.iterdir():
+        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    with Checkpoints(tmp_path / "copy") as checkpoints:
+        with pytest.raises(ConfigurationError, match=r"copy/8 cannot be read.*from step 4") as told:
+            checkpoints.restore(shapes(two[1]))
+        assert "\n" not in str(told.value)
+    shutil.rmtree(tmp_path / "copy" / "8")
+    with Checkpoints(tmp_path / "copy") as checkpoints:
+        assert int(checkpoints.restore(shapes(two[1]))[0].step) == 4
+
+
+def test_a_checkpoint_of_another_run_names_what_differs(two):
+    with Checkpoints(two[0]) as checkpoints:
+        other = {**registry.params(), "matrix": jnp.zeros((4, 2))}
+        with pytest.raises(ConfigurationError, match=r"3, 2\] for .*matrix, this run .*4, 2\]"):
+            checkpoints.restore(two[1].shapes(other, registry.model_state()))
+        _, plain = round_fn_of("local_sgd", 1)
+        with pytest.raises(ConfigurationError, match=r"for anchor/matrix, this run nothing"):
+            checkpoints.restore(shapes(plain))
+        with pytest.raises(ConfigurationError, match="uint8.*this run int32"):
+            counted = registry.model_state() | {"seen": jnp.uint8(0)}
+            with Checkpoints(two[0].parent / "bytes") as others:
+                others.save(two[1].init(registry.params(), jax.random.key(0), counted))
+                others.wait()
+                others.restore(shapes(two[1]))
+
+
+def test_what_a_killed_writer_left_is_not_taken_for_a_checkpoint(two, tmp_path):
+    shutil.copytree(two[0], tmp_path / "copy")
+    shutil.copytree(two[0] / "8", tmp_path / "copy" / "12.orbax-checkpoint-tmp")
+    with Checkpoints(tmp_path / "copy") as checkpoints:
+        assert checkpoints.steps == [4, 8]
+        assert int(checkpoints.restore(shapes(two[1]))[0].step) == 8
+
+
+def test_an_empty_folder_and_one_that_cannot_be(two, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigurationError, match="no check"):
+        checkpoints.restore(shapes(two[1]))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="file/inner"):
+        Checkpoints(tmp_path / "file" / "inner")
+    with pytest.raises(ConfigurationError, match="at least 1 checkpoint.*got 0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_the_last_stays(two, tmp_path):
+    shutil.copytree(two[0], tmp_path / "copy")
+    with Checkpoints(tmp_path / "copy") as checkpoints:
+        state, _ = checkpoints.restore(shapes(two[1]))
+        state, _ = two[1](state, registry.batches(registry.FLAT, 8, 4))
+        moved = tmp_path / "moved"
+        (tmp_path / "copy").rename(moved)
+        (tmp_path / "copy").write_text("a file where the folder was")
+        with pytest.raises(SavingError, match="could not be written"):
+            checkpoints.save(state)
+            checkpoints.wait()
+    with Checkpoints(moved) as checkpoints:
+        assert int(checkpoints.restore(shapes(two[1]))[0].step) == 8
+
+
+def test_the_exported_model_is_read_by_others(tmp_path):
+    import orbax.checkpoint as ocp
+
+    params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3, jnp.bfloat16)}}
+    statistics = {"norm": {"mean": jnp.arange(3.0)}}
+    for factor in (1, 2):  # the second replaces the first
+        scaled = jax.tree.map(lambda x, f=factor: f * x, params)
+        written = export(tmp_path, scaled, statistics)
+        assert [path.name for path in written] == ["model", "model.safetensors"]
+        with ocp.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore(tmp_path / "model")
+        assert_same_bits(restored, {"params": scaled, "model_state": statistics})
+    (tmp_path / "model.safetensors").rename(tmp_path / "m")
+    header = (tmp_path / "m").read_bytes()
+    names = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
+    assert names["params/dense/bias"]["dtype"] == "BF16"
+    export(tmp_path, {"w": np.full((2, 2), 7, np.float32)}, {})
+    np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")["params/w"], 7)

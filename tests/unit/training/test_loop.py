@@ -1,0 +1,339 @@
+"""The host's side of a run: what is dispatched when, what was said, what is measured."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxlocal
+from jaxlocal import ConfigurationError, Layout, RoundFn
+from jaxlocal.communication import mixing
+from jaxlocal.stages.compose import repeat
+from jaxlocal.stages.local_step import local_step
+from jaxlocal.stages.sync import sync
+from jaxlocal.training import loop as training
+from jaxlocal.training.evaluation import Evaluation
+from jaxlocal.training.loop import Diverged
+from jaxlocal.types import MessageBits, Method, Period
+
+PARAMS = {"weight": np.zeros(3, np.float32), "bias": jnp.zeros((), jnp.bfloat16)}
+MODEL_BITS = 3 * 32 + 16
+SGD, ADAM = optax.sgd(0.1), optax.adam(0.1)
+
+
+def loss(params, batch, key):
+    return jnp.square(jnp.tanh(params["weight"]) + params["bias"] - batch).mean()
+
+
+grad_fn = jaxlocal.gradients(loss)
+
+
+def batches_of(layout: Layout):
+    """batches(start, steps): a function of the step alone."""
+
+    def at(now):
+        return np.random.default_rng(now).normal(size=(*layout.shape, 3)).astype(np.float32)
+
+    return lambda start, steps: np.stack([at(now) for now in range(start, start + steps)])
+
+
+def one_device(rounds: Method, layout: Layout, **options) -> RoundFn:
+    return RoundFn(rounds, layout, jaxlocal.make_mesh(layout, jax.devices()[:1]), **options)
+
+
+def start(round_fn: RoundFn):
+    return round_fn.init(PARAMS, jax.random.key(0))
+
+
+def in_turn(lengths: list[int]) -> Period:
+    starts = dict(zip(itertools.accumulate([0, *lengths]), lengths, strict=False))
+    return Period(lambda step, remaining: starts[step], f"{lengths}")
+
+
+@settings(deadline=None)
+@given(
+    inner=st.integers(1, 4),
+    times=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    ending=st.integers(0, 3),
+    measure_every=st.integers(0, 60),
+    max_chunk=st.integers(1, 64),
+)
+def test_dispatches_cover_every_step_once_and_are_cut_where_measurements_are_due(
+    inner, times, ending, measure_every, max_chunk
+):
+    lengths, ending = [inner * (n + ending) for n in times], inner * ending
+    total, ends = sum(lengths), list(itertools.accumulate(lengths))
+    stage = repeat(local_step(grad_fn, optax.sgd(0.1)), inner)
+    end = repeat(stage, ending // inner) if ending else sync(mixing.mean())
+    rounds = Method(stage, end, optax.sgd(0.1), in_turn(lengths))
+    round_fn = one_device(rounds, Layout(), max_chunk=max_chunk)
+    pieces = list(training.dispatches(round_fn, total, measure_every))
+
+    stops = [piece.start + piece.steps for piece in pieces]
+    assert [piece.start for piece in pieces] == [0, *stops[:-1]] and stops[-1] == total
+    assert all(piece.steps % inner == 0 and piece.steps > 0 for piece in pieces)
+    assert all(piece.steps <= max(inner, max_chunk, ending) for piece in pieces)
+    assert all(piece.steps == ending for piece in pieces if ending and piece.ends_round)
+    assert [stop for piece, stop in zip(pieces, stops, strict=True) if piece.ends_round] == ends
+    for piece, stop in zip(pieces, stops, strict=True):
+        number = next(n for n, end in enumerate(ends) if stop <= end)
+        assert piece.round_length == lengths[number]
+    # On hubs a measurement waits for the first hub average from its step on.
+    multiples = range(measure_every, total + 1, measure_every) if measure_every else ends
+    wanted = {-(-multiple // inner) * inner for multiple in multiples} | {total}
+    # And in what ends a round it waits for the end.
+    busy = {step: end for end in ends for step in range(end - ending + 1, end)}
+    wanted = {busy.get(step, step) for step in wanted}
+    assert {stop for piece, stop in zip(pieces, stops, strict=True) if piece.due} == wanted
+
+
+def test_steps_that_do_not_divide_are_refused_with_what_would():
+    rounds = jaxlocal.mll_sgd(grad_fn, optax.sgd(0.1), np.full((2, 2), 0.5), 4, 1)
+    with pytest.raises(ConfigurationError, match="10 steps .* the 4 steps .* 8 or 12 would"):
+        training.schedule(rounds, 10)
+    with pytest.raises(ConfigurationError, match="3 steps .* the 4 steps .* 4 or 8 would"):
+        training.schedule(rounds, 3)
+    with pytest.raises(ConfigurationError, match="at least 1 step, got 0"):
+        training.schedule(rounds, 0)
+
+
+def test_a_last_round_too_short_for_its_own_end_joins_the_one_before():
+    make = lambda delay: jaxlocal.streaming_diloco(grad_fn, SGD, 4, None, 1, delay)
+    assert list(training.schedule(make(1), 10)) == [4, 4, 2]
+    assert list(training.schedule(make(2), 10)) == [4, 6]
+    assert list(training.schedule(make(2), 6)) == [6]
+    assert list(training.schedule(make(2), 3)) == [3]
+    with pytest.raises(ConfigurationError, match="H = 2 is too short.*last τ = 2"):
+        next(training.schedule(make(2), 2))
+    with pytest.raises(ConfigurationError, match="H = 4 is too short.*last τ = 4"):
+        next(training.schedule(make(4), 10))
+
+
+@pytest.mark.parametrize("measure_every", [0, 1, 3])
+def test_a_run_whose_rounds_end_in_steps_stops_anywhere_and_goes_on(measure_every):
+    layout = Layout(workers_per_hub=2)
+    method = jaxlocal.streaming_diloco(grad_fn, optax.adam(0.1), 10, None, 2, 2)
+    round_fn, batches = one_device(method, layout), batches_of(layout)
+    seen_progress, ends = [], {}
+    for progress in training.run(round_fn, start(round_fn), batches, 17, measure_every):
+        seen_progress.append(progress._replace(state=None))
+        ends[progress.step] = jax.tree.map(jnp.copy, progress.state)
+    assert [s.step for s in seen_progress if s.due] == {
+        0: [0, 5, 10, 17],
+        1: [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15, 17],
+        3: [0, 3, 6, 10, 12, 15, 17],
+    }[measure_every]
+    assert [s.round for s in seen_progress if s.step in (5, 10, 17)] == [1, 2, 3]
+    for middle in (3, 5, 15):
+        state = jax.tree.map(jnp.copy, ends[middle])
+        rest = list(training.run(round_fn, state, batches, 17, measure_every))
+        for progress, same in zip(rest, seen_progress[-len(rest) :], strict=True):
+            assert progress.step == same.step and progress.message_bits == same.message_bits
+        jax.tree.map(np.testing.assert_array_equal, rest[-1].state.params, ends[17].params)
+    # The losses of all steps are looked at, those beside a synchronisation too.
+    with pytest.raises(Diverged, match="worker 1 is nan at step 9"):
+        poison = poisoned(layout, np.nan, (9, 0, 1))
+        list(training.run(round_fn, start(round_fn), poison, 17, measure_every))
+    with pytest.raises(
+        ConfigurationError, match="go on from step 4, while the round from step 3 to 5"
+    ):
+        next(training.dispatches(round_fn, 17, start=4))
+
+
+def test_a_run_asks_for_every_batch_once_and_only_when_a_step_is_wanted():
+    layout, asked = Layout(workers_per_hub=2), []
+    round_fn = one_device(jaxlocal.local_sgd(grad_fn, SGD, 5), layout)
+
+    def batches(start, steps):
+        asked.append((start, steps))
+        return batches_of(layout)(start, steps)
+
+    seen_progress = training.run(round_fn, start(round_fn), batches, 12)
+    first = next(seen_progress)
+    assert (first.step, first.round, first.local_steps, first.due) == (0, 0, 5, True)
+    assert math.isnan(first.loss) and asked == []
+    second = next(seen_progress)
+    assert asked == [(0, second.step)]
+    rest = list(seen_progress)
+    assert [s for s, _ in asked] == [0, *itertools.accumulate(n for _, n in asked)][:-1]
+    assert sum(n for _, n in asked) == 12 and rest[-1].step == int(rest[-1].state.step) == 12
+    assert [s.local_steps for s in rest if s.due] == [5, 5, 2]
+
+
+def poisoned(layout, value, *places):
+    clean = batches_of(layout)
+
+    def batches(start, steps):
+        out = clean(start, steps)
+        for at, hub, worker in places:
+            if start <= at < start + steps:
+                out[at - start, hub, worker] = value
+        return out
+
+    return batches
+
+
+@functools.cache
+def four_steps_of_eight_workers() -> RoundFn:
+    return one_device(jaxlocal.local_sgd(grad_fn, SGD, 4), Layout(2, 4))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("measure_every", [0, 1, 2, 6])
+def test_divergence_names_step_and_worker_and_comes_before_any_measurement_of_it(
+    measure_every, value
+):
+    round_fn = four_steps_of_eight_workers()
+    layout = round_fn.layout
+    # Worker 6 at step 5; worker 1 later, and no matter.
+    batches = poisoned(layout, value, (5, 1, 2), (7, 0, 1))
+    seen_progress = []
+    with pytest.raises(Diverged, match=f"worker 6 is {value} at step 5") as raised:
+        for progress in training.run(round_fn, start(round_fn), batches, 16, measure_every):
+            seen_progress.append(progress)
+    assert (raised.value.step, raised.value.worker) == (5, 6)
+    due = {0: [0, 4], 1: [0, 1, 2, 3, 4, 5], 2: [0, 2, 4], 6: [0]}[measure_every]
+    assert [progress.step for progress in seen_progress if progress.due] == due
+    assert all(
+        math.isfinite(progress.loss) for progress in seen_progress if progress.due and progress.step
+    )
+
+
+def test_divergence_is_known_two_dispatches_later_where_nothing_is_measured():
+    layout = Layout(2, 4)
+    round_fn = one_device(jaxlocal.local_sgd(grad_fn, SGD, 16), layout, max_chunk=1)
+    seen = []
+    with pytest.raises(Diverged):
+        for progress in training.run(
+            round_fn, start(round_fn), poisoned(layout, np.nan, (5, 1, 2)), 16
+        ):
+            seen.append(progress.step)
+    # The dispatch of step 5 ends at 6; the host does not wait for it at once.
+    assert 6 <= seen[-1] <= 8
+
+
+def test_the_consensus_distance_is_that_of_the_workers_before_they_synchronise():
+    layout = Layout(2, 4, weights=np.arange(1, 9))
+    rounds = jaxlocal.local_sgd(grad_fn, SGD, 4)
+    round_fn, batches = RoundFn(rounds, layout), batches_of(layout)
+    single = jax.tree.map(lambda x: x.astype(np.float32), PARAMS)
+    first = round_fn.init(single, jax.random.key(0))
+    seen_progress = training.run(round_fn, first, batches, 8, measure_every=2)
+    measured = {progress.step: progress.distance for progress in seen_progress}
+    state, share = round_fn.init(single, jax.random.key(0)), np.arange(1, 9) / 36
+    assert measured.pop(0) == 0
+    for now in (2, 4, 6, 8):
+        state, _ = round_fn.local_steps(state, batches(now - 2, 2))
+        leaves = [np.asarray(x, np.float64).reshape(8, -1) for x in jax.tree.leaves(state.params)]
+        models = np.concatenate(leaves, axis=1)
+        squares = np.square(models - share @ models).sum(axis=1)
+        np.testing.assert_allclose(measured[now], math.sqrt(share @ squares), rtol=1e-5)  # float32
+        if now % 4 == 0:
+            state, _ = round_fn.end_round(state)
+            assert float(round_fn.consensus_distance(state)) == 0
+
+
+def test_the_loss_of_a_step_is_the_weighted_mean_over_workers_that_took_their_step():
+    layout = Layout(2, 4, weights=np.arange(1, 9), rates=0.5)
+    rounds = jaxlocal.local_sgd(
+        jaxlocal.gradients(lambda params, batch, key: batch.sum() + 0 * params["weight"].sum()),
+        SGD,
+        4,
+    )
+    round_fn, batches = one_device(rounds, layout), batches_of(layout)
+    seen_progress = list(training.run(round_fn, start(round_fn), batches, 8))
+    _, info = round_fn.local_steps(start(round_fn), batches(0, 4))
+    weight = np.asarray(info.worker["active"]) * np.arange(1, 9).reshape(2, 4)
+    assert 0 < weight.astype(bool).mean() < 1
+    expected = (batches(0, 4).sum(-1) * weight).sum() / weight.sum()
+    np.testing.assert_allclose(seen_progress[1].loss, expected, rtol=1e-5)  # sums of float32 losses
+
+
+def test_measuring_changes_no_bit_of_the_run():
+    layout = Layout(workers_per_hub=8, rates=0.7)
+    round_fn, ends = RoundFn(jaxlocal.local_sgd(grad_fn, ADAM, 6), layout), []
+    for measure_every in (0, 1, 5):
+        seen_progress = training.run(
+            round_fn, start(round_fn), batches_of(layout), 20, measure_every
+        )
+        *_, last = seen_progress
+        ends.append(jax.tree.map(np.asarray, (last.state.params, last.state.opt_state)))
+        assert last.message_bits == MessageBits(workers=4 * MODEL_BITS)
+    for other in ends[1:]:
+        jax.tree.map(np.testing.assert_array_equal, ends[0], other)
+
+
+@functools.cache
+def eight_workers_apart(devices: int):
+    """A round function and its state after one step, with a model state that differs too."""
+
+    def stateful(params, model_state, batch, key):
+        return loss(params, batch, key), ({"shift": model_state["shift"] + batch[0]}, {})
+
+    layout = Layout(workers_per_hub=8, weights=np.arange(1, 9))
+    rounds = jaxlocal.local_sgd(jaxlocal.gradients(stateful, stateful=True), SGD, 1)
+    round_fn = RoundFn(rounds, layout, jaxlocal.make_mesh(layout, jax.devices()[:devices]))
+    state = round_fn.init(PARAMS, jax.random.key(0), {"shift": jnp.zeros(())})
+    return round_fn, round_fn.local_steps(state, batches_of(layout)(0, 1))[0]
+
+
+def metrics(params, model_state, batch):
+    outputs = batch["x"] @ params["weight"] + model_state["shift"]
+    # The labels are int8, of which a sum of two would not fit.
+    return {"output": outputs, "label": batch["label"], "positive": outputs > 0}
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    ("examples", "batch_size"), [(1, 500), (7, 500), (64, 3), (509, 500), (509, 7)]
+)
+def test_an_evaluation_is_the_plain_mean_of_the_average_model(devices, examples, batch_size):
+    round_fn, state = eight_workers_apart(devices)
+    random, share = np.random.default_rng(0), np.arange(1, 9) / 36
+    data = {
+        "x": random.normal(size=(examples, 3)).astype(np.float32),
+        "label": random.integers(100, 128, examples).astype(np.int8),
+    }
+    weight = share @ np.asarray(state.params["weight"], np.float64)[0]
+    outputs = data["x"] @ weight + share @ np.asarray(state.model_state["shift"])[0]
+    chosen = random.permutation(examples)[: max(1, examples // 3)]
+    for subset in (None, chosen):
+        rows = slice(None) if subset is None else subset
+        got = Evaluation(round_fn, metrics, data, subset, batch_size)(state)
+        assert all(type(value) is float for value in got.values())
+        # float32 sums of hundreds of numbers of size one
+        np.testing.assert_allclose(got["output"], outputs[rows].mean(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got["label"], data["label"][rows].mean(), rtol=1e-6)
+        np.testing.assert_allclose(got["positive"], (outputs[rows] > 0).mean(), rtol=1e-6)
+
+
+def test_an_evaluation_takes_the_pool_of_the_rounds_by_default():
+    pool = np.arange(10, dtype=np.float32)
+    round_fn = RoundFn(jaxlocal.local_sgd(grad_fn, SGD, 1), Layout(workers_per_hub=8), data=pool)
+    evaluation = Evaluation(round_fn, lambda params, model_state, batch: {"mean": batch})
+    assert evaluation(start(round_fn)) == {"mean": 4.5}
+
+
+def test_a_state_that_is_to_be_saved_is_finite():
+    """The update of step 3 is infinite, and no loss has told of it by step 4."""
+    grad_fn = jaxlocal.gradients(lambda w, batch, key: (w * 0 + 1).sum())
+    progress = jaxlocal.scale_by_step(lambda step: jnp.where(step == 3, jnp.inf, 0.1))
+    layout = Layout(1, 2)
+    round_fn = one_device(jaxlocal.local_sgd(grad_fn, progress, 2), layout)
+    state = round_fn.init(jnp.zeros(()), jax.random.key(0))
+    batches = lambda start, steps: np.zeros((steps, 1, 2, 1), np.float32)
+    seen_progress = training.run(round_fn, state, batches, 8, measure_every=8, save_every=2)
+    saved = []
+    with pytest.raises(Diverged, match="not finite at step 4"):
+        for progress in seen_progress:
+            saved += [progress.step] * progress.save
+    assert saved == [2]
+    with pytest.raises(ConfigurationError, match="checkpoints must be ≥ 0, got -1"):
+        next(training.run(round_fn, state, batches, 8, save_every=-1))
