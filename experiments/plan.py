@@ -23,9 +23,9 @@ from experiments.planning import hours
 from experiments.planning.auditing import audited, show_audit
 from experiments.plotting.display import data_size, number, show_table
 from experiments.running.recording import finite
+from jaxlocal.communication.accounting import model_bits
 from jaxlocal.compression import payload_bits
 from jaxlocal.errors import unknown
-from jaxlocal.stages.local_step import bits
 from jaxlocal.training.loop import dispatches, schedule
 
 FORMATS = ("text", "json")
@@ -42,7 +42,7 @@ def plan(job: Job) -> dict[str, Any]:
     ending = job.method.outer.steps
     programs = {d.steps for d in pieces if not (ending and d.ends_round)}
     said = round_fn.message_bits(state, job.steps, len(lengths))
-    model = bits(state.params)
+    model = model_bits(state.params)
     turns = job.method.outer.turns  # rounds in which a whole model is said
     steps_a_model = turns * job.steps / len(lengths)
     return {

@@ -27,8 +27,8 @@ from experiments.running.recording import CHECKPOINTS, PARTITION, Recorder, reco
 from experiments.running.reporting import export_model, leave, title_of
 from experiments.running.seeds import train_several
 from jaxlocal import ConfigurationError, RoundFn
+from jaxlocal.communication.accounting import model_bits
 from jaxlocal.data import StreamError
-from jaxlocal.stages.local_step import bits
 from jaxlocal.training.checkpoints import Checkpoints, SavingError
 from jaxlocal.training.loop import Diverged, Progress, run, schedule
 from jaxlocal.types import TrainState
@@ -74,7 +74,7 @@ class _Run:
         self.job, self.round_fn, self.feed = job, round_fn, feed
         self.recorder, self.checkpoints = recorder, checkpoints
         self.state, notes = self._start()
-        said = bits(self.state.params) if job.compressors else 0
+        said = model_bits(self.state.params) if job.compressors else 0
         self.first = jax.process_index() == 0  # of several processes the one that writes and shows
         self.display = Display(job.steps, said, quiet=not self.first)
         self.ended: str | None = notes.get("ended")

@@ -25,7 +25,6 @@ from jaxlocal.communication import accounting
 from jaxlocal.communication.cost_model import ALL_REDUCE, Cluster, Collective, Hours, hours
 from jaxlocal.parallel.layout import AXES
 from jaxlocal.parallel.mesh import largest_mesh
-from jaxlocal.stages.local_step import bits
 from jaxlocal.training.loop import schedule
 from jaxlocal.types import Message, TrainState
 
@@ -116,7 +115,7 @@ def on_cluster(job: Job, options: Options) -> dict[str, Any]:
     ]
     planned = Hours(*map(sum, zip(*by_turn, strict=True)))
     everyone = dataclasses.replace(cluster, slowdown=_of_all_steps(job, cluster, mesh))
-    model: Collective = ("all-reduce", bits(state.params) / 8, cluster.devices)
+    model: Collective = ("all-reduce", accounting.model_bits(state.params) / 8, cluster.devices)
     return {
         **{f.name: getattr(cluster, f.name) for f in dataclasses.fields(Cluster)},
         "step_ms": step,

@@ -10,8 +10,8 @@ from experiments.building.job import Job, make_round_fn, model_shapes
 from experiments.building.schedules import make_period, make_schedule, period_name
 from experiments.plotting.display import show_table
 from jaxlocal import ConfigurationError, periods
+from jaxlocal.communication.accounting import model_bits
 from jaxlocal.communication.cost_model import ALL_REDUCE, fit
-from jaxlocal.stages.local_step import bits
 from jaxlocal.training.loop import schedule
 from jaxlocal.types import MessageBits
 
@@ -28,7 +28,7 @@ def fitted(job: Job, data_parallel: float, planned: float) -> dict[str, Any]:
     """
     round_fn, lengths = make_round_fn(job), list(schedule(job.method, job.steps))
     state = round_fn.shapes(*model_shapes(job.config, job.model))
-    model = bits(state.params)
+    model = model_bits(state.params)
     if round_fn.stage_bits(state) != (MessageBits(), MessageBits(workers=model)):
         raise ConfigurationError(
             f"--hours_planned={planned:g} is for methods whose workers say one model a round, and "

@@ -7,7 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from jaxlocal.parallel.layout import Layout
-from jaxlocal.types import Collective, Message, MessageBits
+from jaxlocal.types import Collective, Message, MessageBits, Tree
+
+
+def model_bits(stacked: Tree) -> int:
+    """Size of one worker's model in bits, as it is sent uncompressed.
+
+    Args:
+      stacked: the parameters of all workers, or another tree of theirs, leaves [D, N, ...]; arrays
+        or their shapes.
+
+    >>> model_bits({"weight": jnp.zeros((1, 8, 10)), "bias": jnp.zeros((1, 8), jnp.bfloat16)})
+    336
+    """
+    return sum(
+        8 * x.dtype.itemsize * (x.size // (x.shape[0] * x.shape[1]))
+        for x in jax.tree.leaves(stacked)
+    )
 
 
 def message_bits(said: Iterable[Message], layout: Layout) -> MessageBits:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -247,11 +247,3 @@ def _advance(state, memory, params, opt_state, model_state, metrics):
     step = state.step + 1
     state = state._replace(params=params, opt_state=opt_state, model_state=model_state, step=step)
     return state, memory, Info(worker={name: value[None] for name, value in metrics.items()})
-
-
-def bits(stacked: Any) -> int:
-    """The size of one worker's tree in bits; leaves (or their shapes) are [D, N, ...]."""
-    return sum(
-        8 * x.dtype.itemsize * (x.size // (x.shape[0] * x.shape[1]))
-        for x in jax.tree.leaves(stacked)
-    )

@@ -18,8 +18,7 @@ from experiments.plan import main_on
 from experiments.planning import hours
 from experiments.running.recording import finite
 from jaxlocal import ConfigurationError
-from jaxlocal.communication.accounting import message_bits
-from jaxlocal.stages.local_step import bits
+from jaxlocal.communication.accounting import message_bits, model_bits
 
 PRESET = Path(__file__).parents[2] / "experiments" / "presets" / "qsr_vit_b.flags"
 MODEL = 1 << 20
@@ -119,7 +118,7 @@ def test_workers_that_skip_steps_let_nobody_wait_but_in_data_parallelism():
     assert seconds(figures["planned"])[::2] == pytest.approx([24, 0])
     # The mean worker computes 2.5 slots a step, the slowest 4.
     assert seconds(figures["data_parallel"])[::2] == pytest.approx([24 * 2.5, 24 * 1.5])
-    assert bits(_state(planned).params) == 32 * MODEL
+    assert model_bits(_state(planned).params) == 32 * MODEL
 
 
 def test_a_step_that_is_not_given_is_measured_without_compilation(monkeypatch):

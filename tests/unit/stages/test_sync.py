@@ -11,9 +11,9 @@ import pytest
 
 from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh, periods
 from jaxlocal.communication import mixing
-from jaxlocal.communication.accounting import message_bits
+from jaxlocal.communication.accounting import message_bits, model_bits
 from jaxlocal.communication.topology import hub_graph, mixing_matrix
-from jaxlocal.stages.local_step import bits, local_step
+from jaxlocal.stages.local_step import local_step
 from jaxlocal.stages.sync import NOTHING, sync
 from jaxlocal.types import MessageBits, Method
 
@@ -179,7 +179,7 @@ def test_what_is_said_is_the_parameters_and_the_state_that_is_averaged():
         sync(mixing.mean(), option, ADAMW).communication(state), GRID
     )
     model = (problems.FEATURES + 1) * 32
-    assert bits(state.params) == model
+    assert model_bits(state.params) == model
     assert said("keep") == said("reset") == MessageBits(workers=model, hubs=model)
     # Two moments as large as the model; counts are not said.
     assert said("average") == MessageBits(workers=3 * model, hubs=3 * model)
