@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlocal.compression.arrays import rows, wide
-from jaxlocal.compression.specs import Argument, Entry, call
-from jaxlocal.compression.tensors import EVERYTHING, Codec, Coder, compressor
+from jaxlocal.compression.grammar import Argument, Entry, call
+from jaxlocal.compression.codec import EVERYTHING, Codec, Coder, compressor
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Compressor, Leaf
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxlocal.compression.arrays import is_floating, rows
 from jaxlocal.compression.quantize import coder
-from jaxlocal.compression.tensors import AS_THEY_ARE, Codec, Selection, compressor, groups
+from jaxlocal.compression.codec import AS_THEY_ARE, Codec, Selection, compressor, groups
 from jaxlocal.errors import ConfigurationError, unknown
 from jaxlocal.types import Compressor, Leaf, Tree
 

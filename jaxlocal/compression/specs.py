@@ -1,52 +1,53 @@
-"""From a word such as `top_k:64:tensor` to the call that it stands for."""
+"""Compressors by their words."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from jaxlocal.compression.low_rank import powersgd
+from jaxlocal.compression.quantize import BITS, bfloat16, int8, qsgd, sign
+from jaxlocal.compression.sparsify import grbs, random_k, top_k
+from jaxlocal.compression.grammar import Argument, Entry, call
+from jaxlocal.compression.codec import identity, zero
+from jaxlocal.errors import ConfigurationError
+from jaxlocal.types import Compressor
 
-from jaxlocal.errors import ConfigurationError, lookup
+RATIO = Argument("a ratio", float, "64")
+GRANULARITY = Argument("a granularity", str, "tensor", optional=True)
+SPARSIFIERS = {
+    "grbs": Entry(grbs, (RATIO,)),
+    "random_k": Entry(random_k, (RATIO,)),
+    "top_k": Entry(top_k, (RATIO, GRANULARITY)),
+}
+COMPRESSORS = {
+    "identity": Entry(identity),
+    "zero": Entry(zero),
+    **SPARSIFIERS,
+    "sign": Entry(sign),
+    "qsgd": Entry(qsgd, (BITS,)),
+    "int8": Entry(int8),
+    "bfloat16": Entry(bfloat16),
+    "powersgd": Entry(powersgd, (Argument("a rank", int, "2"),)),
+}
 
 
-class Argument(NamedTuple):
-    """One argument of a word: what it is called, how it is read, and an example of it."""
+def parse(spec: str) -> Compressor:
+    """The compressor that a word stands for: NAME[:ARG[:OPTION]][+VALUES].
 
-    what: str
-    read: Callable[[str], Any]
-    example: str
-    optional: bool = False
+    Args:
+      spec: identity, zero, grbs:R, random_k:R, top_k:R, top_k:R:GRANULARITY (chunk, tensor or
+        model), sign, qsgd:BITS, int8, bfloat16 or powersgd:RANK. After grbs, random_k and top_k,
+        +int8, +qsgd:BITS, +bfloat16 or +sign says how the kept values are said.
 
+    Raises:
+      ConfigurationError: an unknown name, or an argument that is missing, superfluous or wrong.
 
-class Entry(NamedTuple):
-    """What a name stands for."""
-
-    make: Callable
-    arguments: tuple[Argument, ...] = ()
-
-
-def call(what: str, spec: str, table: Mapping[str, Entry], **options: Any) -> Any:
-    """What the word NAME[:ARG[:OPTION]] makes; `what` says in an error what it should have been.
-
-    >>> table = {"pair": Entry(lambda a, b=0: (a, b), (Argument("an integer", int, "3"),) * 2)}
-    >>> call("thing", "pair:1:2", table)
-    (1, 2)
+    >>> parse("top_k:64+int8").ratio
+    256.0
     """
-    name, *texts = spec.split(":")
-    make, arguments = lookup(what, name, table)
-    needed = [a for a in arguments if not a.optional]
-    if len(texts) > len(arguments):
-        takes = " and ".join(a.what for a in arguments) or "no argument"
-        raise ConfigurationError(f"{name} takes {takes}, got {spec!r}")
-    if len(texts) < len(needed):
-        example = ":".join([name, *(a.example for a in needed)])
-        missing = needed[len(texts)].what
-        raise ConfigurationError(f"{name} needs {missing}, as in {example}, got {spec!r}")
-    values = [_read(spec, name, a, text) for a, text in zip(arguments, texts, strict=False)]
-    return make(*values, **options)
-
-
-def _read(spec: str, name: str, argument: Argument, text: str) -> Any:
-    try:
-        return argument.read(text)
-    except ValueError:
+    base, plus, values = spec.partition("+")
+    if not plus:
+        return call("compressor", spec, COMPRESSORS)
+    name = base.split(":")[0]
+    if name in COMPRESSORS and name not in SPARSIFIERS:
         raise ConfigurationError(
-            f"{name} needs {argument.what}, as in {name}:{argument.example}, got {spec!r}"
-        ) from None
+            f"{name} keeps no values that could be said by {values!r}, got {spec!r}: only "
+            f"{', '.join(SPARSIFIERS)} do"
+        )
+    return call("compressor", base, COMPRESSORS, values=values)
