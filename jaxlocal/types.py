@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
     model_state: Tree  # stacked: non-trainable state such as batch statistics; {} if there is none
     anchor: Tree  # single: the model that every worker can rebuild; () where unused
     memory: Tree  # of Memory: a stage is given its own part and sees () here
-    key: Leaf  # single: the root key, never advanced; see `parallel.keys.stream`
+    key: Leaf  # single: the root key, never advanced; see `parallel.keys.stream_key`
     step: Leaf  # single: int32 [], local steps taken
 
 

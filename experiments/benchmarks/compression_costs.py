@@ -19,7 +19,7 @@ from jaxlocal.compression import parse, payload_bits
 from jaxlocal.models import build
 from jaxlocal.models.supervised import training_loss
 from jaxlocal.parallel.collectives import over_mesh
-from jaxlocal.parallel.keys import stream
+from jaxlocal.parallel.keys import stream_key
 from jaxlocal.parallel.layout import STACKED
 from jaxlocal.parallel.mesh import make_mesh
 from jaxlocal.stages.partial_sync import partial_sync
@@ -104,7 +104,7 @@ def _syncs(task: Task, compressor: Compressor, syncs: int) -> Callable[[], Any]:
     def run(tree, memory, context):
         def one(carry, number):
             held, kept = carry
-            now = stream(key, 0, number)
+            now = stream_key(key, 0, number)
             synced = partial_sync(mixer, compressor, held, kept, now, context)
             return (synced.add(synced.residual), synced.memory), None
 

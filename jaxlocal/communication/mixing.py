@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxlocal.communication.topology import Route, check_mixing, routes
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.parallel.collectives import are_split, psum, weighted_sum
+from jaxlocal.parallel.collectives import psum, weighted_sum, workers_are_sharded
 from jaxlocal.parallel.layout import AXES, Layout
 from jaxlocal.types import Context, Leaf, MessageBits, Mixer, Tree
 
@@ -188,7 +188,7 @@ def _at_once(fn: Callable, tree: Tree, axes: Any) -> Tree:
     """fn of leaves [a, b, ...] → [c, d, ...], of all leaves of a type at once: one message, where
     each would wait for a link. Leaf by leaf where nothing is sent, or where workers are split over
     devices, which would have to be gathered to be joined."""
-    if all(lax.axis_size(axis) == 1 for axis in axes) or are_split():
+    if all(lax.axis_size(axis) == 1 for axis in axes) or workers_are_sharded():
         return jax.tree.map(fn, tree)
     leaves, structure = jax.tree.flatten(tree)
     done: list[Any] = list(leaves)

@@ -54,7 +54,7 @@ def vary(tree: Tree, axes: Sequence[str] = AXES) -> Tree:
     return jax.tree.map(one, tree) if _TYPED.get() else tree
 
 
-def one_worker(stacked: Tree) -> Tree:
+def worker_shapes(stacked: Tree) -> Tree:
     """The shapes of one worker's tree, of leaves (or shapes) [D, N, ...], and how it is split where
     it is."""
 
@@ -68,7 +68,7 @@ def one_worker(stacked: Tree) -> Tree:
     return jax.tree.map(one, stacked)
 
 
-def spread(tree: Tree, like: Tree) -> Tree:
+def broadcast_to_workers(tree: Tree, like: Tree) -> Tree:
     """An average, leaves [d or 1, n or 1, ...], given back to every worker with the type of
     `like`."""
     return jax.tree.map(lambda x, y: vary(jnp.broadcast_to(x, y.shape).astype(y.dtype)), tree, like)
@@ -84,7 +84,7 @@ def weighted_sum(weight: jax.Array, x: jax.Array, over: str) -> jax.Array:
     wide = jnp.promote_types(x.dtype, jnp.float32)
     apart = over == "workers"
     # One long dimension is fastest; but it would gather a worker that is split over devices.
-    flat = x if are_split() else x.reshape(x.shape[:2] + (-1,))
+    flat = x if workers_are_sharded() else x.reshape(x.shape[:2] + (-1,))
     form = "dn,dn...->d..." if apart else "dn,dn...->..."
     total = jnp.einsum(
         form, weight.astype(wide), flat.astype(wide), precision=lax.Precision.HIGHEST
@@ -92,7 +92,7 @@ def weighted_sum(weight: jax.Array, x: jax.Array, over: str) -> jax.Array:
     return total.reshape((x.shape[0] if apart else 1, 1) + x.shape[2:])
 
 
-def are_split() -> bool:
+def workers_are_sharded() -> bool:
     """Whether, inside `over_mesh`, a worker is split over several devices, of which the compiler
     takes care."""
     return MODEL in jax.sharding.get_abstract_mesh().auto_axes
@@ -111,7 +111,7 @@ def pmax(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
 def _reduced(reduce: Callable, x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
     # On a mesh of 1 × 1 × model XLA cannot partition an all-reduce over the axes of workers; the
     # gather of what one device has, which nothing is sent for either, it can.
-    if are_split() and all(lax.axis_size(axis) == 1 for axis in AXES):
+    if workers_are_sharded() and all(lax.axis_size(axis) == 1 for axis in AXES):
         return lax.all_gather(x, axes, to="invarying")[0]
     return reduce(x, axes)
 

@@ -9,7 +9,7 @@ import jax
 GRADIENT, RATE, STEP_MESSAGE, ROUND_MESSAGE = 0, 1, 2, 3
 
 
-def stream(key: jax.Array, purpose: int, step: Any, worker: Any = None) -> jax.Array:
+def stream_key(key: jax.Array, purpose: int, step: Any, worker: Any = None) -> jax.Array:
     """The key of one purpose at one step, for one worker or (without a worker) for all alike.
 
     A pure function of its arguments: a run that is resumed, chunked or sharded anew sees the same

@@ -30,7 +30,7 @@ def make_mesh(
     (1, 1)
     """
     if devices is None:
-        devices = shared_out(jax.devices(), layout.shape, shape)
+        devices = balanced_devices(jax.devices(), layout.shape, shape)
     devices = list(devices)
     shape = tuple(largest_mesh(layout.shape, len(devices)) if shape is None else shape)
     _check_mesh(layout, shape, len(devices))
@@ -57,7 +57,7 @@ def _check_mesh(layout: Layout, shape: tuple[int, ...], devices: int) -> None:
         )
 
 
-def shared_out(
+def balanced_devices(
     devices: Sequence[jax.Device], grid: tuple[int, int], shape: Sequence[int] | None = None
 ) -> list[jax.Device]:
     """As many devices of one process as of the other: what the mesh of a shape, or the largest,
@@ -127,7 +127,7 @@ def _spanning(x: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(values.shape, sharding, part)
 
 
-def in_step(mesh: Mesh, results: Tree) -> Tree:
+def wait_on_cpu_processes(mesh: Mesh, results: Tree) -> Tree:
     """What a program on the mesh has given, to be had before the next program starts where the mesh
     is of CPUs in several processes: their collectives occupy the threads of the host, and those of
     programs that run ahead can wait for each other for ever."""

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.parallel.collectives import are_split
+from jaxlocal.parallel.collectives import workers_are_sharded
 from jaxlocal.parallel.layout import MODEL
 from jaxlocal.types import Tree
 
@@ -90,7 +90,7 @@ def shardings(mesh: Mesh, rule: Rule, specs: Any, tree: Tree) -> Tree:
 
     def part(prefix, spec, leaves):
         def one(path, x):
-            if not is_split(mesh):
+            if not is_sharded(mesh):
                 return NamedSharding(mesh, spec)
             path, shape = path_name((*prefix, *path)), x.shape[len(spec) :]
             own = rule(path, shape)
@@ -102,7 +102,7 @@ def shardings(mesh: Mesh, rule: Rule, specs: Any, tree: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(part, specs, tree)
 
 
-def described(shapes: Tree, shardings: Any) -> Tree:
+def with_shardings(shapes: Tree, shardings: Any) -> Tree:
     """The shapes with their shardings, a prefix of the tree."""
 
     def over(where, part):
@@ -112,7 +112,7 @@ def described(shapes: Tree, shardings: Any) -> Tree:
     return jax.tree.map(over, shardings, shapes)
 
 
-def on(mesh: Mesh, specs: Any) -> Any:
+def named_shardings(mesh: Mesh, specs: Any) -> Any:
     """The specs as shardings."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
@@ -120,7 +120,7 @@ def on(mesh: Mesh, specs: Any) -> Any:
 def batch_specs(mesh: Mesh, leading: P, batches: Tree) -> Any:
     """How batches lie whose examples follow the leading dimensions: split as well where they
     divide."""
-    if not is_split(mesh):
+    if not is_sharded(mesh):
         return leading
     place, parts = len(leading), mesh.shape[MODEL]
 
@@ -131,24 +131,24 @@ def batch_specs(mesh: Mesh, leading: P, batches: Tree) -> Any:
     return jax.tree.map(one, batches)
 
 
-def whole(params: Tree) -> Tree:
+def unshard(params: Tree) -> Tree:
     """The parameters, whole on every device: what a loss may say of those that it needs next."""
     return _held(params, lambda x: P())
 
 
-def examples_split(batch: Tree) -> Tree:
+def shard_examples(batch: Tree) -> Tree:
     """One worker's batch, leaves [batch, ...], split over its devices where it divides."""
     parts = jax.sharding.get_abstract_mesh().shape.get(MODEL, 1)
     return _held(batch, lambda x: P(MODEL) if x.ndim and x.shape[0] % parts == 0 else P())
 
 
 def _held(tree: Tree, spec_of: Callable) -> Tree:
-    if not are_split():
+    if not workers_are_sharded():
         return tree
     return jax.tree.map(lambda x: lax.with_sharding_constraint(x, spec_of(x)), tree)
 
 
-def is_split(mesh: Mesh) -> bool:
+def is_sharded(mesh: Mesh) -> bool:
     """Whether a worker is spread over several devices."""
     return MODEL in mesh.axis_names
 

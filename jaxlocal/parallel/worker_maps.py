@@ -14,7 +14,7 @@ from jaxlocal.types import Tree
 WORKER_MAPS: dict[str, int | None] = {"vmap": None, "map": 1}  # workers at once
 
 
-def over_workers(fn: Callable, mode: str, kept: int = 0) -> Callable:
+def over_workers(fn: Callable, mode: str, in_place: int = 0) -> Callable:
     """fn of one worker's trees → fn of trees with leaves [d, n, ...]; how a device runs its
     workers.
 
@@ -23,7 +23,7 @@ def over_workers(fn: Callable, mode: str, kept: int = 0) -> Callable:
     results are the same up to rounding.
 
     Args:
-      kept: how many of fn's results, the first ones, take the place of its first trees: a loop
+      in_place: how many of fn's results, the first ones, take the place of its first trees: a loop
         then writes each worker's into the array that it read them from.
     """
     size = block_size(mode)
@@ -34,15 +34,15 @@ def over_workers(fn: Callable, mode: str, kept: int = 0) -> Callable:
 
         def one(*worker):
             out = vary(fn(*worker))
-            _check_kept(worker[:kept], out[:kept] if kept else ())
+            _check_kept(worker[:in_place], out[:in_place] if in_place else ())
             return out
 
         if size == d * n == 1:  # no vmap of one, under which a cond would run both of its branches
             out = jax.tree.map(lambda x: x[None], one(*jax.tree.map(lambda x: x[0], flat)))
         elif size is None or size >= d * n:
             out = jax.vmap(one)(*flat)
-        elif size == 1 and kept:
-            out = _in_turn(one, flat, kept)
+        elif size == 1 and in_place:
+            out = _in_turn(one, flat, in_place)
         else:
             in_blocks = None if size == 1 else size
             out = lax.map(lambda worker: one(*worker), flat, batch_size=in_blocks)
@@ -75,18 +75,18 @@ def _check_kept(given: tuple, back: tuple) -> None:
         raise ConfigurationError(f"a worker's step was given {before} and gives back {after}")
 
 
-def _in_turn(fn: Callable, trees: tuple, kept: int) -> tuple:
-    """fn over the first dimension of its trees, one after another, the kept ones in place."""
+def _in_turn(fn: Callable, trees: tuple, in_place: int) -> tuple:
+    """fn over the first dimension of its trees, one after another, the in_place ones in place."""
 
     def step(carry, rest):
         number, places = carry
         worker = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, 0, False), places)
         out = fn(*worker, *rest)
         put = lambda x, new: lax.dynamic_update_index_in_dim(x, new, number, 0)
-        return (number + 1, jax.tree.map(put, places, out[:kept])), out[kept:]
+        return (number + 1, jax.tree.map(put, places, out[:in_place])), out[in_place:]
 
     count = jax.tree.leaves(trees)[0].shape[0]
-    (_, places), rest = lax.scan(step, (0, trees[:kept]), trees[kept:], length=count)
+    (_, places), rest = lax.scan(step, (0, trees[:in_place]), trees[in_place:], length=count)
     return (*places, *rest)
 
 

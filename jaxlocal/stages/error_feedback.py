@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.parallel.collectives import spread
-from jaxlocal.parallel.keys import ROUND_MESSAGE, stream
+from jaxlocal.parallel.collectives import broadcast_to_workers
+from jaxlocal.parallel.keys import ROUND_MESSAGE, stream_key
 from jaxlocal.parallel.layout import AXES
 from jaxlocal.stages.compose import sequence
 from jaxlocal.stages.partial_sync import (
@@ -80,7 +80,7 @@ def _from_anchor(mixer, compressor, outer_optimizer, error_decay, others) -> Sta
         (errors, kept), outer = memory
         start = jax.tree.map(lambda x, y: y.astype(x.dtype), state.params, state.anchor)
         moved = _moved(error_decay, errors, state.params, start)
-        key = stream(state.key, ROUND_MESSAGE, state.step)
+        key = stream_key(state.key, ROUND_MESSAGE, state.step)
         synced = partial_sync(mixer, compressor, moved, kept, key, context)
         if outer_optimizer:
             heard = add_single(synced.add, jax.tree.map(jnp.zeros_like, state.anchor))
@@ -89,7 +89,7 @@ def _from_anchor(mixer, compressor, outer_optimizer, error_decay, others) -> Sta
             anchor = optax.apply_updates(state.anchor, updates)
         else:
             anchor = add_single(synced.add, state.anchor)
-        params = spread(jax.tree.map(lambda y: y[None, None], anchor), state.params)
+        params = broadcast_to_workers(jax.tree.map(lambda y: y[None, None], anchor), state.params)
         state = state._replace(params=params, anchor=anchor)
         memory = Memory((synced.residual, synced.memory), outer)
         return others.treat(state, mixer, context), memory, Info()
@@ -106,10 +106,10 @@ def _from_start(mixer, compressor, error_decay, after, others) -> Stage:
         start = state.params
         state, own, info = after.apply(state, own, batches, context)
         moved = _moved(error_decay, errors, state.params, start)
-        key = stream(state.key, ROUND_MESSAGE, state.step)
+        key = stream_key(state.key, ROUND_MESSAGE, state.step)
         synced = partial_sync(mixer, compressor, moved, kept, key, context)
         hubs = synced.add(jax.tree.map(lambda x: x[:, :1], start))
-        state = state._replace(params=spread(hubs, start))
+        state = state._replace(params=broadcast_to_workers(hubs, start))
         memory = (own, Memory((synced.residual, synced.memory)))
         return others.treat(state, mixer, context), memory, info
 

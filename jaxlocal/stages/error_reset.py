@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.parallel.keys import ROUND_MESSAGE, stream
+from jaxlocal.parallel.keys import ROUND_MESSAGE, stream_key
 from jaxlocal.stages.error_feedback import _says
 from jaxlocal.stages.partial_sync import (
     add_single,
@@ -36,7 +36,7 @@ def partial_average(
     others = Others("keep", None, model_state)
 
     def apply(state, memory, batches, context):
-        key = stream(state.key, purpose, state.step)
+        key = stream_key(state.key, purpose, state.step)
         synced = partial_sync(mixer, compressor, state.params, memory.stacked, key, context)
         state = state._replace(params=synced.add(synced.residual))
         return others.treat(state, mixer, context), Memory(stacked=synced.memory), Info()
@@ -74,7 +74,7 @@ def error_reset(mixer: Mixer, compressor: Compressor, model_state: str = "keep")
         return Memory(stacked=compressor_memory(compressor, state.params))
 
     def apply(state, memory, batches, context):
-        key = stream(state.key, ROUND_MESSAGE, state.step)
+        key = stream_key(state.key, ROUND_MESSAGE, state.step)
         error = jax.tree.map(lambda x, y: x - y, state.params, state.anchor)
         synced = partial_sync(mixer, compressor, error, memory.stacked, key, context)
         anchor = add_single(synced.add, state.anchor)

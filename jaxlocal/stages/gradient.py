@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.collectives import vary
-from jaxlocal.parallel.sharding import examples_split, whole
+from jaxlocal.parallel.sharding import shard_examples, unshard
 from jaxlocal.types import Tree
 
 GradFn = Callable[[Tree, Tree, Tree, jax.Array], tuple[Tree, Tree, dict[str, jax.Array]]]
@@ -23,7 +23,7 @@ def gradients(loss: Callable, stateful: bool = False, gathered: bool = True) -> 
         (model_state, metrics)), metrics being a dict of scalars.
       gathered: where a worker is split over devices, whether each of them gathers the parameters
         and takes its part of the batch, as FSDP does. Else the loss is handed parameters in parts,
-        and says itself what is gathered where (`sharding.whole`, of a layer's parameters, say) or
+        and says itself what is gathered where (`sharding.unshard`, of a layer's parameters, say) or
         leaves it to the compiler.
 
     Returns:
@@ -36,10 +36,10 @@ def gradients(loss: Callable, stateful: bool = False, gathered: bool = True) -> 
     """
 
     def of_whole(params, *rest):
-        return loss(whole(params) if gathered else params, *rest)
+        return loss(unshard(params) if gathered else params, *rest)
 
     def grad_fn(params, model_state, batch, key):
-        batch = examples_split(batch)
+        batch = shard_examples(batch)
         if stateful:
             (value, (model_state, metrics)), grads = jax.value_and_grad(of_whole, has_aux=True)(
                 params, model_state, batch, key

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxlocal.parallel.collectives import one_worker, spread
+from jaxlocal.parallel.collectives import broadcast_to_workers, worker_shapes
 from jaxlocal.stages.partial_sync import check_common
 from jaxlocal.stages.sync import Others
 from jaxlocal.types import Info, Memory, Message, Mixer, Stage
@@ -54,13 +54,13 @@ def outer_step(
         )
         updates, outer_state = update(gradient, outer_state, state.anchor, step=state.step - 1)
         anchor = jax.tree.map(lambda y, u: (y + rate * u).astype(y.dtype), state.anchor, updates)
-        params = spread(jax.tree.map(lambda y: y[None, None], anchor), state.params)
+        params = broadcast_to_workers(jax.tree.map(lambda y: y[None, None], anchor), state.params)
         state = state._replace(params=params, anchor=anchor)
         memory = Memory(single=(outer_state, state.step))
         return others.treat(state, mixer, context), memory, Info()
 
     def communication(state, number=0):
-        return [Message(mixer, one_worker(state.params)), *others.said(mixer, state)]
+        return [Message(mixer, worker_shapes(state.params)), *others.said(mixer, state)]
 
     return Stage(init, apply, 0, communication, anchored=True)
 

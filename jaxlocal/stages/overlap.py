@@ -4,7 +4,7 @@ import jax
 import optax
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.parallel.collectives import one_worker, spread
+from jaxlocal.parallel.collectives import broadcast_to_workers, worker_shapes
 from jaxlocal.stages.outer_step import moved
 from jaxlocal.stages.partial_sync import check_common
 from jaxlocal.stages.sync import Others
@@ -88,12 +88,13 @@ def overlapped(
         params = own(state.params, state.params)
         mixed = jax.tree.map(lambda y, x: mix(y[None, None], x.astype(y.dtype)), anchor, params)
         state = state._replace(
-            params=_put(spread(mixed, params), state.params), anchor=_put(anchor, state.anchor)
+            params=_put(broadcast_to_workers(mixed, params), state.params),
+            anchor=_put(anchor, state.anchor),
         )
         return others.treat(state, mixer, context), Memory(single=outer), info
 
     def communication(state, number=0):
-        payload = own(one_worker(state.params), state.params)
+        payload = own(worker_shapes(state.params), state.params)
         return [
             *steps.communication(state, number),
             Message(mixer, payload),

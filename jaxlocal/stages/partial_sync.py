@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxlocal.compression import payload_shapes
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.parallel.collectives import one_worker, vary
+from jaxlocal.parallel.collectives import vary, worker_shapes
 from jaxlocal.parallel.layout import AXES
 from jaxlocal.parallel.worker_maps import over_workers, worker_map_for
 from jaxlocal.types import Compressor, Context, Message, Mixer, Tree
@@ -134,13 +134,13 @@ def check_common(what: str, mixer: Mixer) -> None:
 
 def partial_sync_messages(mixer: Mixer, compressor: Compressor, stacked: Tree) -> list[Message]:
     """What one partial synchronisation of a tree says, leaves (or shapes) [D, N, ...]."""
-    payloads = payload_shapes(compressor, one_worker(stacked))
+    payloads = payload_shapes(compressor, worker_shapes(stacked))
     return [Message(mixer, payload, not compressor.averageable) for payload in payloads]
 
 
 def compressor_memory(compressor: Compressor, stacked: Tree) -> Tree:
     """What the compressor keeps before the first message, leaves [D, N, ...]."""
-    memory = compressor.init(one_worker(stacked))
+    memory = compressor.init(worker_shapes(stacked))
     leaves = jax.tree.leaves(stacked)
     grid = leaves[0].shape[:2] if leaves else ()
     return jax.tree.map(lambda x: jnp.broadcast_to(x, grid + jnp.shape(x)), memory)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlocal.errors import ConfigurationError, lookup
-from jaxlocal.parallel.collectives import one_worker, spread, vary
+from jaxlocal.parallel.collectives import broadcast_to_workers, vary, worker_shapes
 from jaxlocal.parallel.layout import AXES
 from jaxlocal.parallel.worker_maps import over_workers
 from jaxlocal.types import Context, Info, Message, Mixer, Stage, TrainState
@@ -53,11 +53,11 @@ def sync(
         anchor = state.anchor
         if jax.tree.leaves(anchor) and set(mixer.axes) == set(AXES):
             anchor = jax.tree.map(lambda x, a: x[0, 0].astype(a.dtype), params, anchor)
-        state = state._replace(params=spread(params, state.params), anchor=anchor)
+        state = state._replace(params=broadcast_to_workers(params, state.params), anchor=anchor)
         return others.treat(state, mixer, context), memory, Info()
 
     def communication(state, number=0):
-        return [Message(mixer, one_worker(state.params)), *others.said(mixer, state)]
+        return [Message(mixer, worker_shapes(state.params)), *others.said(mixer, state)]
 
     return Stage(lambda state: (), apply, 0, communication)
 
@@ -102,7 +102,7 @@ class Others:
         """What of it is said to others."""
         averaged = [state.opt_state] * (self.optimizer_state == "average")
         averaged += [state.model_state] * (self.model_state == "average")
-        return [Message(mixer, one_worker(_floats(tree))) for tree in averaged]
+        return [Message(mixer, worker_shapes(_floats(tree))) for tree in averaged]
 
 
 def _floats(tree):
@@ -113,7 +113,7 @@ def _average(tree, mixer, context):
     """The floating-point values averaged, the others every worker's own."""
     leaves, structure = jax.tree.flatten(tree)
     floats = _floats(leaves)
-    averaged = iter(spread(mixer.average(floats, context), floats))
+    averaged = iter(broadcast_to_workers(mixer.average(floats, context), floats))
     new = [next(averaged) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in leaves]
     return jax.tree.unflatten(structure, new)
 

@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel import collectives
-from jaxlocal.parallel.collectives import over_mesh, spread
+from jaxlocal.parallel.collectives import broadcast_to_workers, over_mesh
 from jaxlocal.parallel.layout import AXES, MODEL, STACKED
-from jaxlocal.parallel.mesh import in_step, local_rows, place, place_rows
+from jaxlocal.parallel.mesh import local_rows, place, place_rows, wait_on_cpu_processes
 from jaxlocal.parallel.pool import fetch
-from jaxlocal.parallel.sharding import batch_specs, is_split, on
+from jaxlocal.parallel.sharding import batch_specs, is_sharded, named_shardings
 from jaxlocal.parallel.worker_maps import over_workers
 from jaxlocal.training.round import BATCHES, CONTEXT, RoundFn
 from jaxlocal.types import TrainState, Tree
@@ -67,7 +67,7 @@ class Evaluation:
         )
         parts = mesh.shape.get(MODEL, 1)  # the devices of a worker share its batches
         self._shape = devices // parts, batches, batch * parts
-        self._within = P(None, MODEL) if is_split(mesh) else P()
+        self._within = P(None, MODEL) if is_sharded(mesh) else P()
         # The lookup is a program of its own, so that a pool and a source give the same bits.
         self._lookup = jax.jit(over_mesh(fetch, mesh, (P(), P(AXES)), P(AXES)))
         specs = (*_MODEL, P(AXES), P(AXES))
@@ -79,7 +79,7 @@ class Evaluation:
         parts = []
         for examples, counts in self._chunks():
             part = self._program(model, context, examples, counts)
-            parts.append(in_step(self._round_fn.mesh, part))
+            parts.append(wait_on_cpu_processes(self._round_fn.mesh, part))
             jax.block_until_ready(parts[-2:-1])  # at most two chunks are on the devices
         totals: dict[str, float] = {}
         for part in jax.device_get(parts):
@@ -99,7 +99,7 @@ class Evaluation:
             batches = rows if self._source is None else read_examples(self._source, rows)
             held = (batches, places[mine] < total)
             batches, counts = place_rows(held, mesh, devices, P(AXES), within=self._within)
-            yield in_step(mesh, self._lookup(self._data, batches)), counts
+            yield wait_on_cpu_processes(mesh, self._lookup(self._data, batches)), counts
 
 
 class Reestimation:
@@ -123,14 +123,14 @@ class Reestimation:
     def __init__(self, round_fn: RoundFn, apply: Callable[[Tree, Tree, Tree], Tree], batches: Tree):
         self._context = round_fn.context
         self._mesh = mesh = round_fn.mesh
-        self._batches = place(batches, on(mesh, batch_specs(mesh, BATCHES, batches)))
+        self._batches = place(batches, named_shardings(mesh, batch_specs(mesh, BATCHES, batches)))
         specs = (*_MODEL, BATCHES)
         self._program = jax.jit(over_mesh(_statistics_of(apply), mesh, specs, STACKED))
 
     def __call__(self, state: TrainState) -> TrainState:
         model = (state.params, state.model_state)
         estimates = self._program(model, self._context, self._batches)
-        return state._replace(model_state=in_step(self._mesh, estimates))
+        return state._replace(model_state=wait_on_cpu_processes(self._mesh, estimates))
 
 
 def _statistics_of(apply):
@@ -154,7 +154,7 @@ def _statistics_of(apply):
         per_worker = jax.tree.map(lambda b: jnp.moveaxis(b, 0, 2), batches)
         estimates = collectives.mean(over_workers(one_worker, "map")(per_worker), context)
         common = jax.tree.map(lambda x: x[None, None], _join(estimates, rest))
-        return spread(common, model[1])
+        return broadcast_to_workers(common, model[1])
 
     return program
 

@@ -17,7 +17,7 @@ from jaxlocal.parallel import collectives
 from jaxlocal.parallel import sharding as placing
 from jaxlocal.parallel.collectives import over_mesh
 from jaxlocal.parallel.layout import AXES, MODEL, SINGLE, STACKED, Layout
-from jaxlocal.parallel.mesh import in_step, local_rows, make_mesh, place, place_rows
+from jaxlocal.parallel.mesh import local_rows, make_mesh, place, place_rows, wait_on_cpu_processes
 from jaxlocal.parallel.pool import check_indices, pool_size
 from jaxlocal.stages.compose import join, repeat
 from jaxlocal.stages.sync import NOTHING
@@ -92,7 +92,7 @@ class RoundFn:
                 f"process {jax.process_index()} has no device in the mesh of {self.mesh.size}"
             )
         self._examples = pool_size(data)
-        self.context = place(layout.context(data), placing.on(self.mesh, CONTEXT))
+        self.context = place(layout.context(data), placing.named_shardings(self.mesh, CONTEXT))
         self._most = max(1, max_chunk // method.inner.steps)
         self._programs: dict[Any, Any] = {}
 
@@ -134,7 +134,7 @@ class RoundFn:
                 part = jax.tree.map(lambda b, a=start, n=size: b[a : a + n], batches)
             program = self._program(size // self.method.inner.steps, state)
             done = program(state, self._placed(part), self.context)
-            state, info = in_step(self.mesh, done)
+            state, info = wait_on_cpu_processes(self.mesh, done)
             infos.append(info)
             start += size
         return state, _concatenate(infos)
@@ -149,7 +149,9 @@ class RoundFn:
                 f"the end of a round takes {outer.steps} steps, got batches of {steps}"
             )
         placed = self._placed(batches) if outer.steps else ()
-        return in_step(self.mesh, self._program("outer", state)(state, placed, self.context))
+        return wait_on_cpu_processes(
+            self.mesh, self._program("outer", state)(state, placed, self.context)
+        )
 
     def chunks(self, steps: int) -> Iterator[int]:
         """The sizes, in steps, in which so many steps are dispatched: descending powers of four.
@@ -173,12 +175,14 @@ class RoundFn:
     def mean(self, state: TrainState) -> tuple[Tree, Tree]:
         """The average model u = Σ a_i x_i, and the average model state; leaves [...]."""
         model = (state.params, state.model_state)
-        return in_step(self.mesh, self._measure(collectives.mean)(model, self.context))
+        return wait_on_cpu_processes(
+            self.mesh, self._measure(collectives.mean)(model, self.context)
+        )
 
     def consensus_distance(self, state: TrainState) -> jax.Array:
         """√(Σ a_i ‖x_i − u‖²) of the workers' models now."""
         distance = self._measure(collectives.consensus_distance)(state.params, self.context)
-        return in_step(self.mesh, distance)
+        return wait_on_cpu_processes(self.mesh, distance)
 
     def stage_bits(self, state: TrainState, number: int = 0) -> tuple[MessageBits, MessageBits]:
         """The messages of one inner stage and of the end of the number-th round, from 0; a state or
@@ -225,7 +229,7 @@ class RoundFn:
     def _lowered(self, which: int | str, state: TrainState, batches: Tree, steps: int):
         shape = lambda x: jax.ShapeDtypeStruct((steps, *x.shape[1:]), x.dtype)
         shapes = jax.tree.map(shape, batches)
-        placed = placing.described(shapes, self._batch_shardings(shapes))
+        placed = placing.with_shardings(shapes, self._batch_shardings(shapes))
         return self._program(which, state).lower(state, placed, self.context)
 
     def _measure(self, fn: Any):
@@ -261,7 +265,7 @@ class RoundFn:
         return steps
 
     def _batch_shardings(self, batches: Tree) -> Tree:
-        return placing.on(self.mesh, placing.batch_specs(self.mesh, BATCHES, batches))
+        return placing.named_shardings(self.mesh, placing.batch_specs(self.mesh, BATCHES, batches))
 
     def _placed(self, batches: Tree) -> Tree:
         return place(batches, self._batch_shardings(batches))

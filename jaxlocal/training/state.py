@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.layout import SINGLE, STACKED, Layout
 from jaxlocal.parallel.mesh import place
-from jaxlocal.parallel.sharding import Rule, described, is_split, on, shardings
+from jaxlocal.parallel.sharding import Rule, is_sharded, named_shardings, shardings, with_shardings
 from jaxlocal.types import Memory, Method, TrainState, Tree
 
 
@@ -25,7 +25,7 @@ class States:
     def shapes(self, params: Tree, model_state: Tree = None) -> TrainState:
         """Shapes, dtypes and shardings, of parameters or their shapes."""
         shapes = self._make.eval_shape(params, _or_empty(model_state), jax.random.key(0))
-        return described(shapes, self._shardings(shapes))
+        return with_shardings(shapes, self._shardings(shapes))
 
     def init(self, params: Tree, key: jax.Array, model_state: Tree) -> TrainState:
         """The first one."""
@@ -36,11 +36,13 @@ class States:
                 f"the root key must be one typed key as of jax.random.key, got {got}"
             )
         given = (params, _or_empty(model_state), key)
-        return self._make(*(place(given, on(self._mesh, SINGLE)) if self._spans else given))
+        return self._make(
+            *(place(given, named_shardings(self._mesh, SINGLE)) if self._spans else given)
+        )
 
     def held(self, state: TrainState) -> TrainState:
         """The state, told to the compiler to stay split as it is."""
-        if not is_split(self._mesh):
+        if not is_sharded(self._mesh):
             return state
         return lax.with_sharding_constraint(state, self._shardings(state))
 

@@ -12,7 +12,7 @@ from problems import steps_of
 import jaxlocal
 from jaxlocal import Layout
 from jaxlocal.compression import parse
-from jaxlocal.parallel.keys import stream
+from jaxlocal.parallel.keys import stream_key
 
 EXAMPLES, FEATURES, OUTPUTS = 4, 6, 5
 _START = np.random.default_rng(7)
@@ -118,8 +118,8 @@ def replay(spec, purpose, weights, hub_of_worker=None):
         return [{**fact, **own} for fact, own in zip(known, said, strict=True)]
 
     def compress(vectors, message):
-        shared = stream(jax.random.key(0), purpose, message)
-        own = lambda worker: stream(jax.random.key(0), purpose, message, worker)
+        shared = stream_key(jax.random.key(0), purpose, message)
+        own = lambda worker: stream_key(jax.random.key(0), purpose, message, worker)
         payloads = [
             encode(x, memories[worker], shared if compressor.shared_mask else own(worker))
             for worker, x in enumerate(vectors)

@@ -7,7 +7,7 @@ import optax
 
 import jaxlocal
 from jaxlocal import Layout, make_mesh
-from jaxlocal.parallel.collectives import spread
+from jaxlocal.parallel.collectives import broadcast_to_workers
 from jaxlocal.parallel.layout import STACKED
 from jaxlocal.training.round import CONTEXT
 
@@ -90,7 +90,7 @@ def mix(mixer, tree, layout: Layout, shape: tuple[int, int] = (1, 1), times: int
     """The tree, leaves [D, N, ...], after so many averages."""
 
     def program(tree, context):
-        return spread(mixer.average(tree, context), tree)
+        return broadcast_to_workers(mixer.average(tree, context), tree)
 
     mesh = make_mesh(layout, shape=shape)
     mapped = jax.jit(

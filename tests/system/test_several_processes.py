@@ -14,7 +14,7 @@ import pytest
 import several_processes as program
 
 from jaxlocal import ConfigurationError, Layout, make_mesh
-from jaxlocal.parallel.mesh import shared_out
+from jaxlocal.parallel.mesh import balanced_devices
 
 # Float32 rounds at 6e-8; losses of size ten after fifty contracting steps differ by a few of it.
 ROUNDING = {"rtol": 2e-6, "atol": 2e-6}
@@ -108,11 +108,11 @@ class Device:
 
 def test_every_process_gives_as_many_devices_to_the_mesh():
     devices = [Device(number, number // 4) for number in range(8)]
-    chosen = shared_out(devices, (1, 6))
+    chosen = balanced_devices(devices, (1, 6))
     assert [device.id for device in chosen] == [0, 1, 2, 4, 5, 6]
-    assert [device.id for device in shared_out(devices, (2, 4), (2, 2))] == [0, 1, 4, 5]
+    assert [device.id for device in balanced_devices(devices, (2, 4), (2, 2))] == [0, 1, 4, 5]
     with pytest.raises(ConfigurationError, match="1 hubs × 7 workers .* 2 processes"):
-        shared_out(devices, (1, 7))
+        balanced_devices(devices, (1, 7))
     with pytest.raises(ConfigurationError, match="a mesh of 3 devices .* 2 processes"):
-        shared_out(devices, (1, 6), (1, 3))
+        balanced_devices(devices, (1, 6), (1, 3))
     assert make_mesh(Layout(1, 6)).size == 6  # in one process, all that divide

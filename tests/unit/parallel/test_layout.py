@@ -123,15 +123,15 @@ def test_keys_differ_by_purpose_step_and_worker():
     steps, numbers = jnp.arange(40), jnp.arange(20)
     for purpose in (GRADIENT, RATE):
         each = jax.vmap(
-            lambda t, p=purpose: jax.vmap(lambda w: keys.stream(root, p, t, w))(numbers)
+            lambda t, p=purpose: jax.vmap(lambda w: keys.stream_key(root, p, t, w))(numbers)
         )(steps)
-        common = jax.vmap(lambda t, p=purpose: keys.stream(root, p, t))(steps)
+        common = jax.vmap(lambda t, p=purpose: keys.stream_key(root, p, t))(steps)
         for drawn in (each, common):
             seen |= {tuple(row) for row in jax.random.key_data(drawn).reshape(-1, 2).tolist()}
     assert len(seen) == 2 * (40 * 20 + 40)
-    again = keys.stream(jax.random.key(3), RATE, 7, 5)
+    again = keys.stream_key(jax.random.key(3), RATE, 7, 5)
     assert tuple(jax.random.key_data(again).tolist()) in seen
-    other = keys.stream(jax.random.key(4), RATE, 7, 5)
+    other = keys.stream_key(jax.random.key(4), RATE, 7, 5)
     assert tuple(jax.random.key_data(other).tolist()) not in seen
 
 

@@ -287,7 +287,7 @@ def test_rules_that_do_not_fit_are_refused():
 
 def test_a_loss_may_gather_its_parameters_itself():
     def loss(params, batch, key):
-        first, second = (sharding.whole(params[name]) for name in ("first", "second"))
+        first, second = (sharding.unshard(params[name]) for name in ("first", "second"))
         return jnp.square(jax.nn.relu(batch @ first + params["bias"]) @ second - 1).mean()
 
     rounds = jaxlocal.local_sgd(jaxlocal.gradients(loss, gathered=False), optax.sgd(0.1, 0.9), 4)

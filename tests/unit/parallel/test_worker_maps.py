@@ -71,21 +71,21 @@ def test_blocks_are_of_one_worker_or_more(mode):
 def test_what_takes_the_place_of_a_tree_has_its_shape_and_type(mode, wrong):
     sentence = r"given \('float32\[3\]',\) and gives back \('(float32\[2|float32\[1, 3|bool\[3)\]"
     with pytest.raises(ConfigurationError, match=sentence):
-        over_workers(lambda x: (wrong(x),), mode, kept=1)(jnp.ones((1, 4, 3)))
+        over_workers(lambda x: (wrong(x),), mode, in_place=1)(jnp.ones((1, 4, 3)))
 
 
 def test_a_loop_that_keeps_its_results_in_place_needs_less_memory():
     """Steps without a second copy of all the models, in which others would be written."""
     params, batch = jnp.ones((1, 16, 4096)), jnp.ones((1, 16))
 
-    def temporary(kept):
-        step = over_workers(lambda x, b: (jnp.sin(x) * b, x.max()), "map", kept)
+    def temporary(in_place):
+        step = over_workers(lambda x, b: (jnp.sin(x) * b, x.max()), "map", in_place)
         steps = lambda x, b: lax.fori_loop(0, 3, lambda _, x: step(x, b)[0], x)
         program = jax.jit(steps, donate_argnums=0).lower(params, batch).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    assert temporary(kept=1) < params.nbytes / 4
-    assert temporary(kept=0) >= params.nbytes
+    assert temporary(in_place=1) < params.nbytes / 4
+    assert temporary(in_place=0) >= params.nbytes
 
 
 @pytest.mark.parametrize("rates", [1.0, 0.6])

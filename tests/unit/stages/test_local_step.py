@@ -204,7 +204,9 @@ def test_every_worker_and_step_has_a_key_of_its_own_for_its_gradient(mode):
     _, info = round_fn(round_fn.init(jnp.ones(2), jax.random.key(0)), ones(layout, 16))
     drawn = np.asarray(info.worker["drawn"])
     assert drawn.dtype == np.uint32 and len(np.unique(drawn)) == 16 * 8
-    key = jaxlocal.parallel.keys.stream(jax.random.key(0), jaxlocal.parallel.keys.GRADIENT, 9, 5)
+    key = jaxlocal.parallel.keys.stream_key(
+        jax.random.key(0), jaxlocal.parallel.keys.GRADIENT, 9, 5
+    )
     assert drawn[9, 1, 1] == jax.random.bits(key)
 
 

@@ -16,7 +16,7 @@ from jaxlocal.communication import mixing
 from jaxlocal.communication.accounting import by_kind
 from jaxlocal.communication.audit import audit
 from jaxlocal.communication.topology import hub_graph, mixing_matrix
-from jaxlocal.parallel.collectives import spread
+from jaxlocal.parallel.collectives import broadcast_to_workers
 from jaxlocal.parallel.layout import STACKED
 from jaxlocal.stages.error_feedback import error_feedback
 from jaxlocal.stages.error_reset import error_reset, partial_average
@@ -51,7 +51,7 @@ def synced(mixer, compressor, tree, layout, mesh_shape, compiled=False):
         out = partial_sync(mixer, compressor, tree, kept, KEY, context)
         new = out.add(out.residual)
         common = out.add(jax.tree.map(lambda x: jnp.zeros_like(x[:, :1]), tree))
-        return new, out.residual, spread(common, tree)
+        return new, out.residual, broadcast_to_workers(common, tree)
 
     mesh = make_mesh(layout, shape=mesh_shape)
     places = {"in_specs": (STACKED, CONTEXT), "out_specs": STACKED}
