@@ -22,7 +22,8 @@ from experiments.running.feeding import Feed
 from experiments.running.measuring import check_model
 from jaxlocal import ConfigurationError
 from jaxlocal.communication import accounting
-from jaxlocal.communication.cost_model import ALL_REDUCE, Cluster, Collective, Hours, hours
+from jaxlocal.communication.collective_costs import ALL_REDUCE, Cluster, CollectiveRun
+from jaxlocal.communication.cost_model import Hours, hours
 from jaxlocal.parallel.layout import AXES
 from jaxlocal.parallel.mesh import largest_mesh
 from jaxlocal.training.loop import schedule
@@ -115,7 +116,7 @@ def on_cluster(job: Job, options: Options) -> dict[str, Any]:
     ]
     planned = Hours(*map(sum, zip(*by_turn, strict=True)))
     everyone = dataclasses.replace(cluster, slowdown=_of_all_steps(job, cluster, mesh))
-    model: Collective = ("all-reduce", accounting.model_bits(state.params) / 8, cluster.devices)
+    model: CollectiveRun = ("all-reduce", accounting.model_bits(state.params) / 8, cluster.devices)
     return {
         **{f.name: getattr(cluster, f.name) for f in dataclasses.fields(Cluster)},
         "step_ms": step,
@@ -139,12 +140,12 @@ def _cluster(options: Options, devices: int) -> Cluster:
 
 def sent(
     job: Job, state: TrainState, mesh: tuple[int, int], number: int = 0
-) -> tuple[list[Collective], list[Collective]]:
+) -> tuple[list[CollectiveRun], list[CollectiveRun]]:
     """What crosses the links at one inner stage and at the end of the number-th round on a mesh of
     hubs × workers."""
     shape = dict(zip(AXES, mesh, strict=True))
 
-    def collectives(said: list[Message]) -> list[Collective]:
+    def collectives(said: list[Message]) -> list[CollectiveRun]:
         return [
             (one.kind, one.nbytes, math.prod(shape[axis] for axis in one.axes))
             for one in accounting.collectives(said, job.layout, shape)

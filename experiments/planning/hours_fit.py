@@ -11,7 +11,8 @@ from experiments.building.schedules import make_period, make_schedule, period_na
 from experiments.plotting.display import show_table
 from jaxlocal import ConfigurationError, periods
 from jaxlocal.communication.accounting import model_bits
-from jaxlocal.communication.cost_model import ALL_REDUCE, fit
+from jaxlocal.communication.collective_costs import ALL_REDUCE
+from jaxlocal.communication.hours_fit import fit
 from jaxlocal.training.loop import schedule
 from jaxlocal.types import MessageBits
 

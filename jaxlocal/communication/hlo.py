@@ -1,4 +1,4 @@
-"""The text of an XLA program (HLO), as far as an audit has to understand it."""
+"""Parse the text of an XLA program (HLO), as far as an audit needs it."""
 
 import re
 from typing import NamedTuple
@@ -12,7 +12,7 @@ _CALLED = re.compile(
 
 
 class Instruction(NamedTuple):
-    """One operation."""
+    """One operation of a program."""
 
     op: str  # "all-reduce", "while", ...
     type: str  # of its result
@@ -20,7 +20,7 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> list[str]:
-        """The computations that it runs; not those by which a reduction adds two numbers."""
+        """The names of the computations that it runs, except the function of a reduction."""
         found = _CALLED.findall(self.attributes)
         names = [name for one, many in found for name in (one, *re.findall(r"[\w.-]+", many))]
         if self.op == "call":
@@ -29,27 +29,39 @@ class Instruction(NamedTuple):
 
     @property
     def condition(self) -> str | None:
-        """The computation that a loop asks whether to go on."""
+        """The name of the computation that decides whether a loop continues."""
         match = re.search(r"\bcondition=%?([\w.-]+)", self.attributes)
         return match[1] if match else None
 
     @property
     def trips(self) -> int | None:
-        """How often a loop runs, where XLA knows."""
+        """How often the body of a loop runs; None if XLA does not know."""
         match = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', self.attributes)
         return int(match[1]) if match else None
 
     @property
     def source(self) -> str:
+        """Where in the source it comes from, as XLA writes it; "" if it does not."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
 
 class Program:
-    """The computations of a program by name, and the number of its devices where it says it."""
+    """The computations of a program.
+
+    Args:
+      text: the program in HLO.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
+
+    entry: str  # the name of the computation that a run starts with
+    computations: dict[str, list[Instruction]]  # by name
+    devices: int | None  # that the program runs on; None if the text does not give it
 
     def __init__(self, text: str):
-        self.computations: dict[str, list[Instruction]] = {}
+        self.computations = {}
         self.entry = name = ""
         for line in text.splitlines():
             if start := _COMPUTATION.match(line):
@@ -62,13 +74,13 @@ class Program:
         header = re.search(r"^HloModule .*?\bnum_partitions=(\d+)", text, re.MULTILINE)
         self.devices = int(header[1]) if header else None
         if not self.entry:
-            raise ValueError("a program without an entry: this is no text of HLO")
+            raise ValueError("the text has no entry computation: it is not a program in HLO")
 
 
-def elements(type_: str) -> list[str]:
-    """The types in that of a tuple.
+def tuple_elements(type_: str) -> list[str]:
+    """Split the type of a tuple into the types of its elements.
 
-    >>> elements("((f32[2]{0}, s8[3]), (f32[4], s8[6]), u32[])")
+    >>> tuple_elements("((f32[2]{0}, s8[3]), (f32[4], s8[6]), u32[])")
     ['(f32[2]{0}, s8[3])', '(f32[4], s8[6])', 'u32[]']
     """
     parts, depth, inner = [""], 0, type_.strip()[1:-1]

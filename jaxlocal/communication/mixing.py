@@ -1,30 +1,56 @@
-"""Mixers: the linear averages by which workers and hubs become alike."""
+"""Mixers: weighted averages over workers and over hubs, with their costs.
+
+| mixer           | x_i becomes                              | what is sent                       |
+|-----------------|------------------------------------------|------------------------------------|
+| `mean`          | Σ_j a_j x_j, the average of all workers  | worker → hub, hub → all other hubs |
+| `hub_mean`      | Σ_j v_j x_j, the average of its hub      | worker → hub                       |
+| `hub_diffusion` | Σ_j H_jd z_j, a mix of neighbouring hubs | hub → neighbouring hubs            |
+| `from_matrix`   | Σ_j W_ji x_j, any mix of workers         | worker → workers that mix it       |
+
+A mixer of another kind is a `jaxlocal.types.Mixer` whose functions are made of those in
+`jaxlocal.parallel`: `weighted_sum`, `psum`, `fuse_leaves` and `AXES`.
+"""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax import lax
 
-from jaxlocal.communication.topology import Route, check_mixing, routes
+from jaxlocal.communication.routes import Route, routes
+from jaxlocal.communication.topology import check_mixing
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.parallel.collectives import psum, weighted_sum, workers_are_sharded
+from jaxlocal.parallel.collectives import fuse_leaves, psum, weighted_sum
 from jaxlocal.parallel.layout import AXES, Layout
 from jaxlocal.types import Context, Leaf, MessageBits, Mixer, Tree
 
 
 def mean() -> Mixer:
-    """Every worker gets u = Σ a_i x_i.
+    """Average the models of all workers: x_i ← u = Σ_j a_j x_j, with weights a_j of the layout.
 
-    A worker says its model to its hub, a hub its average to all other hubs.
+    Every worker sends its model to its hub, and every hub sends the average of its workers to all
+    other hubs. Between devices it is one all-reduce of a model, or an all-gather of payloads that
+    cannot be averaged. The result is common to all workers.
+
+    Returns:
+      A mixer, for any layout.
+
+    >>> mean().message_bits(320, Layout(hubs=3, workers_per_hub=2))
+    MessageBits(workers=320, hubs=640)
+    >>> from jaxlocal.parallel import CONTEXT, SINGLE, STACKED, make_mesh, over_mesh
+    >>> layout = Layout(workers_per_hub=2, weights=[1, 3])
+    >>> mesh = make_mesh(layout, jax.devices()[:1])
+    >>> average = over_mesh(mean().average, mesh, (STACKED, CONTEXT), SINGLE)
+    >>> average({"bias": jnp.array([[0.0, 4.0]])}, layout.context())
+    {'bias': Array([[3.]], dtype=float32)}
     """
 
     def average(tree: Tree, context: Context) -> Tree:
         sums = jax.tree.map(lambda x: weighted_sum(context.weight, x, "all"), tree)
-        return _at_once(lambda x: psum(x, AXES), sums, AXES)
+        return fuse_leaves(lambda x: psum(x, AXES), sums, AXES)
 
     def message_bits(bits: int, layout: Layout) -> MessageBits:
         return MessageBits(
@@ -39,17 +65,28 @@ def mean() -> Mixer:
             x = x.reshape((x.shape[0] * x.shape[1],) + x.shape[2:])
             return lax.all_gather(x, AXES, axis=0, tiled=True, to="invarying")[:, None]
 
-        return _as_bits(one, (tree, context.weight), AXES)
+        return _gather_as_bits(one, (tree, context.weight), AXES)
 
     return Mixer(average, AXES, message_bits, collectives, gather)
 
 
 def hub_mean() -> Mixer:
-    """Every worker gets its hub's z_d = Σ v_i x_i. A worker says its model to its hub."""
+    """Average the models of each hub's workers: x_i ← z_d = Σ_j v_j x_j over the workers of hub d.
+
+    The shares are v_j = a_j / b_d, with b_d = Σ a_j over the hub. Every worker sends its model to
+    its hub; hubs do not communicate. Between devices it is one all-reduce over the axis "workers".
+    The result is common to the workers of a hub.
+
+    Returns:
+      A mixer, for any layout.
+
+    >>> hub_mean().message_bits(320, Layout(hubs=3, workers_per_hub=2))
+    MessageBits(workers=320, hubs=0)
+    """
 
     def average(tree: Tree, context: Context) -> Tree:
         sums = jax.tree.map(lambda x: weighted_sum(context.hub_share, x, "workers"), tree)
-        return _at_once(lambda x: psum(x, "workers"), sums, ["workers"])
+        return fuse_leaves(lambda x: psum(x, "workers"), sums, ["workers"])
 
     def message_bits(bits: int, layout: Layout) -> MessageBits:
         return MessageBits(workers=bits * (layout.workers_per_hub > 1))
@@ -65,21 +102,38 @@ def hub_mean() -> Mixer:
             x = jnp.moveaxis(x, 1, 0)
             return lax.all_gather(x, "workers", axis=0, tiled=True, to="invarying")
 
-        return _as_bits(one, (tree, context.hub_share), ["workers"])
+        return _gather_as_bits(one, (tree, context.hub_share), ["workers"])
 
     return Mixer(average, ("workers",), message_bits, collectives, gather)
 
 
-def hub_diffusion(matrix: np.ndarray, workers_per_hub: int | None = None) -> Mixer:
-    """Every hub mixes with its neighbours, y_d = Σ_j H_jd z_j, and its workers get y_d.
+def hub_diffusion(matrix: npt.ArrayLike, workers_per_hub: int | None = None) -> Mixer:
+    """Mix the models of neighbouring hubs: x_i ← y_d = Σ_j H_jd z_j for every worker i of hub d.
 
-    Takes hub consensus as given (every worker of hub d holds z_d, as after `hub_mean`), so that
-    workers say nothing. A hub says its model to each of its neighbours. Between devices a complete
-    graph's H = b 1ᵀ is an all-reduce; by any other H, models pass to neighbours only.
+    The mixer assumes that the workers of a hub agree, that every worker of hub j holds z_j, as they
+    do after `hub_mean`; workers therefore do not send. Every hub sends its model to each of its
+    neighbours. Between devices, H = b 1ᵀ (a complete graph) is one all-reduce; by any other H
+    models are sent to neighbours alone, by collective-permutes.
 
     Args:
-      matrix: H [D, D] with columns that sum to 1 and H b = b; see `topology.mixing_matrix`.
-      workers_per_hub: the only N for which the method that mixes so has hub consensus, if any.
+      matrix: H [D, D], whose columns sum to 1 and which keeps the weights of the hubs, H b = b; see
+        `topology.mixing_matrix`.
+      workers_per_hub: the number of workers per hub for which the method has agreement in hubs; by
+        default any.
+
+    Returns:
+      A mixer, for layouts of D hubs.
+
+    Raises:
+      ConfigurationError: the columns of the matrix do not sum to 1; from `message_bits`, the matrix
+        or `workers_per_hub` does not fit the layout.
+
+    >>> ring = np.array([[2, 1, 0, 1], [1, 2, 1, 0], [0, 1, 2, 1], [1, 0, 1, 2]]) / 4
+    >>> hub_diffusion(ring).message_bits(320, Layout(hubs=4, workers_per_hub=2))
+    MessageBits(workers=0, hubs=640)
+
+    Source: Castiglia, Das, Patterson, "Multi-Level Local SGD: Distributed SGD for Heterogeneous
+    Hierarchical Networks", ICLR 2021, https://arxiv.org/abs/2007.13819.
     """
     matrix = check_mixing(matrix)
     neighbours = np.count_nonzero(matrix - np.diag(np.diag(matrix)), axis=1)
@@ -92,15 +146,15 @@ def hub_diffusion(matrix: np.ndarray, workers_per_hub: int | None = None) -> Mix
         if complete:
             share = jnp.asarray(matrix)[hubs, :1]
             sums = jax.tree.map(lambda z: weighted_sum(share, z, "all"), models)
-            return _at_once(lambda z: psum(z, "hubs"), sums, ["hubs"])
-        passed = routes_over(lax.axis_size("hubs"))
-        return _at_once(lambda z: _pass_on(matrix, passed, z, hubs), models, ["hubs"])
+            return fuse_leaves(lambda z: psum(z, "hubs"), sums, ["hubs"])
+        permutes = routes_over(lax.axis_size("hubs"))
+        return fuse_leaves(lambda z: _mix_neighbours(matrix, permutes, z, hubs), models, ["hubs"])
 
     def message_bits(bits: int, layout: Layout) -> MessageBits:
         if workers_per_hub not in (None, layout.workers_per_hub):
             raise ConfigurationError(
-                f"mixing without hub averages needs hubs of {workers_per_hub} worker, "
-                f"the layout has hubs of {layout.workers_per_hub}"
+                f"mixing without hub averages needs hubs of {workers_per_hub} worker, and the "
+                f"layout has hubs of {layout.workers_per_hub}"
             )
         check_mixing(matrix, layout.hub_weight)
         return MessageBits(hubs=bits * int(neighbours.max()))
@@ -108,39 +162,54 @@ def hub_diffusion(matrix: np.ndarray, workers_per_hub: int | None = None) -> Mix
     def collectives(layout, mesh, gathered):
         if complete:
             return [("all-reduce", ("hubs",), 1)]
-        passed = routes_over(mesh["hubs"])
-        return [("collective-permute", ("hubs",), route.said.shape[1]) for route in passed]
+        permutes = routes_over(mesh["hubs"])
+        return [("collective-permute", ("hubs",), route.sent.shape[1]) for route in permutes]
 
     return Mixer(average, ("hubs",) if complete else (), message_bits, collectives)
 
 
 def _hub_numbers(context: Context) -> jax.Array:
-    """Which hubs this device holds, int32 [d]. Read off the workers' numbers, since the device's
-    own place is not known where a mesh axis is left automatic."""
+    """The numbers of the hubs on this device, int32 [d]. They follow from those of its workers: the
+    position of a device is not known where a mesh axis is automatic."""
     return context.worker[:, 0] // (context.worker.shape[1] * lax.axis_size("workers"))
 
 
-def _pass_on(matrix: np.ndarray, passed: list[Route], z: jax.Array, hubs: jax.Array) -> jax.Array:
-    """y_d = Σ_j H_jd z_j for this device's hubs, z [d, 1, ...], with what neighbours pass on."""
-    own, place = len(hubs), hubs[0] // len(hubs)
+def _mix_neighbours(
+    matrix: np.ndarray, permutes: list[Route], z: jax.Array, hubs: jax.Array
+) -> jax.Array:
+    """y_d = Σ_j H_jd z_j for this device's hubs, z [d, 1, ...], in which neighbours send theirs."""
+    count, device = len(hubs), hubs[0] // len(hubs)
     coefficients = jnp.asarray(matrix, z.dtype)[:, hubs]
     mix = lambda share, z: jnp.einsum("jd,j...->d...", share, z, precision=lax.Precision.HIGHEST)
-    mixed = mix(lax.dynamic_slice_in_dim(coefficients, place * own, own), z)
-    for route in passed:
-        said = z[jnp.asarray(route.said)[place]]
-        heard = lax.ppermute(said, "hubs", route.pairs)
-        known = jnp.asarray(route.heard)[place]
-        share = jnp.where(known[:, None] >= 0, coefficients[known], 0)
-        mixed += mix(share, heard)
+    mixed = mix(lax.dynamic_slice_in_dim(coefficients, device * count, count), z)
+    for route in permutes:
+        sent = z[jnp.asarray(route.sent)[device]]
+        received = lax.ppermute(sent, "hubs", route.pairs)
+        senders = jnp.asarray(route.received)[device]
+        share = jnp.where(senders[:, None] >= 0, coefficients[senders], 0)
+        mixed += mix(share, received)
     return mixed
 
 
-def from_matrix(matrix: np.ndarray) -> Mixer:
-    """Every worker mixes with any others, y_i = Σ_j W_ji x_j. Between devices this gathers all K
-    models.
+def from_matrix(matrix: npt.ArrayLike) -> Mixer:
+    """Mix the models of workers by any matrix: x_i ← Σ_j W_ji x_j.
+
+    Every worker sends its model to each worker that mixes it. Between devices this gathers all K
+    models on every device.
 
     Args:
-      matrix: W [K, K] with columns that sum to 1 and W a = a.
+      matrix: W [K, K], whose columns sum to 1 and which keeps the weights of the workers, W a = a.
+
+    Returns:
+      A mixer, for layouts of K workers.
+
+    Raises:
+      ConfigurationError: the columns of the matrix do not sum to 1; from `message_bits`, the matrix
+        does not fit the layout.
+
+    >>> pairs = np.kron(np.eye(2), np.full((2, 2), 0.5))  # workers 0 and 1, workers 2 and 3
+    >>> from_matrix(pairs).message_bits(320, Layout(workers_per_hub=4))
+    MessageBits(workers=320, hubs=0)
     """
     matrix = check_mixing(matrix)
     neighbours = np.count_nonzero(matrix - np.diag(np.diag(matrix)), axis=1)
@@ -153,7 +222,7 @@ def from_matrix(matrix: np.ndarray) -> Mixer:
             columns = jnp.asarray(matrix, x.dtype)[:, context.worker]
             return jnp.einsum("jdn,j...->dn...", columns, everyone, precision=lax.Precision.HIGHEST)
 
-        return _at_once(one, jax.tree.map(lambda x: x.astype(_wide(x)), tree), AXES)
+        return fuse_leaves(one, jax.tree.map(lambda x: x.astype(_wide(x)), tree), AXES)
 
     def message_bits(bits: int, layout: Layout) -> MessageBits:
         if len(matrix) != layout.workers:
@@ -164,39 +233,20 @@ def from_matrix(matrix: np.ndarray) -> Mixer:
         return MessageBits(workers=bits * int(neighbours.max()))
 
     def collectives(layout, mesh, gathered):
-        here = layout.hubs * (layout.workers_per_hub // mesh["workers"])
-        return [("all-gather", ("hubs",), here), ("all-gather", ("workers",), layout.workers)]
+        block = layout.hubs * (layout.workers_per_hub // mesh["workers"])
+        return [("all-gather", ("hubs",), block), ("all-gather", ("workers",), layout.workers)]
 
     return Mixer(average, (), message_bits, collectives)
 
 
 def _wide(x: jax.Array) -> np.dtype:
-    """The type in which values are averaged, and averages cross the wire."""
+    """The type in which values are averaged, and in which averages are sent."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _as_bits(gather: Callable, tree: Tree, axes: Any) -> Tree:
-    """All leaves gathered at once, half precision as its bits: XLA's CPU backend would say it in
-    float32."""
+def _gather_as_bits(gather: Callable, tree: Tree, axes: Iterable[str]) -> Tree:
+    """Gather all leaves at once, half precision as uint16: XLA's CPU backend would send float32."""
     half = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
     bits = lambda x: lax.bitcast_convert_type(x, jnp.uint16) if half(x) else x
     back = lambda x, like: lax.bitcast_convert_type(x, like.dtype) if half(like) else x
-    return jax.tree.map(back, _at_once(gather, jax.tree.map(bits, tree), axes), tree)
-
-
-def _at_once(fn: Callable, tree: Tree, axes: Any) -> Tree:
-    """fn of leaves [a, b, ...] → [c, d, ...], of all leaves of a type at once: one message, where
-    each would wait for a link. Leaf by leaf where nothing is sent, or where workers are split over
-    devices, which would have to be gathered to be joined."""
-    if all(lax.axis_size(axis) == 1 for axis in axes) or workers_are_sharded():
-        return jax.tree.map(fn, tree)
-    leaves, structure = jax.tree.flatten(tree)
-    done: list[Any] = list(leaves)
-    for dtype in dict.fromkeys(x.dtype for x in leaves):
-        places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
-        flat = [leaves[i].reshape(leaves[i].shape[:2] + (-1,)) for i in places]
-        whole = fn(jnp.concatenate(flat, axis=2))
-        ends = np.cumsum([x.shape[2] for x in flat])
-        for i, part in zip(places, jnp.split(whole, ends[:-1], axis=2), strict=True):
-            done[i] = part.reshape(part.shape[:2] + leaves[i].shape[2:])
-    return jax.tree.unflatten(structure, done)
+    return jax.tree.map(back, fuse_leaves(gather, jax.tree.map(bits, tree), axes), tree)

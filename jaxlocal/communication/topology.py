@@ -1,14 +1,14 @@
-"""Hub graphs, and the matrices by which hubs mix over them.
+"""Hub graphs and the mixing matrices of hubs on them.
 
 Source: Castiglia, Das, Patterson, "Multi-Level Local SGD: Distributed SGD for Heterogeneous
 Hierarchical Networks", ICLR 2021, https://arxiv.org/abs/2007.13819.
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import networkx as nx
 import numpy as np
+import numpy.typing as npt
 
 from jaxlocal.errors import ConfigurationError, unknown
 
@@ -16,17 +16,20 @@ GRAPHS = ("complete", "ring", "path", "star", "erdos_renyi")
 
 
 def hub_graph(spec: str, hubs: int, seed: int = 0) -> np.ndarray:
-    """The adjacency matrix, bool [D, D], of a connected hub graph.
+    """Build a connected hub graph, by its name or from a file.
 
     Args:
       spec: `complete`, `ring`, `path`, `star` (hub 0 in the middle), `erdos_renyi:PROBABILITY:SEED`
-        (by default 0.5 and `seed`), or a file with a row of 0s and 1s for each hub.
-      hubs: D.
-      seed: of a random graph whose spec names none.
+        (by default 0.5 and `seed`), or the path of a file that `read_graph` reads.
+      hubs: D, the number of hubs.
+      seed: seed of a random graph whose spec gives none.
+
+    Returns:
+      The adjacency matrix, bool [D, D], symmetric, with a diagonal of False.
 
     Raises:
-      ConfigurationError: an unknown graph, a file that is not such a matrix, or a graph that is not
-        connected.
+      ConfigurationError: the graph is unknown, not connected or not of D hubs, or the file does not
+        hold an adjacency matrix.
 
     >>> hub_graph("path", 3).astype(int)
     array([[0, 1, 0],
@@ -62,9 +65,26 @@ def _erdos_renyi(spec: str, options: list[str], hubs: int, seed: int) -> np.ndar
 
 
 def read_graph(path: str | Path) -> np.ndarray:
-    """The adjacency matrix in a text file: a row of 0s and 1s for each hub; # starts a comment.
+    """Read the adjacency matrix of a graph from a text file.
 
-    A 1 on the diagonal means nothing: every hub keeps a part of its own model.
+    The file has one row of 0s and 1s per hub, with or without spaces or commas; # starts a comment.
+    The diagonal has no meaning, since every hub keeps a part of its model anyway.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The matrix as the file has it, bool [D, D].
+
+    Raises:
+      ConfigurationError: the file cannot be read, or it does not hold a square of 0s and 1s.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+    ...     print("0 1  # two hubs\\n1 0", file=file, flush=True)
+    ...     read_graph(file.name)
+    array([[False,  True],
+           [ True, False]])
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -82,9 +102,24 @@ def read_graph(path: str | Path) -> np.ndarray:
     return np.array([[value == "1" for value in row] for row in rows])
 
 
-def check_graph(adjacency: np.ndarray, hubs: int, name: str) -> np.ndarray:
-    """The adjacency as a bool matrix without diagonal, or an error that says what is wrong with
-    it."""
+def check_graph(adjacency: npt.ArrayLike, hubs: int, name: str) -> np.ndarray:
+    """Check that a graph of hubs is symmetric and connected.
+
+    Args:
+      adjacency: [D, D], true or 1 where two hubs are neighbours; the diagonal is ignored.
+      hubs: D, the number of hubs that the graph must have.
+      name: what errors call the graph.
+
+    Returns:
+      A copy of the adjacency matrix, bool [D, D], with a diagonal of False.
+
+    Raises:
+      ConfigurationError: the matrix has another size, is not symmetric or not connected.
+
+    >>> check_graph([[1, 1], [1, 0]], hubs=2, name="pair")
+    array([[False,  True],
+           [ True, False]])
+    """
     adjacency = np.array(adjacency, bool)
     if adjacency.shape != (hubs, hubs):
         raise ConfigurationError(
@@ -99,22 +134,31 @@ def check_graph(adjacency: np.ndarray, hubs: int, name: str) -> np.ndarray:
     parts = list(nx.connected_components(nx.from_numpy_array(adjacency)))
     if len(parts) > 1:
         raise ConfigurationError(
-            f"hub graph {name!r} is not connected: {len(parts)} parts, hub {min(parts[0])} never "
-            f"hears of hub {min(parts[1])}"
+            f"hub graph {name!r} is not connected: it has {len(parts)} parts, and no path leads "
+            f"from hub {min(parts[0])} to hub {min(parts[1])}"
         )
     return adjacency
 
 
 def mixing_matrix(adjacency: np.ndarray, hub_weights: np.ndarray) -> np.ndarray:
-    """H, float64 [D, D], by which hubs mix: y_d = Σ_j H_jd z_j.
+    """Build the mixing matrix H of a hub graph: hubs mix by y_d = Σ_j H_jd z_j.
 
-    H_ij = c·b_i on edges and H_jj = 1 − Σ_{i≠j} H_ij, with c = 1 / max_j Σ b_i over the closed
-    neighbourhood of j. Columns sum to 1; H b = b, so Σ b_d z_d is kept; on every connected graph
-    repeated mixing reaches consensus.
+        H_ij = c · b_i            on the edges (i, j) of the graph
+        H_jj = 1 − Σ_{i≠j} H_ij
+        c = 1 / max_j (b_j + Σ b_i over the neighbours i of j)
+
+    The columns of H sum to 1, and H b = b, so that mixing keeps the weighted average Σ b_d z_d. On
+    a connected graph repeated mixing reaches consensus.
 
     Args:
-      adjacency: bool [D, D], symmetric, connected; the diagonal is ignored.
-      hub_weights: b, float [D], positive, summing to 1.
+      adjacency: bool [D, D], symmetric and connected; the diagonal is ignored.
+      hub_weights: b, float [D], positive, with a sum of 1; see `Layout.hub_weight`.
+
+    Returns:
+      H, float64 [D, D].
+
+    Raises:
+      ConfigurationError: the number of weights is not D.
 
     >>> mixing_matrix(hub_graph("complete", 2), np.array([0.25, 0.75]))
     array([[0.25, 0.25],
@@ -133,9 +177,23 @@ def mixing_matrix(adjacency: np.ndarray, hub_weights: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def check_mixing(matrix: np.ndarray, hub_weights: np.ndarray | None = None) -> np.ndarray:
-    """The matrix as float64 [D, D] if its columns sum to 1 (and, with weights b, if H b = b);
-    else an error."""
+def check_mixing(matrix: npt.ArrayLike, hub_weights: np.ndarray | None = None) -> np.ndarray:
+    """Check that a mixing matrix keeps the weighted average: columns that sum to 1, and H b = b.
+
+    Args:
+      matrix: H [D, D], or W [K, K] of workers.
+      hub_weights: b [D], or a [K] of workers; without weights only the columns are checked.
+
+    Returns:
+      The matrix as float64.
+
+    Raises:
+      ConfigurationError: the matrix is not square, a column does not sum to 1, or a weight changes.
+
+    >>> check_mixing([[0.5, 0.5], [0.5, 0.5]], np.array([0.5, 0.5]))
+    array([[0.5, 0.5],
+           [0.5, 0.5]])
+    """
     matrix = np.asarray(matrix, np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ConfigurationError(f"a mixing matrix must be square, got shape {matrix.shape}")
@@ -154,84 +212,26 @@ def check_mixing(matrix: np.ndarray, hub_weights: np.ndarray | None = None) -> n
         worst = int(np.abs(kept - hub_weights).argmax())
         if not np.abs(kept - hub_weights).max() < 1e-6:
             raise ConfigurationError(
-                f"the mixing matrix does not keep the weighted average: hub {worst} of weight "
-                f"{hub_weights[worst]:g} "
-                f"would count {kept[worst]:g}"
+                f"the mixing matrix does not keep the weighted average: hub {worst} has weight "
+                f"{hub_weights[worst]:g}, and {kept[worst]:g} after mixing"
             )
     return matrix
 
 
 def zeta(matrix: np.ndarray) -> float:
-    """ζ = max(|λ₂|, |λ_D|) of a mixing matrix: how much of the hubs' disagreement one mixing
-    leaves. 0 for one hub.
+    """Second largest modulus of a mixing matrix's eigenvalues, ζ = max(|λ₂|, |λ_D|).
+
+    One mixing leaves a fraction ζ of the hubs' disagreement, or less: 0 means consensus at once, 1
+    none ever. 1 − ζ is the spectral gap.
+
+    Args:
+      matrix: H [D, D], as `mixing_matrix` gives it.
+
+    Returns:
+      ζ; 0 for one hub.
 
     >>> round(zeta(mixing_matrix(hub_graph("ring", 4), np.full(4, 1 / 4))), 6)
     0.333333
     """
     values = np.sort(np.abs(np.linalg.eigvals(np.asarray(matrix, np.float64))))
     return float(values[-2]) if len(values) > 1 else 0.0
-
-
-class Route(NamedTuple):
-    """One permutation of a mixing: which devices speak to whom, and of which hubs."""
-
-    pairs: tuple[tuple[int, int], ...]  # (from, to); a device is at most once in each place
-    said: np.ndarray  # int [devices, m]: hubs whose models a device says, counted from its first
-    heard: np.ndarray  # int [devices, m]: which hubs those are that a device hears; −1 for none
-
-
-def routes(matrix: np.ndarray, devices: int) -> list[Route]:
-    """The fewest permutations by which devices, each with an equal share of the hubs, hear of all
-    hubs that theirs mix with: as many as the most devices that one device speaks to or hears.
-
-    On a ring two, from either side. A device that speaks to fewer than others is silent in some.
-
-    Args:
-      matrix: H [D, D]; hub d hears hub j where H_jd is not 0.
-
-    >>> ring = mixing_matrix(hub_graph("ring", 6), np.full(6, 1 / 6))
-    >>> [(len(route.pairs), route.said.shape) for route in routes(ring, 3)]
-    [(3, (3, 1)), (3, (3, 1))]
-    """
-    own = len(matrix) // devices
-    blocks = np.asarray(matrix).reshape(devices, own, devices, own)
-    told = {
-        (i, j): np.flatnonzero(blocks[i, :, j].any(axis=1))
-        for i in range(devices)
-        for j in range(devices)
-        if i != j and blocks[i, :, j].any()
-    }
-    found = []
-    for pairs in _matchings(set(told), devices):
-        most = max(len(told[pair]) for pair in pairs)
-        said, heard = np.zeros((devices, most), np.int32), np.full((devices, most), -1, np.int32)
-        for i, j in pairs:
-            said[i, : len(told[i, j])] = told[i, j]
-            heard[j, : len(told[i, j])] = i * own + told[i, j]
-        found.append(Route(tuple(pairs), said, heard))
-    return found
-
-
-def _matchings(edges: set[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
-    """Directed edges in as few groups as can be in which no end and no beginning is met twice.
-
-    As many as the largest degree (Kőnig): edges are added until every degree is that one, and a
-    bipartite graph of equal degrees has a perfect matching, without which it is one again.
-    """
-    counts = np.zeros((size, size), int)
-    for edge in edges:
-        counts[edge] = 1
-    degree = max([0, *counts.sum(0), *counts.sum(1)])
-    for i in range(size):
-        for j in range(size):
-            counts[i, j] += min(degree - counts[i].sum(), degree - counts[:, j].sum())
-    left, groups = set(edges), []
-    for _ in range(degree):
-        graph = nx.Graph((int(i), int(size + j)) for i, j in np.argwhere(counts))
-        partner = nx.bipartite.hopcroft_karp_matching(graph, range(size))
-        matching = [(i, partner[i] - size) for i in range(size)]
-        for pair in matching:
-            counts[pair] -= 1
-        groups.append([pair for pair in matching if pair in left])
-        left -= set(matching)
-    return groups

@@ -1,11 +1,12 @@
-"""Programs over the mesh, and the sums, averages and distances of the workers in them."""
+"""Programs over the mesh of workers, and sums, averages and distances between the workers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,24 +18,44 @@ _TYPED: ContextVar[bool] = ContextVar("_TYPED", default=True)
 
 
 def over_mesh(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    """fn run on every device of the mesh, on the device's own block. Where a worker is split over
-    several devices, on a worker's own, which they share as the compiler sees fit.
+    """Map a function over the devices of a mesh: `jax.shard_map` over the axes of workers.
 
-    Values are typed by the mesh axes over which they differ, which proves that what is declared
-    common is. A user's loop that carries a constant fails under those types; it runs without them.
+    Inside, `fn` sees the block of workers of its device, leaves [d, n, ...], and communicates by
+    the axes "hubs" and "workers". Where workers are sharded over the axis "model", the devices of
+    one worker see the same block, and the compiler divides the work between them.
+
+    Values are typed by the mesh axes over which they vary, which proves that a result declared as
+    common is common. A user's loop that carries a constant fails under those types; the function
+    is then mapped without them.
+
+    Args:
+      fn: a function of trees.
+      mesh: as `make_mesh` gives it.
+      in_specs: how the arguments lie on the mesh, prefixes of their trees: `STACKED` for leaves
+        [D, N, ...], `SINGLE` for leaves that are the same on all devices, `CONTEXT` for a Context.
+      out_specs: how the results lie on the mesh.
+
+    Returns:
+      A function of the global arrays.
+
+    >>> from jaxlocal.parallel import CONTEXT, SINGLE, STACKED, Layout, make_mesh
+    >>> layout = Layout(workers_per_hub=2, weights=[1, 3])
+    >>> mesh = make_mesh(layout, jax.devices()[:1])
+    >>> over_mesh(mean, mesh, (STACKED, CONTEXT), SINGLE)(jnp.array([[0.0, 4.0]]), layout.context())
+    Array(3., dtype=float32)
     """
-    places: dict[str, Any] = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
-    places["axis_names"] = set(AXES)
+    options: dict[str, Any] = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
+    options["axis_names"] = set(AXES)
 
     def mapped(*arguments):
         try:
-            return jax.shard_map(fn, **places)(*arguments)
+            return jax.shard_map(fn, **options)(*arguments)
         except TypeError as error:
             if "manual ax" not in str(error):
                 raise
         before = _TYPED.set(False)
         try:
-            return jax.shard_map(fn, **places, check_vma=False)(*arguments)
+            return jax.shard_map(fn, **options, check_vma=False)(*arguments)
         finally:
             _TYPED.reset(before)
 
@@ -42,8 +63,19 @@ def over_mesh(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callab
 
 
 def vary(tree: Tree, axes: Sequence[str] = AXES) -> Tree:
-    """The tree, typed as differing over the mesh axes, as `shard_map` asks of what meets
-    per-worker values; outside of `shard_map` as it is."""
+    """Type the leaves of a tree as varying over mesh axes, as `shard_map` demands of values that
+    are combined with those of workers.
+
+    Args:
+      tree: arrays inside `over_mesh`; outside of it they are returned as they are.
+      axes: the mesh axes.
+
+    Returns:
+      The same values.
+
+    >>> vary(jnp.ones(2))
+    Array([1., 1.], dtype=float32)
+    """
     manual = jax.sharding.get_abstract_mesh().manual_axes
 
     def one(x):
@@ -55,71 +87,149 @@ def vary(tree: Tree, axes: Sequence[str] = AXES) -> Tree:
 
 
 def worker_shapes(stacked: Tree) -> Tree:
-    """The shapes of one worker's tree, of leaves (or shapes) [D, N, ...], and how it is split where
-    it is."""
+    """Shapes of one worker's tree, with its sharding over the axis "model" if it has one.
+
+    Args:
+      stacked: arrays of all workers or their shapes, leaves [D, N, ...].
+
+    Returns:
+      A tree of `jax.ShapeDtypeStruct`, leaves [...].
+
+    >>> worker_shapes(jnp.zeros((1, 8, 3)))
+    ShapeDtypeStruct(shape=(3,), dtype=float32)
+    """
 
     def one(x):
-        where = getattr(x, "sharding", None)
-        if isinstance(where, NamedSharding) and MODEL in where.mesh.axis_names:
-            where = NamedSharding(where.mesh, P(*where.spec[2:]))
-            return jax.ShapeDtypeStruct(x.shape[2:], x.dtype, sharding=where)
+        sharding = getattr(x, "sharding", None)
+        if isinstance(sharding, NamedSharding) and MODEL in sharding.mesh.axis_names:
+            sharding = NamedSharding(sharding.mesh, P(*sharding.spec[2:]))
+            return jax.ShapeDtypeStruct(x.shape[2:], x.dtype, sharding=sharding)
         return jax.ShapeDtypeStruct(x.shape[2:], x.dtype)
 
     return jax.tree.map(one, stacked)
 
 
 def broadcast_to_workers(tree: Tree, like: Tree) -> Tree:
-    """An average, leaves [d or 1, n or 1, ...], given back to every worker with the type of
-    `like`."""
+    """Give an average back to every worker.
+
+    Args:
+      tree: as `Mixer.average` gives it, leaves [d or 1, n or 1, ...].
+      like: a tree of all workers of the device, leaves [d, n, ...].
+
+    Returns:
+      The average with the shapes and dtypes of `like`.
+
+    >>> broadcast_to_workers(jnp.array([[1.5]]), jnp.zeros((1, 3), jnp.bfloat16))
+    Array([[1.5, 1.5, 1.5]], dtype=bfloat16)
+    """
     return jax.tree.map(lambda x, y: vary(jnp.broadcast_to(x, y.shape).astype(y.dtype)), tree, like)
 
 
 def weighted_sum(weight: jax.Array, x: jax.Array, over: str) -> jax.Array:
-    """Σ weight · x over this device's workers, [d, n, ...] → [1 or d, 1, ...]; `over` is "workers"
-    or "all".
+    """Sum the values of this device's workers with weights, Σ_i weight_i · x_i.
 
-    A dot product, which every backend does well (XLA's CPU reduction over a leading axis is several
-    times slower). Half-precision values are summed in float32.
+    Half-precision values are summed in float32. The sum is a dot product, which every backend does
+    well (XLA's CPU reduction over a leading axis is several times slower).
+
+    Args:
+      weight: [d, n], such as `context.weight`.
+      x: [d, n, ...].
+      over: "workers" sums over the workers of each hub, "all" over all workers.
+
+    Returns:
+      [d, 1, ...] over "workers", [1, 1, ...] over "all"; float32 or wider. `psum` of it over the
+      mesh axes is the sum over all devices.
+
+    >>> weighted_sum(jnp.array([[0.25, 0.75]]), jnp.array([[0.0, 4.0]]), "all")
+    Array([[3.]], dtype=float32)
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    apart = over == "workers"
-    # One long dimension is fastest; but it would gather a worker that is split over devices.
+    by_hub = over == "workers"
+    # One long dimension is fastest, but joining dimensions would gather a sharded worker.
     flat = x if workers_are_sharded() else x.reshape(x.shape[:2] + (-1,))
-    form = "dn,dn...->d..." if apart else "dn,dn...->..."
+    form = "dn,dn...->d..." if by_hub else "dn,dn...->..."
     total = jnp.einsum(
         form, weight.astype(wide), flat.astype(wide), precision=lax.Precision.HIGHEST
     )
-    return total.reshape((x.shape[0] if apart else 1, 1) + x.shape[2:])
+    return total.reshape((x.shape[0] if by_hub else 1, 1) + x.shape[2:])
 
 
 def workers_are_sharded() -> bool:
-    """Whether, inside `over_mesh`, a worker is split over several devices, of which the compiler
-    takes care."""
+    """Whether, inside `over_mesh`, each worker is sharded over several devices.
+
+    >>> workers_are_sharded()
+    False
+    """
     return MODEL in jax.sharding.get_abstract_mesh().auto_axes
 
 
+def fuse_leaves(fn: Callable, tree: Tree, axes: Iterable[str]) -> Tree:
+    """Apply a collective to all leaves of a type at once, so that they are sent in one message.
+
+    Leaf by leaf every message would wait for a link. Leaves stay apart where nothing is sent, and
+    where workers are sharded over devices: joining their leaves would gather them.
+
+    Args:
+      fn: a collective of arrays [a, b, size] → [c, d, size], for any size.
+      tree: leaves [a, b, ...].
+      axes: the mesh axes over which `fn` communicates.
+
+    Returns:
+      The results, leaves [c, d, ...].
+
+    >>> fuse_leaves(lambda x: 2 * x, {"bias": jnp.ones((1, 1)), "scale": jnp.ones((1, 1))}, [])
+    {'bias': Array([[2.]], dtype=float32), 'scale': Array([[2.]], dtype=float32)}
+    """
+    if all(lax.axis_size(axis) == 1 for axis in axes) or workers_are_sharded():
+        return jax.tree.map(fn, tree)
+    leaves, structure = jax.tree.flatten(tree)
+    results: list[Any] = list(leaves)
+    for dtype in dict.fromkeys(x.dtype for x in leaves):
+        places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+        flat = [leaves[i].reshape(leaves[i].shape[:2] + (-1,)) for i in places]
+        joined = fn(jnp.concatenate(flat, axis=2))
+        ends = np.cumsum([x.shape[2] for x in flat])
+        for i, part in zip(places, jnp.split(joined, ends[:-1], axis=2), strict=True):
+            results[i] = part.reshape(part.shape[:2] + leaves[i].shape[2:])
+    return jax.tree.unflatten(structure, results)
+
+
 def psum(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
-    """The sum of x over mesh axes, common to them."""
-    return _reduced(lax.psum, x, axes)
+    """All-reduce: the sum of x over mesh axes, common to their devices.
+
+    As `jax.lax.psum`, inside `over_mesh`; it works on workers that are sharded over "model" too.
+    """
+    return _all_reduce(lax.psum, x, axes)
 
 
 def pmax(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
-    """The largest x over mesh axes, common to them."""
-    return _reduced(lax.pmax, x, axes)
+    """All-reduce: the maximum of x over mesh axes, common to their devices.
+
+    As `jax.lax.pmax`, inside `over_mesh`; it works on workers that are sharded over "model" too.
+    """
+    return _all_reduce(lax.pmax, x, axes)
 
 
-def _reduced(reduce: Callable, x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
-    # On a mesh of 1 × 1 × model XLA cannot partition an all-reduce over the axes of workers; the
-    # gather of what one device has, which nothing is sent for either, it can.
+def _all_reduce(reduce: Callable, x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
+    # On a mesh of 1 × 1 × model XLA cannot partition an all-reduce over the axes of workers. It can
+    # partition a gather over them, which sends nothing either.
     if workers_are_sharded() and all(lax.axis_size(axis) == 1 for axis in AXES):
         return lax.all_gather(x, axes, to="invarying")[0]
     return reduce(x, axes)
 
 
 def mean(params: Tree, context: Context) -> Tree:
-    """u = Σ a_i x_i, leaves [...], common to all workers.
+    """Average the models of all workers, u = Σ_i a_i x_i.
 
-    Of values that are not floating point, such as counters, the largest.
+    To be called inside `over_mesh`. Of leaves that are not floating point, such as counters, it
+    takes the maximum over the workers.
+
+    Args:
+      params: x_i, leaves [d, n, ...].
+      context: with the weights a_i.
+
+    Returns:
+      u, leaves [...], common to all workers, in the dtypes of the parameters.
     """
 
     def one(x):
@@ -132,7 +242,17 @@ def mean(params: Tree, context: Context) -> Tree:
 
 
 def consensus_distance(params: Tree, context: Context) -> jax.Array:
-    """√(Σ a_i ‖x_i − u‖²), float [], over all leaves."""
+    """Consensus distance √(Σ_i a_i ‖x_i − u‖²) of the workers' models from their average u.
+
+    To be called inside `over_mesh`.
+
+    Args:
+      params: x_i, leaves [d, n, ...]; leaves that are not floating point are left out.
+      context: with the weights a_i.
+
+    Returns:
+      A scalar, common to all workers; 0 at consensus.
+    """
 
     def square(x):
         u = _mean(x, context)

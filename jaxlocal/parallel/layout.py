@@ -1,4 +1,4 @@
-"""The grid of workers: hubs, workers of a hub, their weights and rates, and its mesh axes."""
+"""The layout of workers: the grid of hubs × workers, with their weights and rates."""
 
 import dataclasses
 import numbers
@@ -10,22 +10,28 @@ from jax.sharding import PartitionSpec as P
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Context, Tree
 
+# The mesh axes: two over which the grid of workers is sharded, and one that shards each worker.
 AXES, MODEL = ("hubs", "workers"), "model"
 
-
+# How leaves lie on a mesh: [D, N, ...] for all workers, [...] the same everywhere, and a Context.
 STACKED, SINGLE = P(*AXES), P()
+CONTEXT = Context(STACKED, STACKED, STACKED, STACKED, SINGLE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """D hubs of N workers each, with their weights and rates.
+    """Layout of K = D · N workers: D hubs of N workers each, with their weights and rates.
 
     Args:
-      hubs: D; a method without hubs has one.
-      workers_per_hub: N.
-      weights: w_i > 0, any shape that broadcasts to [D, N] or K numbers; the share of worker i in
-        the average is a_i = w_i / Σ w.
-      rates: p_i in (0, 1], likewise: the probability that worker i takes its step at a step.
+      hubs: D, the number of hubs; 1 for a method without hubs.
+      workers_per_hub: N, the number of workers of each hub.
+      weights: w_i > 0, one number, N (the same in each hub), K, or any shape that broadcasts to
+        [D, N]. The share of worker i in the average is a_i = w_i / Σ w.
+      rates: p_i in (0, 1], in the same shapes: the probability that worker i takes a local step.
+
+    Raises:
+      ConfigurationError: no hubs or no workers, numbers that do not fit the grid, a weight or rate
+        out of its range, or weights so different that float32 cannot hold the smallest share.
 
     >>> Layout(hubs=2, workers_per_hub=2, weights=[1, 1, 2, 4]).weight
     array([[0.125, 0.125],
@@ -49,11 +55,12 @@ class Layout:
             raise ConfigurationError(f"worker rates must be in (0, 1], got {wrong}")
         if (self.weight < np.finfo(np.float32).tiny).any():
             raise ConfigurationError(
-                f"worker weights from {weights.min()} to {weights.max()} are too far apart"
+                f"worker weights from {weights.min()} to {weights.max()} are too far apart for "
+                f"float32"
             )
 
     def _grid(self, field: str) -> np.ndarray:
-        """The field as float64 [D, N]."""
+        """The weights or rates as float64 [D, N]."""
         values = np.asarray(getattr(self, field), np.float64)
         if values.ndim == 1 and values.size == self.workers:
             values = values.reshape(self.shape)
@@ -62,37 +69,44 @@ class Layout:
         except ValueError:
             raise ConfigurationError(
                 f"{values.size} {field} do not fit {self.hubs} hubs × {self.workers_per_hub} "
-                f"workers: give one, "
-                f"{self.workers_per_hub} (a hub's) or {self.workers}"
+                f"workers: give one, {self.workers_per_hub} (a hub's) or {self.workers}"
             ) from None
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(D, N)."""
         return self.hubs, self.workers_per_hub
 
     @property
     def workers(self) -> int:
-        """K."""
+        """K, the number of workers."""
         return self.hubs * self.workers_per_hub
 
     @property
     def weight(self) -> np.ndarray:
-        """a_i, float64 [D, N], sums to 1."""
-        weights = self._grid("weights") / self._grid("weights").max()  # so that no sum overflows
+        """a_i, the share of each worker in the average, float64 [D, N]; sums to 1."""
+        weights = self._grid("weights") / self._grid("weights").max()  # their sum cannot overflow
         return weights / weights.sum()
 
     @property
     def hub_weight(self) -> np.ndarray:
-        """b_d = Σ a_i over the workers of hub d, float64 [D]."""
+        """b_d = Σ a_i over the workers of hub d, float64 [D]; sums to 1."""
         return self.weight.sum(axis=1)
 
     @property
     def rate(self) -> np.ndarray:
-        """p_i, float64 [D, N]."""
+        """p_i, the probability that each worker takes a local step, float64 [D, N]."""
         return self._grid("rates")
 
     def context(self, data: Tree = ()) -> Context:
-        """What the rounds are told of this layout, as host arrays."""
+        """Build the context of rounds on this layout: what is fixed besides the state.
+
+        Args:
+          data: a pool of examples that batches of indices point into, leaves [examples, ...].
+
+        Returns:
+          A Context of host arrays [D, N].
+        """
         return Context(
             worker=np.arange(self.workers, dtype=np.int32).reshape(self.shape),
             weight=self.weight,

@@ -1,4 +1,4 @@
-"""Where workers live: the mesh, which may span processes, and how host arrays come onto it."""
+"""The mesh of devices, which may span processes, and the placement of host arrays on it."""
 
 import math
 from collections.abc import Sequence
@@ -19,12 +19,20 @@ def make_mesh(
     devices: Sequence[jax.Device] | None = None,
     shape: Sequence[int] | None = None,
 ) -> Mesh:
-    """A mesh of ('hubs', 'workers') that the worker grid divides into.
+    """Make a mesh of devices with the axes 'hubs' and 'workers' for a layout of workers.
 
-    Without a shape, the one that uses the most of the devices, hubs before workers; devices that
-    the grid does not divide into stay idle. With a shape, that one, or an error. A third entry
-    greater than 1 is the size of a last axis, 'model': every worker is then split over so many
-    neighbouring devices. Without devices, those of all processes, the same number of each.
+    Args:
+      layout: the workers; each axis of the mesh divides the same axis of their grid.
+      devices: the devices to use; by default those of all processes, the same number of each.
+      shape: hubs × workers, or hubs × workers × model, where 'model' is a third axis: every worker
+        is then sharded over that many neighbouring devices. By default the hubs × workers that use
+        most of the devices, hubs before workers; devices left over stay idle.
+
+    Returns:
+      A mesh of two axes, or of three where the third size is greater than 1.
+
+    Raises:
+      ConfigurationError: the grid does not divide over the shape, or there are too few devices.
 
     >>> make_mesh(Layout(hubs=4, workers_per_hub=3), jax.devices()[:1]).devices.shape
     (1, 1)
@@ -50,18 +58,32 @@ def _check_mesh(layout: Layout, shape: tuple[int, ...], devices: int) -> None:
                 f"{count} {name} do not divide over {size} devices of the mesh axis {name!r}"
             )
     if shape[-1] < 1:
-        raise ConfigurationError(f"a worker cannot be split over {shape[-1]} devices")
+        raise ConfigurationError(f"a worker cannot be sharded over {shape[-1]} devices")
     if math.prod(shape) > devices:
         raise ConfigurationError(
-            f"a {named} mesh needs {math.prod(shape)} devices, there are {devices}"
+            f"a {named} mesh needs {math.prod(shape)} devices, and there are {devices}"
         )
 
 
 def balanced_devices(
     devices: Sequence[jax.Device], grid: tuple[int, int], shape: Sequence[int] | None = None
 ) -> list[jax.Device]:
-    """As many devices of one process as of the other: what the mesh of a shape, or the largest,
-    takes."""
+    """Choose devices for a mesh, the same number from every process.
+
+    Args:
+      devices: those of all processes.
+      grid: (D, N), the grid of workers.
+      shape: of the mesh; by default the largest that the grid divides over.
+
+    Returns:
+      The devices in the order of the mesh; all of them where there is one process.
+
+    Raises:
+      ConfigurationError: a mesh of the shape does not divide over the processes.
+
+    >>> balanced_devices(jax.devices()[:1], (1, 4)) == jax.devices()[:1]
+    True
+    """
     owned: dict[int, list[jax.Device]] = {}
     for device in devices:
         owned.setdefault(device.process_index, []).append(device)
@@ -77,8 +99,18 @@ def balanced_devices(
 
 
 def largest_mesh(grid: tuple[int, int], devices: int, processes: int = 1) -> tuple[int, int]:
-    """The shape of the mesh that uses the most of so many devices, the same number of every
-    process, and that a worker grid divides into, hubs before workers.
+    """Find the shape of the largest mesh that a grid of workers divides over.
+
+    Args:
+      grid: (D, N), the grid of workers.
+      devices: the number of devices of all processes together.
+      processes: the number of processes; each gives the same number of devices.
+
+    Returns:
+      Hubs × workers; where several shapes use as many devices, the one with most hubs.
+
+    Raises:
+      ConfigurationError: no mesh divides over the processes.
 
     >>> largest_mesh((2, 5), 4), largest_mesh((1, 7), 4), largest_mesh((1, 100), 64)
     ((2, 1), (1, 1), (1, 50))
@@ -101,11 +133,22 @@ def largest_mesh(grid: tuple[int, int], devices: int, processes: int = 1) -> tup
 
 
 def place(tree: Tree, shardings: Any) -> Tree:
-    """The arrays on the devices of their shardings, a prefix of the tree.
+    """Place arrays on the devices of a mesh, which may span processes.
 
-    As `jax.device_put`, but for a sharding that spans processes: there every process gives the same
-    arrays, of which the rows of its own devices are read, and nothing is said between processes to
-    compare them. What spans processes already is resharded, if need be.
+    As `jax.device_put`, except where a sharding spans processes. There every process passes the
+    same arrays and reads the rows of its own devices; the processes do not communicate to compare
+    them. Arrays that span processes already are resharded if their sharding differs.
+
+    Args:
+      tree: arrays of the host or of devices.
+      shardings: a prefix of the tree.
+
+    Returns:
+      The arrays with those shardings.
+
+    >>> mesh = make_mesh(Layout(), jax.devices()[:1])
+    >>> place(np.arange(3), NamedSharding(mesh, SINGLE))
+    Array([0, 1, 2], dtype=int32)
     """
     if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(shardings)):
         return jax.device_put(tree, shardings)
@@ -128,15 +171,29 @@ def _spanning(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def wait_on_cpu_processes(mesh: Mesh, results: Tree) -> Tree:
-    """What a program on the mesh has given, to be had before the next program starts where the mesh
-    is of CPUs in several processes: their collectives occupy the threads of the host, and those of
-    programs that run ahead can wait for each other for ever."""
+    """Wait for the results of a program if the mesh is of CPUs in several processes.
+
+    There, collectives occupy the threads of the host, and programs that run ahead of each other can
+    deadlock. On other meshes the results are returned at once, and the next program is dispatched
+    while this one runs.
+
+    >>> wait_on_cpu_processes(make_mesh(Layout(), jax.devices()[:1]), jax.numpy.ones(1))
+    Array([1.], dtype=float32)
+    """
     waits = mesh.is_multi_process and mesh.devices.flat[0].platform == "cpu"
     return jax.block_until_ready(results) if waits else results
 
 
 def local_rows(mesh: Mesh, grid: tuple[int, ...], spec: P = STACKED) -> np.ndarray:
-    """The numbers, row by row, of the places of a grid that lie on this process's devices.
+    """Numbers of the workers, or of other rows of a grid, that lie on this process's devices.
+
+    Args:
+      mesh: as `make_mesh` gives it.
+      grid: the shape of the grid, (D, N) for workers.
+      spec: how the grid is sharded over the mesh.
+
+    Returns:
+      Their numbers in row-major order, int [rows], ascending.
 
     >>> local_rows(Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("hubs", "workers")), (2, 3))
     array([0, 1, 2, 3, 4, 5])
@@ -154,16 +211,22 @@ def place_rows(
     axis: int = 0,
     within: P = SINGLE,
 ) -> Tree:
-    """Arrays of which this process holds only its own rows, as arrays over the whole grid.
+    """Place arrays of which each process holds only the rows of its own devices.
 
     Args:
-      tree: host arrays, leaves [..., rows, ...] with the `local_rows` of the grid at an axis.
-      spec: how the grid is spread over the mesh.
-      axis: which of the leaves'; what stands before is whole everywhere.
-      within: how what stands after it is spread.
+      tree: host arrays, leaves [..., rows, ...], whose rows are the `local_rows` of the grid.
+      mesh: as `make_mesh` gives it.
+      grid: the shape of the grid, (D, N) for workers.
+      spec: how the grid is sharded over the mesh.
+      axis: which axis of the leaves holds the rows; axes before it are not sharded.
+      within: how the axes after it are sharded.
 
     Returns:
       Global arrays, leaves [..., *grid, ...].
+
+    >>> mesh = make_mesh(Layout(workers_per_hub=2), jax.devices()[:1])
+    >>> place_rows(np.zeros((5, 2, 3)), mesh, (1, 2), axis=1).shape  # [steps, D, N, features]
+    (5, 1, 2, 3)
     """
     rows = local_rows(mesh, grid, spec)
     numbers = np.arange(math.prod(grid)).reshape(grid)

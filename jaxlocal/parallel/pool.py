@@ -1,4 +1,4 @@
-"""A pool of examples that stays on the devices, and the batches that point into it."""
+"""A pool of examples that stays on the devices, and batches of indices into it."""
 
 from typing import Any
 
@@ -11,19 +11,37 @@ from jaxlocal.types import Tree
 
 
 def fetch(data: Tree, batch: Tree) -> Tree:
-    """The examples of a batch: the batch itself, or, where there is a pool, those that its
-    indices point to. A dictionary has them as its "index", and its other entries stay beside the
-    examples."""
+    """Look up the examples of a batch in the pool.
+
+    Args:
+      data: the pool, a tree of arrays [examples, ...]; () without a pool.
+      batch: without a pool, the examples themselves. With a pool, indices of examples, int [batch],
+        or a dictionary that has them as "index".
+
+    Returns:
+      The examples, leaves [batch, ...]; with the other entries of a dictionary.
+
+    >>> pool = {"inputs": jnp.array([0.5, 1.5, 2.5])}
+    >>> fetch(pool, jnp.array([2, 0]))
+    {'inputs': Array([2.5, 0.5], dtype=float32)}
+    """
     if not jax.tree.leaves(data):
         return batch
     if not isinstance(batch, dict):
         return jax.tree.map(lambda pool: pool[batch], data)
-    beside = {name: value for name, value in batch.items() if name != "index"}
-    return {**jax.tree.map(lambda pool: pool[batch["index"]], data), **beside}
+    others = {name: value for name, value in batch.items() if name != "index"}
+    return {**jax.tree.map(lambda pool: pool[batch["index"]], data), **others}
 
 
 def pool_size(data: Tree) -> int | None:
-    """The examples of a pool; None without one."""
+    """Number of examples in a pool; None without a pool.
+
+    Raises:
+      ConfigurationError: the arrays of the pool differ in their first dimension.
+
+    >>> pool_size({"inputs": np.zeros((10, 3)), "targets": np.zeros(10)})
+    10
+    """
     sizes = {len(x) if np.ndim(x) else 0 for x in jax.tree.leaves(data)}
     if len(sizes) > 1:
         raise ConfigurationError(
@@ -33,11 +51,20 @@ def pool_size(data: Tree) -> int | None:
 
 
 def check_indices(batches: Tree, examples: int) -> None:
-    """Where there is a pool, batches are indices, or a dictionary that has them as its "index"."""
+    """Check that batches are indices into a pool.
+
+    Args:
+      batches: integer arrays, or a dictionary that has one as "index".
+      examples: the number of examples of the pool.
+
+    Raises:
+      ConfigurationError: there are no integer indices, or (where they lie on the host) an index is
+        outside of the pool.
+    """
     index: Any = batches.get("index") if isinstance(batches, dict) else batches
     if not (hasattr(index, "dtype") and jnp.issubdtype(index.dtype, jnp.integer)):
         raise ConfigurationError(
-            'the rounds have a pool, so batches must be integer indices, or have them as "index", '
+            'with a pool of examples batches must be integer indices, or have them as "index", '
             f"got {jax.tree.map(lambda x: getattr(x, 'dtype', type(x).__name__), batches)}"
         )
     if (

@@ -1,4 +1,4 @@
-"""A worker larger than a device: how what it holds is split over the mesh axis `model`."""
+"""Sharding of workers that are larger than a device, over the mesh axis "model"."""
 
 import math
 import re
@@ -15,23 +15,30 @@ from jaxlocal.parallel.collectives import workers_are_sharded
 from jaxlocal.parallel.layout import MODEL
 from jaxlocal.types import Tree
 
-# (path, shape of one worker's leaf) -> which of its dimensions are split over "model"
+# (path, shape of one worker's leaf) -> which of its dimensions is sharded over "model"
 Rule = Callable[[str, tuple[int, ...]], P]
 
 
 def fsdp(devices: int, least: int = 1 << 10) -> Rule:
-    """Every leaf split along its largest dimension that the devices divide, the first of equals.
+    """Shard every leaf along its largest dimension, as fully sharded data parallelism does.
 
-    Leaves of fewer than `least` elements, and those of which the devices divide no dimension, stay
-    whole on every device: a collective for them would cost more than it saves.
+    The dimension is the largest that the number of devices divides, the first of several equal
+    ones. A leaf without such a dimension, or with fewer than `least` elements, is replicated on
+    every device: a collective for it would cost more than it saves.
+
+    Args:
+      devices: how many devices hold one worker, the size of the mesh axis "model".
+      least: the number of elements from which on a leaf is sharded.
+
+    Returns:
+      A rule (path, shape of one worker's leaf) → PartitionSpec, for `RoundFn(..., sharding=rule)`.
 
     >>> rule = fsdp(4)
     >>> [rule("", shape) for shape in ((64, 256), (256, 255), (49, 49), (256,))]
     [P(None, 'model'), P('model',), P(), P()]
 
-    Source: as Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel",
-    VLDB 2023, https://arxiv.org/abs/2304.11277, and ZeRO before them, keep parameters and
-    optimizer states in parts.
+    Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", VLDB
+    2023, https://arxiv.org/abs/2304.11277.
     """
 
     def rule(path: str, shape: tuple[int, ...]) -> P:
@@ -44,18 +51,21 @@ def fsdp(devices: int, least: int = 1 << 10) -> Rule:
 
 
 def by_name(pairs: Iterable[tuple[str, P]]) -> Rule:
-    """Every leaf split as the first pattern says that is found in its path.
+    """Shard every leaf by the first pattern that matches its path.
 
-    A path is that in the `TrainState`, as "params/blocks/0/up/kernel" or
-    "opt_state/0/trace/blocks/0/up/kernel": the pattern of a parameter is found in all that an
-    optimizer or a stage keeps of it too. Leaves of one element stay whole.
+    Paths are those in the `TrainState`, such as "params/blocks/0/up/kernel" or
+    "opt_state/0/trace/blocks/0/up/kernel", so that the pattern of a parameter matches the optimizer
+    state and the memories of that parameter too. Leaves of one element are replicated.
 
     Args:
-      pairs: regular expressions, and which of the dimensions of one worker's leaf are split over
-        "model". ("", P()) at the end leaves all others whole.
+      pairs: regular expressions, searched for in the path, each with the PartitionSpec of one
+        worker's leaf over "model". ("", P()) at the end replicates all other leaves.
+
+    Returns:
+      A rule (path, shape of one worker's leaf) → PartitionSpec, for `RoundFn(..., sharding=rule)`.
 
     Raises:
-      ConfigurationError: by the rule, where no pattern is found in a path.
+      ConfigurationError: from the rule, if no pattern matches a path.
 
     >>> rule = by_name([("up/kernel", P(None, "model")), ("down/kernel", P("model")), ("", P())])
     >>> rule("params/0/up/kernel", (16, 64)), rule("opt_state/0/mu/0/down/kernel", (64, 16))
@@ -71,21 +81,31 @@ def by_name(pairs: Iterable[tuple[str, P]]) -> Rule:
                 return spec
         raise ConfigurationError(
             f"none of the patterns {[pattern for pattern, _ in known]} is found in {path}; "
-            f'("", P()) at the end leaves the rest whole'
+            f'("", P()) at the end replicates all other leaves'
         )
 
     return rule
 
 
 def shardings(mesh: Mesh, rule: Rule, specs: Any, tree: Tree) -> Tree:
-    """Where every leaf of a tree (or of its shapes) lies.
+    """Shardings of all leaves of a tree on a mesh.
 
     Args:
-      specs: a prefix of the tree, how leading dimensions are spread over the axes of workers; the
-        rule is asked about the others.
+      mesh: as `make_mesh` gives it.
+      rule: how one worker's leaf is sharded over "model", if the mesh has this axis.
+      specs: how the leading dimensions are sharded over the axes of workers, a prefix of the tree.
+      tree: arrays or their shapes.
+
+    Returns:
+      A tree of NamedSharding.
 
     Raises:
-      ConfigurationError: what the rule says does not fit the leaf.
+      ConfigurationError: the rule's PartitionSpec does not fit the leaf.
+
+    >>> mesh = jax.sharding.AbstractMesh((1, 1, 2), ("hubs", "workers", "model"))
+    >>> params = {"kernel": jax.ShapeDtypeStruct((1, 4, 64, 32), "float32")}
+    >>> shardings(mesh, fsdp(2), P("hubs", "workers"), params)["kernel"].spec
+    P('hubs', 'workers', 'model')
     """
 
     def part(prefix, spec, leaves):
@@ -93,9 +113,9 @@ def shardings(mesh: Mesh, rule: Rule, specs: Any, tree: Tree) -> Tree:
             if not is_sharded(mesh):
                 return NamedSharding(mesh, spec)
             path, shape = path_name((*prefix, *path)), x.shape[len(spec) :]
-            own = rule(path, shape)
-            _check(path, shape, own, mesh.shape[MODEL])
-            return NamedSharding(mesh, P(*spec, *own))
+            within = rule(path, shape)
+            _check(path, shape, within, mesh.shape[MODEL])
+            return NamedSharding(mesh, P(*spec, *within))
 
         return jax.tree_util.tree_map_with_path(one, leaves)
 
@@ -103,58 +123,88 @@ def shardings(mesh: Mesh, rule: Rule, specs: Any, tree: Tree) -> Tree:
 
 
 def with_shardings(shapes: Tree, shardings: Any) -> Tree:
-    """The shapes with their shardings, a prefix of the tree."""
+    """Attach shardings, a prefix of the tree, to the shapes of arrays."""
 
-    def over(where, part):
-        at = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-        return jax.tree.map(at, part)
+    def attach(sharding, part):
+        one = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.tree.map(one, part)
 
-    return jax.tree.map(over, shardings, shapes)
+    return jax.tree.map(attach, shardings, shapes)
 
 
 def named_shardings(mesh: Mesh, specs: Any) -> Any:
-    """The specs as shardings."""
+    """Turn a tree of PartitionSpec into a tree of NamedSharding on a mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def batch_specs(mesh: Mesh, leading: P, batches: Tree) -> Any:
-    """How batches lie whose examples follow the leading dimensions: split as well where they
-    divide."""
+    """Specs of batches: their examples are sharded over the devices of a worker where they divide.
+
+    Args:
+      mesh: as `make_mesh` gives it.
+      leading: the spec of the dimensions before the examples.
+      batches: arrays or their shapes, leaves [..., batch, ...].
+
+    Returns:
+      A prefix of the tree of batches, or a tree of the same structure.
+    """
     if not is_sharded(mesh):
         return leading
-    place, parts = len(leading), mesh.shape[MODEL]
+    axis, devices = len(leading), mesh.shape[MODEL]
 
     def one(x):
-        divides = x.ndim > place and x.shape[place] % parts == 0
+        divides = x.ndim > axis and x.shape[axis] % devices == 0
         return P(*leading, MODEL) if divides else leading
 
     return jax.tree.map(one, batches)
 
 
 def unshard(params: Tree) -> Tree:
-    """The parameters, whole on every device: what a loss may say of those that it needs next."""
-    return _held(params, lambda x: P())
+    """Gather sharded parameters on every device of a worker, just before a loss uses them.
+
+    Args:
+      params: one worker's parameters, or those of one layer, inside a loss.
+
+    Returns:
+      The same values, replicated; where workers are not sharded, the parameters as they are.
+
+    >>> unshard({"bias": 1.5})
+    {'bias': 1.5}
+    """
+    return _constrain(params, lambda x: P())
 
 
 def shard_examples(batch: Tree) -> Tree:
-    """One worker's batch, leaves [batch, ...], split over its devices where it divides."""
-    parts = jax.sharding.get_abstract_mesh().shape.get(MODEL, 1)
-    return _held(batch, lambda x: P(MODEL) if x.ndim and x.shape[0] % parts == 0 else P())
+    """Shard the examples of one worker's batch over its devices, where they divide.
+
+    Args:
+      batch: leaves [batch, ...], inside a loss.
+
+    Returns:
+      The same values; where workers are not sharded, the batch as it is.
+    """
+    devices = jax.sharding.get_abstract_mesh().shape.get(MODEL, 1)
+    return _constrain(batch, lambda x: P(MODEL) if x.ndim and x.shape[0] % devices == 0 else P())
 
 
-def _held(tree: Tree, spec_of: Callable) -> Tree:
+def _constrain(tree: Tree, spec_of: Callable) -> Tree:
     if not workers_are_sharded():
         return tree
     return jax.tree.map(lambda x: lax.with_sharding_constraint(x, spec_of(x)), tree)
 
 
 def is_sharded(mesh: Mesh) -> bool:
-    """Whether a worker is spread over several devices."""
+    """Whether the workers on a mesh are sharded over several devices each."""
     return MODEL in mesh.axis_names
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A path as "params/first/kernel", alike for namedtuples, lists and dictionaries."""
+    """Write the path of a leaf as "params/first/kernel", through tuples, lists and dictionaries.
+
+    >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"params": [{"bias": 1.5}]})
+    >>> path_name(path)
+    'params/0/bias'
+    """
     entries = (getattr(e, "key", getattr(e, "name", getattr(e, "idx", e))) for e in path)
     return "/".join(map(str, entries))
 
@@ -165,6 +215,6 @@ def _check(path: str, shape: tuple[int, ...], spec: P, devices: int) -> None:
         fits &= axis is None or (axis in (MODEL, (MODEL,)) and size % devices == 0)
     if not fits:
         raise ConfigurationError(
-            f"{path} of shape {shape} cannot be split as {spec} over the {devices} devices of "
+            f"{path} of shape {shape} cannot be sharded as {spec} over the {devices} devices of "
             f"the mesh axis {MODEL!r}"
         )

@@ -1,4 +1,4 @@
-"""How a device runs its workers: all at once, one after another, or in blocks."""
+"""Worker maps: whether a device runs its workers all at once, in turn, or in blocks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,16 +15,31 @@ WORKER_MAPS: dict[str, int | None] = {"vmap": None, "map": 1}  # workers at once
 
 
 def over_workers(fn: Callable, mode: str, in_place: int = 0) -> Callable:
-    """fn of one worker's trees → fn of trees with leaves [d, n, ...]; how a device runs its
-    workers.
+    """Map a function of one worker's trees over all workers of a device.
 
-    `vmap`: all at once, as one batched program. `map`: one after another in a loop, each with the
-    speed and the memory of a model of its own. `blocks:N`: N at once, block after block. The
-    results are the same up to rounding.
+    | mode       | how the workers run                                                        |
+    |------------|----------------------------------------------------------------------------|
+    | "vmap"     | all at once, as one batched program                                        |
+    | "map"      | one after another in a loop, with the speed and memory of a single model   |
+    | "blocks:N" | N at once, block after block                                               |
+
+    The results are the same up to rounding.
 
     Args:
-      in_place: how many of fn's results, the first ones, take the place of its first trees: a loop
-        then writes each worker's into the array that it read them from.
+      fn: a function of one worker's trees, leaves [...].
+      mode: "vmap", "map" or "blocks:N".
+      in_place: the number of results of `fn`, from the first, that replace the arguments in the
+        same positions. A loop then writes them into the arrays of the arguments, without a copy.
+
+    Returns:
+      A function of trees with leaves [d, n, ...], the workers of one device.
+
+    Raises:
+      ConfigurationError: an unknown mode, or a result that replaces an argument and differs from it
+        in structure, shape or dtype.
+
+    >>> over_workers(lambda x, batch: x + batch.sum(), "map")(jnp.ones((1, 2)), jnp.ones((1, 2, 4)))
+    Array([[5., 5.]], dtype=float32)
     """
     size = block_size(mode)
 
@@ -34,15 +49,15 @@ def over_workers(fn: Callable, mode: str, in_place: int = 0) -> Callable:
 
         def one(*worker):
             out = vary(fn(*worker))
-            _check_kept(worker[:in_place], out[:in_place] if in_place else ())
+            _check_replaced(worker[:in_place], out[:in_place] if in_place else ())
             return out
 
-        if size == d * n == 1:  # no vmap of one, under which a cond would run both of its branches
+        if size == d * n == 1:  # without vmap, under which a cond would run both branches
             out = jax.tree.map(lambda x: x[None], one(*jax.tree.map(lambda x: x[0], flat)))
         elif size is None or size >= d * n:
             out = jax.vmap(one)(*flat)
         elif size == 1 and in_place:
-            out = _in_turn(one, flat, in_place)
+            out = _in_turn(fn, flat, in_place)
         else:
             in_blocks = None if size == 1 else size
             out = lax.map(lambda worker: one(*worker), flat, batch_size=in_blocks)
@@ -52,7 +67,10 @@ def over_workers(fn: Callable, mode: str, in_place: int = 0) -> Callable:
 
 
 def block_size(mode: str) -> int | None:
-    """How many workers a mode runs at once; None for all.
+    """Number of workers that a mode runs at once; None for all.
+
+    Raises:
+      ConfigurationError: an unknown mode.
 
     >>> block_size("map"), block_size("blocks:4"), block_size("vmap")
     (1, 4, None)
@@ -67,21 +85,22 @@ def block_size(mode: str) -> int | None:
     return int(number)
 
 
-def _check_kept(given: tuple, back: tuple) -> None:
-    """What takes the place of a tree must have its structure, shapes and types."""
-    told = lambda x: f"{jax.typeof(x).dtype}{list(jnp.shape(x))}"
-    before, after = jax.tree.map(told, given), jax.tree.map(told, tuple(back))
+def _check_replaced(arguments: tuple, results: tuple) -> None:
+    """Check that results have the structure, shapes and dtypes of the arguments they replace."""
+    describe = lambda x: f"{jax.typeof(x).dtype}{list(jnp.shape(x))}"
+    before, after = jax.tree.map(describe, arguments), jax.tree.map(describe, tuple(results))
     if before != after:
         raise ConfigurationError(f"a worker's step was given {before} and gives back {after}")
 
 
 def _in_turn(fn: Callable, trees: tuple, in_place: int) -> tuple:
-    """fn over the first dimension of its trees, one after another, the in_place ones in place."""
+    """Run `fn` over the first dimension of its trees in a loop that carries the replaced ones."""
 
     def step(carry, rest):
         number, places = carry
         worker = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, 0, False), places)
-        out = fn(*worker, *rest)
+        out = vary(fn(*worker, *rest))
+        _check_replaced(worker, out[:in_place])
         put = lambda x, new: lax.dynamic_update_index_in_dim(x, new, number, 0)
         return (number + 1, jax.tree.map(put, places, out[:in_place])), out[in_place:]
 
@@ -91,11 +110,15 @@ def _in_turn(fn: Callable, trees: tuple, in_place: int) -> tuple:
 
 
 def has_convolution(jaxpr: Any) -> bool:
-    """Whether a jaxpr convolves or pools, at any depth."""
+    """Whether a jaxpr has a convolution or a pooling, at any depth.
+
+    >>> has_convolution(jax.make_jaxpr(jnp.sin)(1.0))
+    False
+    """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    hot = ("conv_general_dilated", "reduce_window", "select_and_scatter")
+    names = ("conv_general_dilated", "reduce_window", "select_and_scatter")
     return any(
-        eqn.primitive.name.startswith(hot)
+        eqn.primitive.name.startswith(names)
         or any(has_convolution(sub) for sub in _subjaxprs(eqn.params))
         for eqn in jaxpr.eqns
     )
@@ -107,12 +130,21 @@ def _subjaxprs(params: dict) -> list:
 
 
 def worker_map_for(fn: Callable, *arguments: Tree) -> str:
-    """The mode in which this backend runs `fn` fastest, for one worker's arguments (shapes are
-    enough).
+    """Choose the mode of `over_workers` that this backend runs fastest.
 
-    On a CPU a loop over workers keeps each in cache and its convolutions plain, where vmap would
-    group them. An accelerator needs all workers at once to be busy, unless a convolution would be
-    grouped.
+    On a CPU a loop over the workers keeps one model in the cache, and its convolutions stay plain
+    ones, where vmap would make grouped convolutions of them. An accelerator is busy only with all
+    workers at once, but it too is slow at the gradients of grouped convolutions.
+
+    Args:
+      fn: a function of one worker's trees.
+      *arguments: one worker's trees, leaves [...]; arrays or their shapes.
+
+    Returns:
+      "map" or "vmap".
+
+    >>> worker_map_for(jnp.sin, jax.ShapeDtypeStruct((3,), jnp.float32))  # on a CPU
+    'map'
     """
     if jax.default_backend() == "cpu":
         return "map"

@@ -12,7 +12,8 @@ from experiments.benchmarks.scaling.group import Answers, Question, Setup, ask_i
 from experiments.benchmarks.scaling.link import Link
 from experiments.benchmarks.speed.workloads import Workload
 from experiments.launching.starting import cores
-from jaxlocal.communication.cost_model import Cluster, hours
+from jaxlocal.communication.collective_costs import Cluster
+from jaxlocal.communication.cost_model import hours
 
 WORKERS, STEPS, EXAMPLES = 8, 16, 2048  # in all; of a round; in the pool, whole on every device
 DATA_PARALLEL = "data_parallel"

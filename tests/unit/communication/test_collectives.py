@@ -15,10 +15,10 @@ from jaxlocal import Layout, RoundFn, make_mesh
 from jaxlocal.communication.accounting import by_kind
 from jaxlocal.communication.audit import Audited, audit
 from jaxlocal.compression import parse
-from jaxlocal.models.mll_cnn import mll_cnn
+from jaxlocal.models.cnn import mll_cnn
 from jaxlocal.models.simple import mlp
 from jaxlocal.models.supervised import training_loss
-from jaxlocal.models.transformer import transformer
+from jaxlocal.models.transformers import transformer
 from jaxlocal.types import Method
 
 BATCH, TOKENS, CLASSES, INNER = 2, 6, 10, 4  # INNER: inner stages of a round, one program

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlocal import ConfigurationError
-from jaxlocal.communication.cost_model import ALL_REDUCE, Cluster, Fit, fit, hours
+from jaxlocal.communication.collective_costs import ALL_REDUCE, Cluster
+from jaxlocal.communication.cost_model import hours
+from jaxlocal.communication.hours_fit import Fit, fit
 
 SIZE = 1680  # divides by 2 … 8 and by 2⁴
 PLAYED = {

@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlocal import ConfigurationError, Layout, make_mesh
 from jaxlocal.communication import mixing
 from jaxlocal.communication.topology import hub_graph, mixing_matrix, zeta
-from jaxlocal.parallel.layout import STACKED
-from jaxlocal.training.round import CONTEXT
+from jaxlocal.parallel.layout import CONTEXT, STACKED
 from jaxlocal.types import MessageBits
 
 # Float32 rounds at 6e-8; a mixing sums at most 24 numbers of size one.

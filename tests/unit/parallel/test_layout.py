@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlocal import ConfigurationError, Layout, make_mesh
 from jaxlocal.parallel import collectives, keys, worker_maps
 from jaxlocal.parallel.keys import GRADIENT, RATE
-from jaxlocal.parallel.layout import STACKED
-from jaxlocal.training.round import CONTEXT
+from jaxlocal.parallel.layout import CONTEXT, STACKED
 
 
 def refused(message):

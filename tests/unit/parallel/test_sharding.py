@@ -17,7 +17,7 @@ from jaxlocal import ConfigurationError, Layout, RoundFn, compression, make_mesh
 from jaxlocal.communication import topology
 from jaxlocal.communication.accounting import by_kind
 from jaxlocal.communication.audit import audit
-from jaxlocal.models.transformer import transformer
+from jaxlocal.models.transformers import transformer
 from jaxlocal.nn import conv_general_dilated, max_pool
 from jaxlocal.parallel import sharding
 from jaxlocal.training.checkpoints import Checkpoints
