@@ -1,15 +1,16 @@
-"""Collectives message by message, and rounds step by step: what the model of a cluster sums up.
+"""Simulations that the cost model sums up: collectives message by message, rounds step by step.
 
-A collective is played on a list of vectors, one a device, in steps. In a step every device may send
-one message and receive one; its load is the most that one link carries one way, in values. All give
-(what each device holds at the end, the loads of the steps).
+A collective is simulated on a list of vectors, one per device, in steps. In a step every device may
+send one message and receive one. The load of a step is the largest number of values that one link
+carries in one direction. Every simulation returns what each device holds at the end, and the loads
+of the steps.
 """
 
 import numpy as np
 
 
 def ring_all_reduce(vectors):
-    """Reduce-scatter, then all-gather: piece by piece to the next device."""
+    """A reduce-scatter and then an all-gather; every device sends pieces to the next one."""
     n = len(vectors)
     held = [np.array_split(vector.astype(np.float64), n) for vector in vectors]
     loads = []
@@ -17,14 +18,15 @@ def ring_all_reduce(vectors):
         sent = [((i - step) % n, held[i][(i - step) % n].copy()) for i in range(n)]
         loads.append(max(len(piece) for _, piece in sent))
         for i, (number, piece) in enumerate(sent):
-            there = held[(i + 1) % n]
-            there[number] = there[number] + piece if step < n - 1 else piece
+            receiver = held[(i + 1) % n]
+            receiver[number] = receiver[number] + piece if step < n - 1 else piece
     return [np.concatenate(pieces) for pieces in held], loads
 
 
 def halving_doubling_all_reduce(vectors):
-    """Halves of what is left are exchanged at growing distances, and back; devices beyond the power
-    of two hand theirs to one of the others before, and are told the sum after."""
+    """Pairs of devices exchange halves of the remaining vector at halving distances, and then the
+    sums in reverse order. Devices beyond the largest power of two send their vectors to one of the
+    others before, and receive the sum after."""
     held = [vector.astype(np.float64) for vector in vectors]
     power = 1
     while 2 * power <= len(held):
@@ -42,15 +44,15 @@ def halving_doubling_all_reduce(vectors):
             low, high = parts_before[i]
             middle = (low + high) // 2
             parts[i] = (low, middle) if i & distance == 0 else (middle, high)
-            mine = slice(*parts[i])
-            held[i][mine] = before[i][mine] + before[i ^ distance][mine]
+            part = slice(*parts[i])
+            held[i][part] = before[i][part] + before[i ^ distance][part]
         loads.append(max(high - low for low, high in parts))
         distance //= 2
     for distance, wider in reversed(trail):
         before, sent = [x.copy() for x in held], list(parts)
         for i in range(power):
-            theirs = slice(*sent[i ^ distance])
-            held[i][theirs] = before[i ^ distance][theirs]
+            part = slice(*sent[i ^ distance])
+            held[i][part] = before[i ^ distance][part]
         loads.append(max(high - low for low, high in sent))
         parts = list(wider)
     if power < len(held):
@@ -61,12 +63,13 @@ def halving_doubling_all_reduce(vectors):
 
 
 def server_all_reduce(vectors):
-    """All to one more device, which sends the sum to all."""
+    """All devices send to a server, which sends the sum to all."""
     total, n = np.sum(vectors, axis=0, dtype=np.float64), len(vectors)
     return [total] * n, [n * len(total)] * 2
 
 
 def ring_all_gather(pieces):
+    """Every device sends to the next one the piece that it received last."""
     n = len(pieces)
     held = [{i: pieces[i]} for i in range(n)]
     loads = []
@@ -74,42 +77,48 @@ def ring_all_gather(pieces):
         loads.append(max(len(piece) for piece in pieces))
         for i in range(n):
             held[(i + 1) % n][(i - step) % n] = held[i][(i - step) % n]
-    return [np.concatenate([mine[j] for j in range(n)]) for mine in held], loads
+    return _joined(held), loads
 
 
 def doubling_all_gather(pieces):
-    """Everyone tells who comes 1, 2, 4, … places before it what it knows and that one lacks."""
+    """Device i receives from device i + 1, i + 2, i + 4, … all pieces that it does not hold yet."""
     n, distance, loads = len(pieces), 1, []
     held = [{i: pieces[i]} for i in range(n)]
     while distance < n:
-        before = [dict(mine) for mine in held]
+        before = [dict(pieces_held) for pieces_held in held]
         load = 0
         for i in range(n):
             sender = before[(i + distance) % n]
-            news = {j: piece for j, piece in sender.items() if j not in before[i]}
-            load = max(load, sum(map(len, news.values())))
-            held[i].update(news)
+            missing = {j: piece for j, piece in sender.items() if j not in before[i]}
+            load = max(load, sum(map(len, missing.values())))
+            held[i].update(missing)
         loads.append(load)
         distance *= 2
-    return [np.concatenate([mine[j] for j in range(n)]) for mine in held], loads
+    return _joined(held), loads
 
 
 def server_all_gather(pieces):
-    """All to one more device, which sends to each what it lacks."""
+    """All devices send to a server, which sends to each the pieces of the others."""
     whole, n = np.concatenate(pieces), len(pieces)
-    told = sum(len(whole) - len(piece) for piece in pieces)
-    return [whole] * n, [len(whole), told]
+    missing = sum(len(whole) - len(piece) for piece in pieces)
+    return [whole] * n, [len(whole), missing]
+
+
+def _joined(held):
+    return [np.concatenate([pieces[j] for j in range(len(held))]) for pieces in held]
 
 
 def run_seconds(lengths, steps, inner, outer, group=1, inner_steps=1, overlap=0, at_end=True):
-    """The seconds at which the last device ends, of many runs at once.
+    """Simulate many runs at once; returns the seconds after which the last device ends, [runs].
 
     Args:
-      steps: `steps()` → seconds of one step of every device, [runs, devices].
-      inner, outer: seconds of what is said at an inner stage's and at a round's end.
+      lengths: H of every round.
+      steps: `steps()` draws the seconds of one step of every device, [runs, devices].
+      inner, outer: seconds of communication of an inner stage and of the end of a round.
       group: devices with successive numbers that wait for each other at the inner stages.
-      overlap: the last steps of a round, which a round's end takes place beside.
-      at_end: whether all wait for each other at a round's end.
+      inner_steps: the steps of one inner stage.
+      overlap: the last steps of a round, during which the end of the round communicates.
+      at_end: whether all devices wait for each other at the end of a round.
     """
     clock = np.zeros_like(steps())
     for length in lengths:

@@ -1,4 +1,4 @@
-"""The audit against programs written by hand, in each of XLA's spellings."""
+"""The audit finds the collectives of programs written by hand, in every form that XLA writes."""
 
 import re
 
@@ -19,11 +19,11 @@ def program(*lines, computations="", devices=8):
     return f"HloModule m, num_partitions={devices}\n{computations}\n{entry}"
 
 
-def told(text):
+def audited(text):
     return [(one.kind, one.axes, one.dtype, one.nbytes, one.loops) for one in audit(text, MESH)]
 
 
-def reduced(groups):
+def all_reduce(groups):
     return f"%r.1 = f32[3,5]{{1,0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add"
 
 
@@ -44,8 +44,8 @@ def reduced(groups):
         ("replica_groups={{0,4},{2,6},{1,5},{3,7}}", ("hubs",)),
     ],
 )
-def test_groups_in_every_spelling(groups, axes):
-    assert told(program(reduced(groups))) == [("all-reduce", axes, "float32", 60, ())]
+def test_groups_are_read_in_every_form(groups, axes):
+    assert audited(program(all_reduce(groups))) == [("all-reduce", axes, "float32", 60, ())]
 
 
 @pytest.mark.parametrize(
@@ -56,24 +56,24 @@ def test_groups_in_every_spelling(groups, axes):
         "replica_groups=mesh['hubs'=4,'workers'=2] {}",
     ],
 )
-def test_a_group_of_one_says_nothing(groups):
-    assert told(program(reduced(groups))) == []
+def test_a_group_of_one_device_sends_nothing(groups):
+    assert audited(program(all_reduce(groups))) == []
 
 
-def test_an_unknown_spelling_is_an_error_and_no_silence():
-    with pytest.raises(ValueError, match="no known spelling"):
-        audit(program(reduced("replica_groups=whoever")), MESH)
+def test_an_unknown_form_of_groups_is_an_error():
+    with pytest.raises(ValueError, match="the groups of devices of a collective have an unknown"):
+        audit(program(all_reduce("replica_groups=whoever")), MESH)
 
 
-def test_permutes_say_what_crosses():
+def test_permutes_are_counted_by_type_and_axis():
     line = "%p = (f32[4]{{0}}, bf16[2]) collective-permute(%a, %b), source_target_pairs={pairs}"
-    crossing = line.format(pairs="{{0,2},{2,4},{4,6},{6,0}}")
-    assert told(program(crossing)) == [
+    along_hubs = line.format(pairs="{{0,2},{2,4},{4,6},{6,0}}")
+    assert audited(program(along_hubs)) == [
         ("collective-permute", ("hubs",), "float32", 16, ()),
         ("collective-permute", ("hubs",), "bfloat16", 4, ()),
     ]
-    assert told(program(line.format(pairs="{{0,0},{1,1}}"))) == []
-    assert told(program(line.format(pairs="{{0,0},{1,0}}")))[0][1] == ("workers",)
+    assert audited(program(line.format(pairs="{{0,0},{1,1}}"))) == []
+    assert audited(program(line.format(pairs="{{0,0},{1,0}}")))[0][1] == ("workers",)
 
 
 def test_asynchronous_collectives_are_counted_once_by_their_results():
@@ -91,7 +91,7 @@ def test_asynchronous_collectives_are_counted_once_by_their_results():
         computations=f"%scatter (x: f32[6]) -> f32[3] {{\n"
         f"  ROOT %s = f32[3] reduce-scatter(%x), {groups}, to_apply=%add\n}}\n",
     )
-    assert told(text) == [
+    assert audited(text) == [
         ("all-gather", ("workers",), "float32", 32, ()),
         ("collective-permute", ("workers",), "uint8", 3, ()),
         ("all-reduce", ("workers",), "float32", 8, ()),
@@ -109,16 +109,16 @@ LOOPS = f"""
   ROOT %s = f32[] add(%a, %b)
 }}
 %inner (c: (f32[3,5])) -> (f32[3,5]) {{
-  {reduced("replica_groups=[4,2]<=[8]")}
+  {all_reduce("replica_groups=[4,2]<=[8]")}
 }}
-%asked (c: (f32[3,5])) -> pred[] {{
+%condition_with_all_reduce (c: (f32[3,5])) -> pred[] {{
   %q = pred[] all-reduce(%c), replica_groups=[1,8]<=[8], to_apply=%or
 }}
 %never (c: (f32[3,5])) -> pred[] {{
   ROOT %q = pred[] constant(false)
 }}
 %outer (c: (f32[3,5])) -> (f32[3,5]) {{
-  %w = (f32[3,5]) while(%c), condition=%asked, body=%inner, {trips(3)}
+  %w = (f32[3,5]) while(%c), condition=%condition_with_all_reduce, body=%inner, {trips(3)}
   %z = (f32[3,5]) while(%c), condition=%never, body=%inner
 }}
 %left (c: f32[3,5]) -> f32[3,5] {{
@@ -127,10 +127,10 @@ LOOPS = f"""
 """
 
 
-def test_loops_are_walked_with_their_trips():
+def test_loops_are_counted_with_their_trips():
     while_ = "%w = (f32[3,5]) while(%t), condition=%never, body=%outer"
     found = audit(program(f"{while_}, {trips(5)}", computations=LOOPS), MESH)
-    # A condition is asked once more than its loop turns.
+    # A loop evaluates its condition once more than its body.
     assert [(one.dtype, one.loops, one.times) for one in found] == [
         ("bool", (5, 4), 20),
         ("float32", (5, 3), 15),
@@ -143,19 +143,19 @@ def test_loops_are_walked_with_their_trips():
 
 
 @pytest.mark.parametrize(
-    "spelled",
+    "branches",
     [
         "branch_computations={%left, %never}",
         "true_computation=%left, false_computation=%never",
     ],
 )
-def test_conditionals_and_calls_are_walked(spelled):
-    text = program(f"%c = f32[3,5] conditional(%p, %x, %x), {spelled}", computations=LOOPS)
+def test_conditionals_and_calls_are_followed(branches):
+    text = program(f"%c = f32[3,5] conditional(%p, %x, %x), {branches}", computations=LOOPS)
     (found,) = audit(text, MESH)
     assert (found.kind, found.branches, found.loops) == ("all-reduce", 1, ())
 
 
-def test_types_by_their_names():
+def test_types_are_read_by_their_names():
     words = {"pred": 1, "s8": 1, "u16": 2, "bf16": 2, "f16": 2, "f64": 8, "c64": 8, "f8e4m3fn": 1}
     line = "%r = {}[2] all-reduce(%x), replica_groups={{}}, to_apply=%add"
     for word, size in words.items():
@@ -163,9 +163,9 @@ def test_types_by_their_names():
         assert found.nbytes == 2 * size and np.dtype(found.dtype).itemsize == size
 
 
-def test_another_mesh_and_no_program_at_all():
+def test_another_mesh_and_a_text_that_is_not_a_program_are_refused():
     message = "the program runs on 4 devices, and the mesh has 8"
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         audit(program(devices=4), MESH)
-    with pytest.raises(ValueError, match="no text of HLO"):
+    with pytest.raises(ValueError, match="it is not a program in HLO"):
         audit("module @jit_f {}", MESH)

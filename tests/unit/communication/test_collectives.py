@@ -107,12 +107,19 @@ def methods_on_hubs():
     top, blocks, factors = map(parse, ("top_k:4", "grbs:8", "powersgd:2"))
     of = lambda graph: registry.matrix(graph, GRID)
     return {
-        "local_sgd": jaxlocal.local_sgd(grad_fn, sgd, INNER),
-        "ring": jaxlocal.mll_sgd(grad_fn, sgd, of("ring"), 2, 4),
+        "local_sgd": jaxlocal.local_sgd(grad_fn, sgd, period=INNER),
+        "ring": jaxlocal.mll_sgd(grad_fn, sgd, matrix=of("ring"), local_steps=2, hub_period=4),
         "star, top-k": jaxlocal.mll_sgd(
-            grad_fn, sgd, of("star"), 2, 4, compressor=parse("top_k:4")
+            grad_fn,
+            sgd,
+            matrix=of("star"),
+            local_steps=2,
+            hub_period=4,
+            compressor=parse("top_k:4"),
         ),
-        "cser": jaxlocal.cser(grad_fn, sgd, blocks, factors, INNER),
+        "cser": jaxlocal.cser(
+            grad_fn, sgd, gradient_compressor=blocks, reset_compressor=factors, period=INNER
+        ),
     }
 
 
@@ -137,9 +144,11 @@ def test_promises_hold_on_any_mesh(name, shape):
 )
 def test_half_precision_crosses_as_promised_before_xla_optimises(dtype, word, expected):
     grad_fn = jaxlocal.gradients(lambda w, batch, key: jnp.square(w - batch).sum())
-    rounds = jaxlocal.local_sgd(grad_fn, optax.sgd(0.1), 2)
+    rounds = jaxlocal.local_sgd(grad_fn, optax.sgd(0.1), period=2)
     if word != "identity":
-        rounds = jaxlocal.qsparse_local_sgd(grad_fn, optax.sgd(0.1), parse(word), 2)
+        rounds = jaxlocal.qsparse_local_sgd(
+            grad_fn, optax.sgd(0.1), compressor=parse(word), period=2
+        )
     round_fn = RoundFn(rounds, Layout(1, 8))
     state = round_fn.shapes(jax.ShapeDtypeStruct((8, 8), jnp.dtype(dtype)))
     *_, (_, end) = round_fn.lower(state, jax.ShapeDtypeStruct((2, 1, 8, 8, 8), jnp.dtype(dtype)))

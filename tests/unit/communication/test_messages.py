@@ -45,32 +45,32 @@ EVERY, EVEN = range(1, 99), range(2, 99, 2)
 BY_FOUR = (4, 8, 10)  # ends of rounds of 4 steps, the last clipped by the end of the run
 COUNTED = {
     "local_sgd": (
-        jaxlocal.local_sgd(grad_fn, SGD, 4),
+        jaxlocal.local_sgd(grad_fn, SGD, period=4),
         Layout(workers_per_hub=3),
         (NO_HUBS, BY_FOUR, BY_FOUR),
     ),
     "local_sgd, one worker": (
-        jaxlocal.local_sgd(grad_fn, SGD, 4),
+        jaxlocal.local_sgd(grad_fn, SGD, period=4),
         Layout(),
         (NO_HUBS, BY_FOUR, BY_FOUR),
     ),
     "local_sgd, Adam's two averages too": (
-        jaxlocal.local_sgd(grad_fn, ADAM, 4, "average"),
+        jaxlocal.local_sgd(grad_fn, ADAM, period=4, optimizer_state="average"),
         Layout(workers_per_hub=3),
         (NO_HUBS, BY_FOUR, BY_FOUR, 3),
     ),
     "local_sgd, Adam reset": (
-        jaxlocal.local_sgd(grad_fn, ADAM, 4, "reset"),
+        jaxlocal.local_sgd(grad_fn, ADAM, period=4, optimizer_state="reset"),
         Layout(workers_per_hub=3),
         (NO_HUBS, BY_FOUR, BY_FOUR),
     ),
     "local_sgd over hubs": (
-        jaxlocal.local_sgd(grad_fn, SGD, 4),
+        jaxlocal.local_sgd(grad_fn, SGD, period=4),
         Layout(4, 2),
         (COMPLETE[0], BY_FOUR, BY_FOUR),
     ),
     "swap": (
-        jaxlocal.swap(grad_fn, SGD, 2),
+        jaxlocal.swap(grad_fn, SGD, switch_step=2),
         Layout(workers_per_hub=3),
         (NO_HUBS, (1, 2, 10), (1, 2, 10)),
     ),
@@ -80,22 +80,31 @@ COUNTED = {
         (NO_HUBS, EVERY, ()),
     ),
     "mll_sgd, ring": (
-        jaxlocal.mll_sgd(grad_fn, SGD, RING[1], 1, 4),  # four hub averages in one dispatch
+        jaxlocal.mll_sgd(
+            grad_fn, SGD, matrix=RING[1], local_steps=1, hub_period=4
+        ),  # four hub averages in one dispatch
         Layout(4, 2),
         (RING[0], EVERY, BY_FOUR),
     ),
     "mll_sgd, star, momentum too": (
-        jaxlocal.mll_sgd(grad_fn, optax.sgd(0.1, 0.9), STAR[1], 2, 2, "average"),
+        jaxlocal.mll_sgd(
+            grad_fn,
+            optax.sgd(0.1, 0.9),
+            matrix=STAR[1],
+            local_steps=2,
+            hub_period=2,
+            optimizer_state="average",
+        ),
         Layout(4, 2),
         (STAR[0], EVEN, BY_FOUR, 2),
     ),
     "mll_sgd, complete, lone workers": (
-        jaxlocal.mll_sgd(grad_fn, SGD, COMPLETE[1], 2, 2),
+        jaxlocal.mll_sgd(grad_fn, SGD, matrix=COMPLETE[1], local_steps=2, hub_period=2),
         Layout(4, 1),
         (COMPLETE[0], EVEN, BY_FOUR),
     ),
     "cooperative_sgd": (
-        jaxlocal.cooperative_sgd(grad_fn, SGD, RING[1], 4),
+        jaxlocal.cooperative_sgd(grad_fn, SGD, matrix=RING[1], period=4),
         Layout(4, 1),
         (RING[0], (), BY_FOUR),
     ),

@@ -1,4 +1,4 @@
-"""Hub graphs are what their names say, and mixing matrices keep the weighted mean."""
+"""Hub graphs have the edges of their names, and mixing matrices keep the weighted mean."""
 
 import re
 
@@ -18,7 +18,7 @@ from jaxlocal.communication.topology import (
     zeta,
 )
 
-# A row of at most ten float64 numbers of size one, summed in two orders.
+# Sums of at most twelve float64 numbers of size one, in two orders.
 EXACT = {"rtol": 0, "atol": 1e-14}
 
 
@@ -53,7 +53,7 @@ def test_every_graph_is_symmetric_and_without_a_diagonal(spec, hubs):
     assert (graph == graph.T).all() and not graph.diagonal().any()
 
 
-def test_random_graphs_are_those_of_their_seed_and_as_dense_as_asked():
+def test_random_graphs_follow_their_seed_and_their_probability():
     first, second = hub_graph("erdos_renyi:0.5:1", 20), hub_graph("erdos_renyi:0.5:2", 20)
     assert (first != second).any()
     assert (hub_graph("erdos_renyi:0.5:1", 20, seed=5) == first).all()
@@ -68,13 +68,13 @@ def test_random_graphs_are_those_of_their_seed_and_as_dense_as_asked():
     "spec",
     ["erdos_renyi:1.5", "erdos_renyi:x", "erdos_renyi:0.5:1.5", "erdos_renyi:0.5:1:2"],
 )
-def test_a_random_graph_that_is_not_one_is_refused(spec):
+def test_a_wrong_spec_of_a_random_graph_is_refused(spec):
     with refused(f"hub graph {spec!r} is not erdos_renyi:PROBABILITY:SEED"):
         hub_graph(spec, 4)
 
 
 @pytest.mark.parametrize(("spec", "near"), [("rign", "ring"), ("complet", "complete")])
-def test_an_unknown_graph_is_refused_with_what_is_near(spec, near):
+def test_an_unknown_graph_is_refused_with_the_nearest_name(spec, near):
     with refused(f"unknown hub graph (and no such file) {spec!r}; did you mean {near!r}"):
         hub_graph(spec, 4)
 
@@ -112,7 +112,7 @@ def test_graph_files(text, tmp_path):
         ("", "0 rows"),
     ],
 )
-def test_a_file_that_is_no_square_of_0s_and_1s_is_refused(text, complaint, tmp_path):
+def test_a_file_that_is_not_a_square_of_0s_and_1s_is_refused(text, complaint, tmp_path):
     file = tmp_path / "graph.txt"
     file.write_text(text)
     with refused(f"the hub graph file {file} must hold a square of 0s and 1s: {complaint}"):
@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         hub_graph(str(tmp_path / "binary"), 2)
 
 
-def test_graphs_that_do_not_serve_are_refused(tmp_path):
+def test_graphs_of_another_size_asymmetric_or_not_connected_are_refused(tmp_path):
     file = tmp_path / "graph.txt"
     file.write_text("01\n10\n")
     with refused(f"hub graph {str(file)!r} has 2 hubs, the layout has 3"):
@@ -136,13 +136,14 @@ def test_graphs_that_do_not_serve_are_refused(tmp_path):
     with refused("hub graph 'mine' is not symmetric: entries (1, 2) and (2, 1) differ"):
         check_graph(one_way, 3, "mine")
     apart = np.kron(np.eye(2), np.ones((2, 2)))
-    with refused("hub graph 'mine' is not connected: 2 parts, hub 0 never hears of hub 2"):
+    message = "it has 2 parts, and no path leads from hub 0 to hub 2"
+    with refused(f"hub graph 'mine' is not connected: {message}"):
         check_graph(apart, 4, "mine")
-    with refused("hub graph 'erdos_renyi:0' is not connected: 3 parts"):
+    with refused("hub graph 'erdos_renyi:0' is not connected: it has 3 parts"):
         hub_graph("erdos_renyi:0", 3)
 
 
-def test_checking_a_graph_leaves_the_callers_matrix_alone():
+def test_checking_a_graph_does_not_change_the_callers_matrix():
     mine = np.ones((3, 3), bool)
     check_graph(mine, 3, "mine")
     assert mine.all()
@@ -150,7 +151,7 @@ def test_checking_a_graph_leaves_the_callers_matrix_alone():
 
 @given(networks())
 @settings(deadline=None)
-def test_mixing_keeps_the_weighted_mean_over_the_edges_alone(network):
+def test_mixing_keeps_the_weighted_mean_and_uses_only_the_edges(network):
     graph, weights = network
     matrix = mixing_matrix(graph, weights)
     assert (matrix >= -1e-15).all() and (matrix.diagonal() > 0).all()
@@ -165,8 +166,8 @@ def test_mixing_keeps_the_weighted_mean_over_the_edges_alone(network):
 
 @given(networks())
 @settings(deadline=None)
-def test_mixing_over_and_over_reaches_the_weighted_mean(network):
-    """ζ < 1 on every connected graph, and the disagreement that stays is that of ζ's mode."""
+def test_repeated_mixing_reaches_the_weighted_mean(network):
+    """ζ < 1 on every connected graph, and no mixing leaves more than ζ of the disagreement."""
     graph, weights = network
     matrix = mixing_matrix(graph, weights)
     # H is similar to a symmetric matrix: its eigenvalues are those of B^(-1/2) H B^(1/2).
@@ -175,7 +176,7 @@ def test_mixing_over_and_over_reaches_the_weighted_mean(network):
     second = np.sort(np.abs(values))[-2] if len(values) > 1 else 0.0
     np.testing.assert_allclose(zeta(matrix), second, rtol=0, atol=1e-7)
     assert zeta(matrix) < 1
-    # In the norm in which H is symmetric no mixing leaves more than ζ of the disagreement.
+    # This holds in the norm in which H is symmetric.
     hubs = np.random.default_rng(0).normal(size=len(weights))
     before = hubs - weights @ hubs
     after = matrix.T @ before
@@ -193,17 +194,17 @@ def test_uniform_weights_give_the_laplacian_step(graph):
 
 def test_zeta_of_graphs_whose_eigenvalues_are_known():
     uniform = lambda graph, hubs: mixing_matrix(hub_graph(graph, hubs), np.full(hubs, 1 / hubs))
-    # 1 − μ / (greatest degree + 1), the μ of a ring being 2 − 2 cos 2πk/D, of a star 0, 1 and D.
+    # 1 − μ / (largest degree + 1); μ = 2 − 2 cos 2πk/D for a ring, and 0, 1 and D for a star.
     assert zeta(uniform("ring", 8)) == pytest.approx(1 - 2 * (1 - np.cos(np.pi / 4)) / 3)
     assert zeta(uniform("star", 6)) == pytest.approx(1 - 1 / 6)
     assert zeta(uniform("path", 2)) == pytest.approx(0, abs=1e-12)
     assert zeta(uniform("complete", 5)) == pytest.approx(0, abs=1e-7)  # a multiple eigenvalue
     assert zeta(np.eye(1)) == 0
-    # Two hubs that all but swap their models: the sign of λ turns, its size is what is left.
+    # Two hubs that almost swap their models: λ is negative, and its modulus counts.
     assert zeta(np.array([[0.05, 0.95], [0.95, 0.05]])) == pytest.approx(0.9)
 
 
-def test_the_papers_ten_hubs_are_a_graph():
+def test_the_ten_hubs_of_the_paper_are_a_connected_graph():
     graph = check_graph(problems.TEN_HUBS, 10, "ten hubs")
     matrix = mixing_matrix(graph, Layout(10, 10).hub_weight)
     assert graph.sum(axis=0).max() == 8 and 0.1 < zeta(matrix) < 0.9
@@ -218,7 +219,7 @@ def test_matrices_that_do_not_keep_the_mean_are_refused():
         check_mixing(np.array([[np.nan, 0.5], [0.5, 0.5]]))
     with refused("a mixing matrix of 2 hubs does not fit 3 hubs"):
         check_mixing(np.full((2, 2), 0.5), np.full(3, 1 / 3))
-    with refused("hub 0 of weight 0.25 would count 0.5"):
+    with refused("hub 0 has weight 0.25, and 0.5 after mixing"):
         check_mixing(np.full((2, 2), 0.5), np.array([0.25, 0.75]))
     with refused("3 hub weights do not fit a graph of 2 hubs"):
         mixing_matrix(np.ones((2, 2)), np.full(3, 1 / 3))
