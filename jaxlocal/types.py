@@ -21,6 +21,13 @@ class Memory(NamedTuple):
     single: Tree = ()  # one for all workers, leaves [...]
 
 
+class RoundMemory(NamedTuple):
+    """The memories of a method's two stages, trees of Memory."""
+
+    inner: Tree
+    outer: Tree
+
+
 class TrainState(NamedTuple):
     """All that a run carries from step to step."""
 
@@ -28,7 +35,7 @@ class TrainState(NamedTuple):
     opt_state: Tree  # stacked: every worker has its own optimizer state
     model_state: Tree  # stacked: non-trainable state such as batch statistics; {} if there is none
     anchor: Tree  # single: the model that every worker can rebuild; () where unused
-    memory: Tree  # of Memory: a stage is given its own part and sees () here
+    memory: Any  # RoundMemory; a stage is given its own part and sees () here
     key: Leaf  # single: the root key, never advanced; see `parallel.keys.stream_key`
     step: Leaf  # single: int32 [], local steps taken
 
@@ -161,6 +168,7 @@ class Period(NamedTuple):
 
     length: Callable[[int, int], int]
     description: str
+    learning_rate: optax.ScalarOrSchedule | None = None  # η that the rule reads, if it reads any
 
 
 class Method(NamedTuple):

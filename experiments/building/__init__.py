@@ -1,1 +1,1 @@
-"""From flags to a job: data, model, workers, optimizer, method."""
+"""Build a job from flags: data, model, workers, optimizer, method."""

@@ -1,18 +1,15 @@
-"""What no later piece checks of a config: the ranges of its numbers, and what goes together."""
+"""Checks of a config: ranges of its numbers, and flags that exclude each other."""
 
 import math
 import re
 from typing import Any
 
 from experiments.building.config import Config
-from experiments.building.methods import METHODS
-from experiments.building.schedules import OUTER_DEFAULTS, STREAMING_DEFAULTS
 from jaxlocal import ConfigurationError
 from jaxlocal.errors import lookup
+from jaxlocal.methods import METHODS
 
 MODEL_STATES = ("keep", "average", "reestimate")
-# Methods at whose averages optimizer states may not be averaged or reset.
-OWN_OPTIMIZERS = ("ef_sgd", "cser", "csea", "cser_pl", "streaming_diloco")
 LEAST = {
     **dict.fromkeys(("workers", "hubs", "local_steps", "hub_period", "batch_size"), 1),
     **dict.fromkeys(("steps", "rounds", "accumulation", "seeds", "keep", "parameters"), 1),
@@ -21,10 +18,15 @@ LEAST = {
     **dict.fromkeys(("eval_every", "switch_step", "checkpoint_every"), 0),
     **dict.fromkeys(("seed", "stream_workers", "delay_steps"), 0),
 }
+SHARES = ("mixing_factor", "error_decay")  # numbers from 0 to 1
 
 
 def check_numbers(config: Config) -> None:
-    """Ranges that no later piece checks, and options that the method has no use for."""
+    """Check the ranges of numbers, and that the method uses the options that are given.
+
+    Raises:
+      ConfigurationError: the first flag that is wrong.
+    """
     lookup("method", config.method, METHODS)
     if config.seed + config.seeds > 1 << 32:
         raise ConfigurationError(f"--seed must be less than 2^32, got {config.seed}")
@@ -40,12 +42,11 @@ def check_numbers(config: Config) -> None:
     mesh_shape(config)
     _check_rates(config)
     _check_outer(config)
-    _check_streaming(config)
-    _check_compression(config)
+    _check_own_options(config)
 
 
 def mesh_shape(config: Config) -> tuple[int, ...] | None:
-    """The sizes that --mesh asks for."""
+    """Sizes of the mesh of `--mesh`: hubs, workers and, where it is given, model; else None."""
     if config.mesh is None:
         return None
     if not re.fullmatch(r"[1-9][0-9]{0,5}(x[1-9][0-9]{0,5}){1,2}", config.mesh):
@@ -73,11 +74,12 @@ def _check_rates(config: Config) -> None:
 
 def _check_outer(config: Config) -> None:
     given = [n for n in ("optimizer", "learning_rate", "momentum") if _outer(config, n) is not None]
-    if given and config.method not in OUTER_DEFAULTS:
+    if given and not METHODS[config.method].outer_optimizer:
         name = given[0]
+        others = ", ".join(name for name, spec in METHODS.items() if spec.outer_optimizer)
         raise ConfigurationError(
-            f"--outer_{name}={_outer(config, name)} is for {', '.join(OUTER_DEFAULTS)}; "
-            f"{config.method} has no outer optimizer"
+            f"--outer_{name}={_outer(config, name)} is for {others}; {config.method} has no outer "
+            f"optimizer"
         )
     rate, beta = config.outer_learning_rate, config.outer_momentum
     if rate is not None and not 0 < rate < math.inf:
@@ -90,32 +92,20 @@ def _outer(config: Config, name: str) -> Any:
     return getattr(config, f"outer_{name}")
 
 
-def _check_streaming(config: Config) -> None:
-    for name in STREAMING_DEFAULTS:
+def _check_own_options(config: Config) -> None:
+    """Options that only some methods have."""
+    spec = METHODS[config.method]
+    for name in sorted({name for other in METHODS.values() for name in other.own_options}):
         value = getattr(config, name)
-        if value is not None and config.method != "streaming_diloco":
-            raise ConfigurationError(
-                f"--{name}={value} is for streaming_diloco, not for {config.method}"
-            )
-    factor = config.mixing_factor
-    if factor is not None and not 0 <= factor < 1:
-        raise ConfigurationError(f"--mixing_factor must be in [0, 1), got {factor}")
-
-
-def _check_compression(config: Config) -> None:
-    for name, method in {"cser_implementation": "cser", "error_decay": "sparse_loco"}.items():
-        value = getattr(config, name)
-        if value is not None and config.method != method:
-            raise ConfigurationError(f"--{name}={value} is for {method}, not for {config.method}")
-    if config.cser_implementation not in (None, 1, 2):
-        raise ConfigurationError(
-            f"--cser_implementation must be 1 or 2, got {config.cser_implementation}"
-        )
-    decay = config.error_decay
-    if decay is not None and not 0 <= decay <= 1:
-        raise ConfigurationError(f"--error_decay must be in [0, 1], got {decay}")
-    if config.method in OWN_OPTIMIZERS and config.optimizer_state != "keep":
+        if value is not None and name not in spec.own_options:
+            others = ", ".join(n for n, other in METHODS.items() if name in other.own_options)
+            raise ConfigurationError(f"--{name}={value} is for {others}, not for {config.method}")
+    for name in SHARES:
+        share = getattr(config, name)
+        if share is not None and not 0 <= share <= 1:
+            raise ConfigurationError(f"--{name} must be in [0, 1], got {share}")
+    if not spec.takes("optimizer_state") and config.optimizer_state != "keep":
         raise ConfigurationError(
             f"--optimizer_state={config.optimizer_state} is not for {config.method}, in which "
-            f"every worker keeps its own"
+            f"every worker keeps its optimizer state"
         )

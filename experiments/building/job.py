@@ -1,254 +1,206 @@
-"""From a config to what it names: data, model, workers, optimizer, method; or one sentence about
-what does not fit."""
+"""From a config to what it describes: a plan of a run, and with data and a model a job that can be
+trained."""
 
+import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import NDArray
 
-import jaxlocal
 from experiments.building.checks import check_numbers, mesh_shape
 from experiments.building.compressors import make_compressors
 from experiments.building.config import Config
-from experiments.building.methods import METHODS, Parts
-from experiments.building.schedules import (
-    HUB_METHODS,
-    count_fragments,
-    count_steps,
-    make_optimizer,
-    make_period,
-    make_schedule,
-)
+from experiments.building.methods import Parts, build_method
+from experiments.building.models import build_model, make_gradients, make_metrics
+from experiments.building.schedules import count_steps, make_optimizer, make_period, make_schedule
+from experiments.building.workers import make_layout, mixing_matrix, worker_grid
 from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh, periods
 from jaxlocal.communication import topology
-from jaxlocal.data import CropFlip, Dataset, crop_and_flip, load, parse_augmentation, plan_batches
-from jaxlocal.errors import lookup
-from jaxlocal.models import Model, build, in_precision, outputs_for
-from jaxlocal.models.supervised import training_loss
+from jaxlocal.data import CropFlip, Dataset, load, parse_augmentation, plan_batches
+from jaxlocal.methods import METHODS
+from jaxlocal.models import Model
 from jaxlocal.stages.gradient import GradFn
-from jaxlocal.stages.overlap import fragments_of
-from jaxlocal.types import Compressor, Method
+from jaxlocal.training.loop import schedule
+from jaxlocal.types import Compressor, Method, TrainState, Tree
 
-MEASUREMENTS, CHECKPOINTS = 25, 10  # about so many a run
-PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-NETWORKED = (*HUB_METHODS, "cooperative_sgd")
-CHUNK_STEPS, CHUNK_BYTES = 256, 64 << 20  # the most that is dispatched at once, of batches
+MEASUREMENTS, CHECKPOINTS = 25, 10  # of a run, about, where the flags do not say how often
+CHUNK_STEPS, CHUNK_BYTES = 256, 64 << 20  # the most steps, and bytes of batches, in one dispatch
+INDEX_BYTES = 4
 
-# The released rate distributions of the MLL-SGD experiments, of a hub of N workers.
-RATES: dict[str, Callable[[int], list[float]]] = {
-    "full": lambda n: [1.0] * n,
-    "fixed": lambda n: [0.55] * n,
-    "uniform": lambda n: [round((i + 1) / n, 12) for i in range(n)],
-    "slow_one": lambda n: [0.1] + [0.6] * (n - 1),
-    "fast_one": lambda n: [1.0] + [0.5] * (n - 1),
-    "straggler": lambda n: [0.6] + [0.9] * (n - 1),
-}
+_load = functools.lru_cache(maxsize=8)(load)  # the runs of one process share what is read
 
 
-_load = functools.lru_cache(maxsize=8)(load)  # runs of one process share what is read of it
-
-
-class Job(NamedTuple):
-    """All that a config means, built but not run."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a config describes without data: workers, devices, method, length and state."""
 
     config: Config
-    dataset: Dataset | None  # None for a plan of a model that is not built
-    model: Model | None
     layout: Layout
+    mesh: Mesh
     method: Method
     steps: int
+    lengths: tuple[int, ...]  # H of every round
     learning_rate: Callable[[int], float]  # η by step, in float64
     zeta: float | None  # of the hub network, where there is one
-    augmentation: CropFlip | None  # of the training images
     compressors: dict[str, Compressor]  # by what they compress: "gradient", "reset" or "sync"
+    model_shapes: tuple[Tree, Tree]  # of one model's parameters and state
+    state: TrainState  # shapes and shardings of the training state
+    example_bytes: int  # moved to the devices for each example of a batch
+    pool_bytes: int  # of all examples, where every device holds them
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(Plan):
+    """A plan with data and a model: a run that can be trained."""
+
+    dataset: Dataset
+    model: Model
+    metrics: Callable[[Tree, Tree, Tree], dict[str, jax.Array]]
+    augmentation: CropFlip | None  # of the training images
+
+
+class _Task(NamedTuple):
+    """What the dataset and the model contribute to a plan."""
+
+    grad_fn: GradFn
+    model_shapes: tuple[Tree, Tree]
+    shard_sizes: NDArray | None = None  # [hubs, workers per hub]
+    example_bytes: int = INDEX_BYTES
+    pool_bytes: int = 0
+
+
+def build_plan(config: Config) -> Plan:
+    """Build what a config describes: a `Job`, or with `--parameters` a `Plan` without a model.
+
+    Raises:
+      ConfigurationError: flags that do not fit each other, the dataset, the model or the devices.
+    """
+    if config.parameters is None:
+        return build_job(config)
+    check_numbers(config)
+    tensor = jax.ShapeDtypeStruct((config.parameters,), np.float32)
+    task = _Task(lambda *_: ({}, {}, {}), ({"all": tensor}, {}))
+    return _plan(config, worker_grid(config), task)
 
 
 def build_job(config: Config) -> Job:
-    """The job of a config; raises ConfigurationError for what does not fit."""
+    """Build the run of a config, ready to be trained.
+
+    Raises:
+      ConfigurationError: flags that do not fit each other, the dataset, the model or the devices.
+    """
     check_numbers(config)
-    layout_shape = worker_grid(config)
-    dataset = model = None
-    grad_fn: GradFn = lambda *_: ({}, {}, {})
-    augmentation = parse_augmentation(config.augment)
-    if config.parameters is None:
-        folder = config.data_dir or os.environ.get("TFDS_DATA_DIR")
-        dataset = _load(config.dataset, folder, config.seed)
-        model = build_model(config, dataset)
-        grad_fn = _gradients(config, dataset, model, augmentation)
-    layout = _layout(config, layout_shape, dataset)
+    if config.parameters is not None:
+        raise without_model(config, "training needs one")
+    grid, augmentation = worker_grid(config), parse_augmentation(config.augment)
+    dataset = _load(config.dataset, _data_folder(config), config.seed)
+    model = build_model(config, dataset)
+    shapes, example = jax.eval_shape(model.init, jax.random.key(0)), dataset.train_source()[0]
+    sizes = (dataset.train_examples, *grid, config.batch_size)
+    task = _Task(
+        make_gradients(config, dataset, model, augmentation),
+        shapes,
+        plan_batches(config.partition, *sizes, dataset.targets, config.seed).shard_sizes,
+        INDEX_BYTES + (_nbytes(example) if config.stream else 0),
+        0 if config.stream else _pool_bytes(dataset),
+    )
+    metrics = make_metrics(config, dataset, model, shapes, example)
+    own = {"dataset": dataset, "model": model, "metrics": metrics, "augmentation": augmentation}
+    return Job(**vars(_plan(config, grid, task)), **own)
+
+
+def without_model(config: Config, why: str) -> ConfigurationError:
+    """The error for `--parameters` where a model is needed."""
+    return ConfigurationError(
+        f"--parameters={config.parameters} plans a model without building it, and {why}"
+    )
+
+
+def _plan(config: Config, grid: tuple[int, int], task: _Task) -> Plan:
+    layout = make_layout(config, grid, task.shard_sizes)
     steps = count_steps(config)
     if config.warmup_steps > steps:
         raise ConfigurationError(
             f"a warm-up of {config.warmup_steps} steps is longer than the run of {steps}"
         )
-    schedule = make_schedule(config, steps)
-    period = make_period(config, schedule, steps)
-    matrix = _mixing_matrix(config, layout)
-    optimizer = make_optimizer(config, schedule)
-    compressors = _fitting(make_compressors(config), config, model)
-    fragments_of(model_shapes(config, model)[0], count_fragments(config))
-    parts = Parts(config, grad_fn, optimizer, layout, period, matrix, compressors)
-    method = METHODS[config.method](parts)
-    zeta = topology.zeta(matrix) if config.method in NETWORKED else None
-    rates = periods.rates(schedule)
-    return Job(
-        config, dataset, model, layout, method, steps, rates, zeta, augmentation, compressors
+    rate = make_schedule(config, steps)
+    matrix, compressors = mixing_matrix(config, layout), make_compressors(config)
+    method = build_method(
+        Parts(
+            config,
+            task.grad_fn,
+            make_optimizer(config, rate),
+            rate,
+            layout,
+            steps,
+            make_period(config, rate, steps),
+            matrix,
+            compressors,
+        )
+    )
+    mesh = make_mesh(layout, shape=mesh_shape(config))
+    return Plan(
+        config=config,
+        layout=layout,
+        mesh=mesh,
+        method=method,
+        steps=steps,
+        lengths=tuple(schedule(method, steps)),
+        learning_rate=periods.rates(rate),
+        zeta=topology.zeta(matrix) if METHODS[config.method].network else None,
+        compressors=compressors,
+        model_shapes=task.model_shapes,
+        state=RoundFn(method, layout, mesh).shapes(*task.model_shapes),
+        example_bytes=task.example_bytes,
+        pool_bytes=task.pool_bytes,
     )
 
 
-def model_shapes(config: Config, model: Model | None) -> tuple[Any, Any]:
-    """Shapes of one model's parameters and state; of a model that is not built, one flat tensor."""
-    if model is None:
-        return {"all": jax.ShapeDtypeStruct((config.parameters or 0,), np.float32)}, {}
-    return jax.eval_shape(model.init, jax.random.key(0))
+def _data_folder(config: Config) -> str | None:
+    return config.data_dir or os.environ.get("TFDS_DATA_DIR")
 
 
-def _fitting(
-    compressors: dict[str, Compressor], config: Config, model: Model | None
-) -> dict[str, Compressor]:
-    """The compressors, of which each fits the model's tensors."""
-    for compressor in compressors.values():
-        jax.eval_shape(compressor.init, model_shapes(config, model)[0])
-    return compressors
+def _nbytes(example: Tree) -> int:
+    return sum(np.asarray(x).nbytes for x in jax.tree.leaves(example))
 
 
-def _gradients(
-    config: Config, dataset: Dataset, model: Model, augmentation: CropFlip | None
-) -> GradFn:
-    """The gradient of a worker's batch, augmented where it comes from the pool: a stream's is."""
-    loss = training_loss(model, dataset.normalize, dataset.classes)
-    if augmentation is not None and len(dataset.input_shape) != 3:
-        raise ConfigurationError(
-            f"--augment={config.augment} is for images; the examples of {config.dataset} have "
-            f"shape {dataset.input_shape}"
-        )
-
-    def augmented(params, model_state, batch, key):
-        inputs = crop_and_flip(batch["inputs"], batch["shift"], batch["flip"])
-        return loss(params, model_state, {**batch, "inputs": inputs}, key)
-
-    resident = augmentation is not None and not config.stream
-    grad_fn = jaxlocal.gradients(augmented if resident else loss, stateful=True)
-    return jaxlocal.accumulate(grad_fn, config.accumulation)
+def _pool_bytes(dataset: Dataset) -> int:
+    """Bytes of all examples; images are stored as uint8, everything else takes 4 bytes."""
+    item = 1 if len(dataset.input_shape) == 3 else 4
+    example = math.prod(dataset.input_shape) * item + 4
+    return (dataset.train_examples + dataset.test_examples) * example
 
 
-def mesh_of(job: Job) -> Mesh:
-    """Over which devices the workers are spread."""
-    return make_mesh(job.layout, shape=mesh_shape(job.config))
+def make_round_fn(plan: Plan, pool: Any = ()) -> RoundFn:
+    """The compiled round of a plan, in chunks small enough for the progress bar and for memory.
+
+    Args:
+      pool: the examples that batches index; none for counting alone.
+    """
+    fits = CHUNK_BYTES // (plan.example_bytes * plan.layout.workers * plan.config.batch_size)
+    return RoundFn(plan.method, plan.layout, plan.mesh, pool, max_chunk=min(CHUNK_STEPS, fits))
 
 
-def make_round_fn(job: Job, data: Any = ()) -> RoundFn:
-    """The job's round, in chunks that keep the progress bar moving and the batches small."""
-    item = 4  # an index
-    if job.config.stream and job.dataset is not None:
-        item += sum(np.asarray(x).nbytes for x in job.dataset.train_source()[0].values())
-    fits = CHUNK_BYTES // (item * job.config.workers * job.config.batch_size)
-    most = min(CHUNK_STEPS, fits)
-    return RoundFn(job.method, job.layout, mesh_of(job), data, max_chunk=most)
+def measure_every(plan: Plan) -> int:
+    """Steps between measurements; 0 for the end of every round."""
+    every = plan.config.eval_every
+    return max(1, plan.steps // MEASUREMENTS) if every is None else every
 
 
-def measure_every(job: Job) -> int:
-    """Steps between measurements."""
-    every = job.config.eval_every
-    return max(1, job.steps // MEASUREMENTS) if every is None else every
-
-
-def save_every(job: Job) -> int:
+def save_every(plan: Plan) -> int:
     """Steps between checkpoints; 0 for none."""
-    every = job.config.checkpoint_every
-    return max(1, job.steps // CHECKPOINTS) if every is None else every
+    every = plan.config.checkpoint_every
+    return max(1, plan.steps // CHECKPOINTS) if every is None else every
 
 
-def build_model(config: Config, dataset: Dataset) -> Model:
-    """The model, started where the dataset says if it says so."""
-    outputs = outputs_for(dataset.classes) if dataset.classes else 1
-    if config.model == "linear" and dataset.classes:
-        raise ConfigurationError(
-            f"linear is a regression, and {config.dataset} has {dataset.classes} classes"
-        )
-    model = build(config.model, dataset.input_shape, outputs)
-    if lookup("precision", config.precision, PRECISIONS) != jnp.float32:
-        model = in_precision(model, PRECISIONS[config.precision])
-    if dataset.start is None:
-        return model
-    if config.model != "linear":
-        raise ConfigurationError(
-            f"{config.dataset} says where its linear model starts; got --model={config.model}"
-        )
-    start = jnp.asarray(dataset.start)
-
-    def init(key):
-        params, model_state = model.init(key)
-        return jax.tree.map(lambda x: start.reshape(x.shape).astype(x.dtype), params), model_state
-
-    return model._replace(init=init)
-
-
-def _mixing_matrix(config: Config, layout: Layout) -> np.ndarray:
-    """H of the hub network; that of one hub, [[1]], for methods without one."""
-    if config.method not in NETWORKED:
-        if config.hub_graph != "complete":
-            raise ConfigurationError(
-                f"{config.method} has no hub graph, and --hub_graph={config.hub_graph} was given"
-            )
-        return np.ones((1, 1))
-    if config.method == "hl_sgd" and config.hub_graph != "complete":
-        raise ConfigurationError(
-            f"hl_sgd mixes all hubs with each other; --hub_graph={config.hub_graph} needs mll_sgd"
-        )
-    graph = topology.hub_graph(config.hub_graph, layout.hubs, config.seed)
-    return topology.mixing_matrix(graph, layout.hub_weight)
-
-
-def worker_grid(config: Config) -> tuple[int, int]:
-    """Hubs and workers a hub."""
-    if config.method == "cooperative_sgd":
-        if config.hubs not in (1, config.workers):
-            raise ConfigurationError(
-                f"in cooperative_sgd every worker is a hub: {config.workers} workers, "
-                f"--hubs={config.hubs}"
-            )
-        return config.workers, 1
-    if config.hubs > 1 and config.method not in HUB_METHODS:
-        raise ConfigurationError(
-            f"{config.method} has no hubs, and --hubs={config.hubs} was asked for; use mll_sgd "
-            f"or hl_sgd"
-        )
-    if config.workers % config.hubs:
-        raise ConfigurationError(f"{config.workers} workers do not divide into {config.hubs} hubs")
-    return config.hubs, config.workers // config.hubs
-
-
-def _layout(config: Config, shape: tuple[int, int], dataset: Dataset | None) -> Layout:
-    per_hub = config.workers if config.method == "cooperative_sgd" else shape[1]
-    if dataset is not None:
-        sizes = (dataset.train_examples, *shape, config.batch_size)
-        held = plan_batches(config.partition, *sizes, dataset.targets, config.seed).shard_sizes
-    if config.worker_weights == "uniform":
-        weights: Any = 1.0
-    elif config.worker_weights == "data":
-        if dataset is None:
-            raise ConfigurationError(
-                "--worker_weights=data needs a dataset, and --parameters plans without one"
-            )
-        weights = held
-    else:
-        weights = _numbers("worker_weights", config.worker_weights, ("uniform", "data"))
-    named = lookup("rates", config.rates, RATES)(per_hub) if config.rates[:1].isalpha() else None
-    rates = named or _numbers("rates", config.rates, tuple(RATES))
-    return Layout(*shape, weights=weights, rates=rates)
-
-
-def _numbers(flag: str, text: str, names: tuple[str, ...]) -> list[float] | float:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigurationError(
-            f"--{flag}={text} is neither {', '.join(names)} nor numbers separated by commas"
-        ) from None
-    return values if len(values) > 1 else values[0]
+def initial_state(job: Job, round_fn: RoundFn) -> TrainState:
+    """The state before the first step, from the seed of the config."""
+    key = jax.random.key(job.config.seed)
+    params, model_state = jax.jit(job.model.init)(key)
+    return round_fn.init(params, key, model_state)

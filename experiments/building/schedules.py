@@ -11,27 +11,12 @@ import jaxlocal
 from experiments.building.config import Config
 from jaxlocal import ConfigurationError, periods
 from jaxlocal.errors import lookup
+from jaxlocal.methods import METHODS
 from jaxlocal.types import Period
 
 # The learning rate at the start of warm-up and at the end of cosine and linear schedules.
 FLOOR = 1e-6
 DEFAULT_STEPS = 440
-HUB_METHODS = ("mll_sgd", "hl_sgd")
-EVERY_STEP = ("data_parallel", "ef_sgd", "csea")  # H = 1
-OWN_PERIODS = {
-    **dict.fromkeys(EVERY_STEP, "constant"),
-    "post_local_sgd": "post_local",
-    "swap": "swap",
-}
-# By method: outer optimizer, its learning rate and its momentum.
-OUTER_DEFAULTS = {
-    "slowmo": ("sgd", 1.0, 0.7),
-    "diloco": ("nesterov", 0.7, 0.9),
-    "sparse_loco": ("sgd", 1.0, 0.0),
-    "streaming_diloco": ("nesterov", 0.7, 0.9),
-}
-# Of streaming_diloco.
-STREAMING_DEFAULTS = {"fragments": 2, "delay_steps": 1, "mixing_factor": 0.5}
 EXPONENTS = {"linear": 1, "quadratic": 2, "cubic": 3}
 
 
@@ -65,23 +50,25 @@ def make_optimizer(config: Config, schedule: Callable) -> optax.GradientTransfor
     return optax.chain(*chain, jaxlocal.scale_by_step(schedule))
 
 
-def make_outer_optimizer(config: Config) -> optax.GradientTransformation:
-    """What steps on averages; the papers' where the flags are silent."""
-    name, rate, beta = OUTER_DEFAULTS[config.method]
-    name = config.outer_optimizer or name
-    rate = rate if config.outer_learning_rate is None else config.outer_learning_rate
-    beta = beta if config.outer_momentum is None else config.outer_momentum
-    if config.outer_momentum is not None and name not in ("sgd", "nesterov"):
+def make_outer_optimizer(config: Config) -> optax.GradientTransformation | None:
+    """The outer optimizer of the flags; None where they leave it to the method.
+
+    Raises:
+      ConfigurationError: a momentum for an optimizer that has its own.
+    """
+    default = METHODS[config.method].outer_optimizer
+    name, rate, beta = config.outer_optimizer, config.outer_learning_rate, config.outer_momentum
+    if default is None or (name, rate, beta) == (None, None, None):
+        return None
+    if name not in (None, "sgd", "nesterov") and beta is not None:
         raise ConfigurationError(
             f"--outer_momentum={beta} is for sgd and nesterov; --outer_optimizer={name} has its own"
         )
+    rate = default.learning_rate if rate is None else rate
+    beta = default.momentum if beta is None else beta
+    if name is None:
+        return default.make(rate, beta)
     return optax.chain(*_directions(name, beta, 0.0), optax.scale(-rate))
-
-
-def streaming_options(config: Config) -> dict[str, Any]:
-    """What streaming_diloco is handed of the flags."""
-    given = {name: getattr(config, name) for name in STREAMING_DEFAULTS}
-    return STREAMING_DEFAULTS | {name: value for name, value in given.items() if value is not None}
 
 
 def _directions(name: str, beta: float, weight_decay: float) -> tuple:
@@ -104,53 +91,75 @@ def _directions(name: str, beta: float, weight_decay: float) -> tuple:
 
 def make_period(config: Config, schedule: Callable, steps: int) -> Period:
     """The rule for H; on hubs in multiples of τ, with fragments in multiples of their number."""
-    hubs = config.method in HUB_METHODS
+    hubs = has_hubs(config)
     multiple = config.local_steps if hubs else count_fragments(config)
     base = config.local_steps * (config.hub_period if hubs else 1)
     name = period_name(config)
-    exponent = EXPONENTS.get(name, 2)
-    coefficient = config.period_coefficient
-    if coefficient is None:
-        coefficient = config.learning_rate * base ** (1 / exponent)
-    switch = steps // 2 if config.switch_step is None else config.switch_step
-    if config.switch_step is not None and (switch > steps or name not in ("post_local", "swap")):
-        raise ConfigurationError(
-            f"--switch_step={switch} does not fit a run of {steps} steps with the period {name}"
-        )
+    _check_switch(config, name, steps)
     if hubs and name in ("post_local", "swap"):
         raise ConfigurationError(
-            f"the period {name} starts with H = 1, and the rounds of {config.method} are "
-            f"multiples of "
-            f"τ = {multiple} steps"
+            f"the period {name} starts with H = 1, and the rounds of {config.method} are multiples "
+            f"of τ = {multiple} steps"
         )
 
     def power() -> Period:
-        warmup = config.warmup_steps
-        return periods.power(schedule, coefficient, base, exponent, warmup, multiple)
+        exponent, coefficient = EXPONENTS[name], config.period_coefficient
+        if coefficient is None:
+            coefficient = config.learning_rate * base ** (1 / exponent)
+        return periods.power(
+            schedule,
+            coefficient=coefficient,
+            base=base,
+            exponent=exponent,
+            warmup_steps=config.warmup_steps,
+            multiple=multiple,
+        )
 
-    one = config.method in EVERY_STEP
+    every_step = METHODS[config.method].every_step
     table: dict[str, Callable[[], Period]] = {
-        "constant": lambda: periods.constant(1 if one else base),
+        "constant": lambda: periods.constant(1 if every_step else base),
         **dict.fromkeys(EXPONENTS, power),
-        "post_local": lambda: periods.post_local(switch, base),
-        "swap": lambda: periods.swap(switch),
+        "post_local": lambda: periods.post_local(switch_step(config, steps), base),
+        "swap": lambda: periods.swap(switch_step(config, steps)),
     }
     return lookup("period", name, table)()
 
 
+def has_hubs(config: Config) -> bool:
+    """Whether the workers of the method average in hubs."""
+    return METHODS[config.method].network == "hubs"
+
+
+def switch_step(config: Config, steps: int) -> int:
+    """The step until which H = 1, in the periods post_local and swap."""
+    return steps // 2 if config.switch_step is None else config.switch_step
+
+
+def _check_switch(config: Config, period: str, steps: int) -> None:
+    switch = config.switch_step
+    if switch is not None and (switch > steps or period not in ("post_local", "swap")):
+        raise ConfigurationError(
+            f"--switch_step={switch} does not fit a run of {steps} steps with the period {period}"
+        )
+
+
 def count_fragments(config: Config) -> int:
-    """Into how many rounds, of a fragment each, H is divided."""
-    return streaming_options(config)["fragments"] if config.method == "streaming_diloco" else 1
+    """The number of rounds, one for each fragment of the model, that H is divided into."""
+    spec = METHODS[config.method]
+    if "fragments" not in spec.own_options:
+        return 1
+    return spec.default("fragments") if config.fragments is None else config.fragments
 
 
 def period_name(config: Config) -> str:
-    """The period of the flags, or the method's."""
-    own = OWN_PERIODS.get(config.method)
-    if own and config.period not in (None, own):
+    """The rule for the period: that of the flags, or the method's."""
+    spec = METHODS[config.method]
+    if spec.own_period and config.period not in (None, spec.period):
         raise ConfigurationError(
-            f"{config.method} has the period {own!r}, and --period={config.period} was asked for"
+            f"{config.method} has the period {spec.period!r}, and --period={config.period} was "
+            f"given"
         )
-    return config.period or own or ("quadratic" if config.method == "local_sgd" else "constant")
+    return config.period or spec.period
 
 
 def count_steps(config: Config) -> int:
@@ -158,7 +167,7 @@ def count_steps(config: Config) -> int:
     if config.rounds is None:
         if config.steps is not None:
             return config.steps
-        whole = config.local_steps if config.method in HUB_METHODS else 1
+        whole = config.local_steps if has_hubs(config) else 1
         return max(whole, DEFAULT_STEPS - DEFAULT_STEPS % whole)
     if config.steps is not None:
         raise ConfigurationError(

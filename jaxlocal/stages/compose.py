@@ -1,7 +1,8 @@
-"""Stages made of stages."""
+"""Stages made of stages: repeated, one after another, or in turn."""
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,32 @@ from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Info, Leaf, Memory, Stage
 
 
-def repeat(stage: Stage, times: int) -> Stage:
-    """The stage, `times` times over, in one `lax.scan`.
+class TurnMemory(NamedTuple):
+    """What stages in turn carry."""
 
-    However a number of times is split, the bits are the same.
+    applied: Memory  # single: int32 [], how often one of them has been applied
+    stages: tuple  # memory of each
+
+
+def repeat(stage: Stage, times: int) -> Stage:
+    """Repeat a stage in one `lax.scan`.
+
+    The result is the same to the bit however the repetitions are split.
+
+    Args:
+      stage: any stage.
+      times: how often, at least 1.
+
+    Returns:
+      A stage of `times * stage.steps` steps.
+
+    Raises:
+      ConfigurationError: fewer than one repetition.
+
+    >>> import jaxlocal, optax
+    >>> grad_fn = jaxlocal.gradients(lambda w, batch, key: (w - batch) ** 2)
+    >>> repeat(jaxlocal.stages.local_step(grad_fn, optax.sgd(0.1)), 8).steps
+    8
     """
     if times < 1:
         raise ConfigurationError(f"a stage must be repeated at least once, got {times}")
@@ -31,11 +54,11 @@ def repeat(stage: Stage, times: int) -> Stage:
         return state, memory, jax.tree.map(lambda x: x.reshape((-1,) + x.shape[2:]), info)
 
     def communication(state, number=0):
-        applies = lambda turn: len(range(turn, times, stage.turns))
+        applications = lambda turn: len(range(turn, times, stage.turns))
         return [
-            said._replace(times=said.times * applies(turn))
+            message._replace(times=message.times * applications(turn))
             for turn in range(min(times, stage.turns))
-            for said in stage.communication(state, number * times + turn)
+            for message in stage.communication(state, number * times + turn)
         ]
 
     turns = stage.turns // math.gcd(stage.turns, times)
@@ -45,9 +68,18 @@ def repeat(stage: Stage, times: int) -> Stage:
 
 
 def sequence(*stages: Stage) -> Stage:
-    """The stages one after another; an empty sequence does nothing.
+    """Apply stages one after another; an empty sequence does nothing.
 
-    What they report is joined by name.
+    Their reports are joined by name.
+
+    Returns:
+      A stage of the sum of their steps.
+
+    >>> import jaxlocal, optax
+    >>> grad_fn = jaxlocal.gradients(lambda w, batch, key: (w - batch) ** 2)
+    >>> step = jaxlocal.stages.local_step(grad_fn, optax.sgd(0.1))
+    >>> sequence(step, jaxlocal.stages.sync(jaxlocal.mixing.mean()), step).steps
+    2
     """
 
     def init(state):
@@ -64,32 +96,39 @@ def sequence(*stages: Stage) -> Stage:
         return state, tuple(memories), join(infos)
 
     def communication(state, number=0):
-        return [said for stage in stages for said in stage.communication(state, number)]
+        return [message for stage in stages for message in stage.communication(state, number)]
 
-    return Stage(
-        init,
-        apply,
-        sum(stage.steps for stage in stages),
-        communication,
-        any(stage.anchored for stage in stages),
-        math.lcm(*(stage.turns for stage in stages)),
-    )
+    steps = sum(stage.steps for stage in stages)
+    anchored = any(stage.anchored for stage in stages)
+    turns = math.lcm(*(stage.turns for stage in stages))
+    return Stage(init, apply, steps, communication, anchored, turns)
 
 
 def in_turn(*stages: Stage) -> Stage:
-    """One of the stages at each apply: the first, the second, and so on, and again from the first.
+    """Apply one of the stages at a time: the first, then the second, and so on, in a cycle.
 
-    One program has all of them, as the branches of a `lax.switch`, and each keeps its own memory.
+    One program holds all of them, as the branches of a `lax.switch`; each has its own memory.
+
+    Returns:
+      A stage of the steps of one of them.
+
+    Raises:
+      ConfigurationError: stages of different steps.
+
+    >>> import jaxlocal
+    >>> in_turn(*[jaxlocal.stages.sync(jaxlocal.mixing.mean())] * 3).turns
+    3
     """
     steps = sorted({stage.steps for stage in stages})
     if len(steps) != 1:
         raise ConfigurationError(f"stages that take turns must take the same steps, got {steps}")
 
     def init(state):
-        return Memory(single=jnp.int32(0)), tuple(stage.init(state) for stage in stages)
+        memories = tuple(stage.init(state) for stage in stages)
+        return TurnMemory(Memory(single=jnp.int32(0)), memories)
 
     def apply(state, memory, batches, context):
-        (_, count), memories = memory
+        count = memory.applied.single
 
         def turn(number):
             def run(state, memories):
@@ -102,8 +141,8 @@ def in_turn(*stages: Stage) -> Stage:
             return run
 
         turns = [turn(number) for number in range(len(stages))]
-        state, memories, info = lax.switch(count % len(stages), turns, state, memories)
-        return state, (Memory(single=count + 1), memories), info
+        state, memories, info = lax.switch(count % len(stages), turns, state, memory.stages)
+        return state, TurnMemory(Memory(single=count + 1), memories), info
 
     def communication(state, number=0):
         return stages[number % len(stages)].communication(state, number // len(stages))
@@ -114,7 +153,7 @@ def in_turn(*stages: Stage) -> Stage:
 
 
 def join(infos: list[Info], concatenate: Callable = jnp.concatenate) -> Info:
-    """One report of several, by name one after another."""
+    """One report made of several: the values of a name, one after another."""
     by_name = lambda reports: {
         name: values[0] if len(values) == 1 else concatenate(values)
         for name, values in _collected(reports).items()
@@ -128,3 +167,6 @@ def _collected(reports: list[dict[str, Leaf]]) -> dict[str, list[Leaf]]:
         for name, values in report.items():
             found.setdefault(name, []).append(values)
     return found
+
+
+NOTHING = sequence()  # the end of a round at which nothing is sent

@@ -1,4 +1,6 @@
-"""Compressed messages with error feedback: what a message leaves out is added to the next."""
+"""Compressed messages with error feedback: what a message leaves out is added to the next one."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +19,28 @@ from jaxlocal.stages.partial_sync import (
     partial_sync,
     partial_sync_messages,
 )
-from jaxlocal.stages.sync import Others
-from jaxlocal.types import Compressor, Info, Memory, Mixer, Stage
+from jaxlocal.stages.sync import StatePolicy
+from jaxlocal.types import Compressor, Info, Memory, Mixer, Stage, Tree
+
+
+class ErrorMemory(NamedTuple):
+    """What a worker carries from message to message."""
+
+    residual: Tree  # e_i, leaves [D, N, ...], in float32 at least
+    compressor: Tree  # memory of the compressor
+
+
+class HubMemory(NamedTuple):
+    """What error feedback inside hubs carries."""
+
+    after: Tree  # memory of the stage that ends with the message
+    errors: Memory  # of ErrorMemory
 
 
 def error_feedback(
     mixer: Mixer,
     compressor: Compressor,
+    *,
     outer_optimizer: optax.GradientTransformation | None = None,
     error_decay: float = 1.0,
     after: Stage | None = None,
@@ -31,115 +48,125 @@ def error_feedback(
     optimizer: optax.GradientTransformation | None = None,
     model_state: str = "keep",
 ) -> Stage:
-    """Error feedback: what a message leaves out is added to the next one.
+    """Send compressed differences of models, and add what a message leaves out to the next one.
 
         p_i = γ e_i + x_i − y;  y ← y + Σ_j W_ji C(p_j);  e_i ← p_i − C(p_i);  x_i ← y
 
     y is the model from which the workers started: the anchor or, where the mixer makes only the
-    workers of a hub common, the hub's model before the stage `after`.
+    workers of a hub common, the model of the hub before the stage `after`.
 
     Args:
+      mixer: W.
       compressor: C.
-      outer_optimizer: makes the step of y from the pseudo-gradient −Σ W_ji C(p_j); by default y
-        moves by the whole of what is heard. It is told the run's step, for `scale_by_step`.
+      outer_optimizer: takes the step of y on the pseudo-gradient −Σ_j W_ji C(p_j); by default y
+        moves by the whole average. Its update is given `step`, the step of the run, for
+        `scale_by_step`.
       error_decay: γ.
       after: the stage that ends with this message.
-      optimizer_state, optimizer, model_state: what happens to the workers' own, as in
-        `syncing.sync`.
+      optimizer_state, optimizer, model_state: as in `sync`.
+
+    Returns:
+      A stage of the steps of `after`, of none without it.
 
     Raises:
-      ConfigurationError: a mixer over hubs without the stage since they were alike, or with an
-        outer optimizer, which needs an anchor.
+      ConfigurationError: the mixer averages inside hubs, and `after` is missing or an outer
+        optimizer, which needs an anchor, is given; or the decay is not in [0, 1].
+
+    Source: Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory", NeurIPS 2018,
+    https://arxiv.org/abs/1809.07599; Karimireddy et al., ICML 2019, https://arxiv.org/abs/1901.09847.
+
+    >>> import jaxlocal
+    >>> error_feedback(jaxlocal.mixing.mean(), jaxlocal.compression.top_k(64)).anchored
+    True
     """
     check_exchange(mixer, compressor)
     if not 0 <= error_decay <= 1:
         raise ConfigurationError(f"the decay of errors must be in [0, 1], got {error_decay}")
-    others = Others(optimizer_state, optimizer, model_state)
+    policy = StatePolicy(optimizer_state, optimizer, model_state)
     if set(mixer.axes) == set(AXES):
-        stage = _from_anchor(mixer, compressor, outer_optimizer, error_decay, others)
+        stage = _from_anchor(mixer, compressor, outer_optimizer, error_decay, policy)
         return sequence(after, stage) if after else stage
     if after is None or outer_optimizer:
         check_common("error feedback from an anchor", mixer)
     if "workers" not in mixer.axes:
         raise ConfigurationError(
-            f"error feedback needs a mixer that makes the workers of a hub common; this one does "
-            f"over {mixer.axes}"
+            f"error feedback needs a mixer that makes the workers of a hub common; this one makes "
+            f"them common over {mixer.axes}"
         )
-    return _from_start(mixer, compressor, error_decay, after, others)
+    return _from_hub(mixer, compressor, error_decay, after, policy)
 
 
-def _from_anchor(mixer, compressor, outer_optimizer, error_decay, others) -> Stage:
+def _from_anchor(mixer, compressor, outer_optimizer, error_decay, policy) -> Stage:
     if outer_optimizer:
         update = optax.with_extra_args_support(outer_optimizer).update
 
     def init(state):
         outer = outer_optimizer.init(state.anchor) if outer_optimizer else ()
-        return Memory(_errors(compressor, state.params), single=outer)
+        return Memory(no_errors(compressor, state.params), single=outer)
 
     def apply(state, memory, batches, context):
-        (errors, kept), outer = memory
+        errors, outer = memory
         start = jax.tree.map(lambda x, y: y.astype(x.dtype), state.params, state.anchor)
-        moved = _moved(error_decay, errors, state.params, start)
+        move = with_errors(error_decay, errors.residual, state.params, start)
         key = stream_key(state.key, ROUND_MESSAGE, state.step)
-        synced = partial_sync(mixer, compressor, moved, kept, key, context)
+        synced = partial_sync(mixer, compressor, move, errors.compressor, key, context)
         if outer_optimizer:
-            heard = add_single(synced.add, jax.tree.map(jnp.zeros_like, state.anchor))
-            gradient = jax.tree.map(jnp.negative, heard)
+            average = add_single(synced.add, jax.tree.map(jnp.zeros_like, state.anchor))
+            gradient = jax.tree.map(jnp.negative, average)
             updates, outer = update(gradient, outer, state.anchor, step=state.step - 1)
             anchor = optax.apply_updates(state.anchor, updates)
         else:
             anchor = add_single(synced.add, state.anchor)
         params = broadcast_to_workers(jax.tree.map(lambda y: y[None, None], anchor), state.params)
         state = state._replace(params=params, anchor=anchor)
-        memory = Memory((synced.residual, synced.memory), outer)
-        return others.treat(state, mixer, context), memory, Info()
+        memory = Memory(ErrorMemory(synced.residual, synced.memory), outer)
+        return policy.apply(state, mixer, context), memory, Info()
 
-    return Stage(init, apply, 0, _says(mixer, compressor, others, _wide), anchored=True)
+    communication = _communication(mixer, compressor, policy)
+    return Stage(init, apply, 0, communication, anchored=True)
 
 
-def _from_start(mixer, compressor, error_decay, after, others) -> Stage:
+def _from_hub(mixer, compressor, error_decay, after, policy) -> Stage:
     def init(state):
-        return after.init(state), Memory(_errors(compressor, state.params))
+        return HubMemory(after.init(state), Memory(no_errors(compressor, state.params)))
 
     def apply(state, memory, batches, context):
-        own, ((errors, kept), _) = memory
-        start = state.params
-        state, own, info = after.apply(state, own, batches, context)
-        moved = _moved(error_decay, errors, state.params, start)
+        start, errors = state.params, memory.errors.stacked
+        state, own, info = after.apply(state, memory.after, batches, context)
+        move = with_errors(error_decay, errors.residual, state.params, start)
         key = stream_key(state.key, ROUND_MESSAGE, state.step)
-        synced = partial_sync(mixer, compressor, moved, kept, key, context)
+        synced = partial_sync(mixer, compressor, move, errors.compressor, key, context)
         hubs = synced.add(jax.tree.map(lambda x: x[:, :1], start))
         state = state._replace(params=broadcast_to_workers(hubs, start))
-        memory = (own, Memory((synced.residual, synced.memory)))
-        return others.treat(state, mixer, context), memory, info
+        memory = HubMemory(own, Memory(ErrorMemory(synced.residual, synced.memory)))
+        return policy.apply(state, mixer, context), memory, info
 
-    own = _says(mixer, compressor, others, _wide)
+    own = _communication(mixer, compressor, policy)
     communication = lambda state, number=0: [*after.communication(state, number), *own(state)]
     return Stage(init, apply, after.steps, communication, after.anchored, after.turns)
 
 
-def _says(mixer, compressor, others, of=lambda params: params):
-    def communication(state, number=0):
-        return partial_sync_messages(mixer, compressor, of(state.params)) + others.said(
-            mixer, state
-        )
-
-    return communication
+def no_errors(compressor: Compressor, params: Tree) -> ErrorMemory:
+    """The memory before the first message; params lead with the worker grid."""
+    residual = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), error_shapes(params))
+    return ErrorMemory(residual, compressor_memory(compressor, residual))
 
 
-def _wide(params):
+def error_shapes(params: Tree) -> Tree:
     """The shapes of errors, which are kept and sent in float32 at least."""
     wide = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32))
     return jax.tree.map(wide, params)
 
 
-def _errors(compressor, params):
-    """No errors yet, and what the compressor keeps."""
-    errors = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _wide(params))
-    return errors, compressor_memory(compressor, errors)
+def _communication(mixer, compressor, policy):
+    def communication(state, number=0):
+        errors = partial_sync_messages(mixer, compressor, error_shapes(state.params))
+        return errors + policy.messages(mixer, state)
+
+    return communication
 
 
-def _moved(error_decay, errors, params, start):
-    """γ e_i + x_i − y, leaves [d, n, ...]."""
+def with_errors(error_decay, residual, params, start):
+    """γ e_i + x_i − y, the differences with what earlier messages left out; leaves [d, n, ...]."""
     one = lambda e, x, y: error_decay * e + (x.astype(e.dtype) - y.astype(e.dtype))
-    return jax.tree.map(one, errors, params, start)
+    return jax.tree.map(one, residual, params, start)

@@ -1,6 +1,7 @@
-"""What a worker's gradient is: of its loss, at once or in parts."""
+"""The gradient of one worker's loss, on its batch at once or in micro-batches."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,49 +15,61 @@ from jaxlocal.types import Tree
 GradFn = Callable[[Tree, Tree, Tree, jax.Array], tuple[Tree, Tree, dict[str, jax.Array]]]
 
 
-def gradients(loss: Callable, stateful: bool = False, gathered: bool = True) -> GradFn:
-    """The gradient function of one worker, from its loss.
+def gradients(loss: Callable[..., Any], stateful: bool = False, gathered: bool = True) -> GradFn:
+    """Make the gradient function of one worker from its loss.
 
     Args:
       loss: `loss(params, batch, key)` → scalar. The key is the worker's own at this step, for
-        dropout and the like. If `stateful`, `loss(params, model_state, batch, key)` → (scalar,
-        (model_state, metrics)), metrics being a dict of scalars.
-      gathered: where a worker is split over devices, whether each of them gathers the parameters
-        and takes its part of the batch, as FSDP does. Else the loss is handed parameters in parts,
-        and says itself what is gathered where (`sharding.unshard`, of a layer's parameters, say) or
-        leaves it to the compiler.
+        dropout and other noise. If `stateful`, `loss(params, model_state, batch, key)` → (scalar,
+        (model_state, metrics)), where metrics is a dict of scalars.
+      stateful: whether the model has model state, such as batch statistics, or reports metrics.
+      gathered: for a worker that is sharded over devices. If true, each device gathers the
+        parameters and takes its part of the batch, as FSDP does. If false, the loss is given
+        sharded parameters; it gathers them where it needs them (`sharding.unshard`, of the
+        parameters of a layer, for instance) or leaves that to the compiler.
 
     Returns:
-      `grad_fn(params, model_state, batch, key)` → (gradients, model_state, metrics with "loss"
-      among them).
+      `grad_fn(params, model_state, batch, key)` → (gradients, model_state, metrics), where metrics
+      has "loss".
 
     >>> grad_fn = gradients(lambda params, batch, key: params * batch)
-    >>> [float(x) for x in (grad_fn(2.0, {}, 3.0, None)[0], grad_fn(2.0, {}, 3.0, None)[2]["loss"])]
-    [3.0, 6.0]
+    >>> grads, model_state, metrics = grad_fn(2.0, {}, 3.0, None)
+    >>> float(grads), float(metrics["loss"])
+    (3.0, 6.0)
     """
-
-    def of_whole(params, *rest):
-        return loss(unshard(params) if gathered else params, *rest)
+    gather = unshard if gathered else lambda tree: tree
 
     def grad_fn(params, model_state, batch, key):
-        batch = shard_examples(batch)
+        params, batch = gather(params), shard_examples(batch)
         if stateful:
-            (value, (model_state, metrics)), grads = jax.value_and_grad(of_whole, has_aux=True)(
-                params, model_state, batch, key
-            )
+            differentiate = jax.value_and_grad(loss, has_aux=True)
+            (value, aux), grads = differentiate(params, model_state, batch, key)
+            model_state, metrics = aux
         else:
-            (value, grads), metrics = jax.value_and_grad(of_whole)(params, batch, key), {}
-        return grads, model_state, {"loss": value, **metrics}
+            (value, grads), metrics = jax.value_and_grad(loss)(params, batch, key), {}
+        return gather(grads), model_state, {"loss": value, **metrics}
 
     return grad_fn
 
 
 def accumulate(grad_fn: GradFn, micro_batches: int) -> GradFn:
-    """The gradient of a worker's batch taken in so many parts, one after another, to save memory.
+    """Accumulate the gradient of a batch over micro-batches, one after another, to save memory.
 
-    Gradients and metrics are means over the parts; where the loss is a mean over examples they are
-    those of the whole batch. What the model keeps is handed from part to part, and each part has a
-    random key of its own. Batches lead with the examples, in a number that the parts divide.
+    Gradients and metrics are means over the micro-batches: those of the whole batch where the loss
+    is a mean over examples. Model state passes from one micro-batch to the next, and each has its
+    own random key.
+
+    Args:
+      grad_fn: as `gradients` makes it.
+      micro_batches: into how many parts a batch is divided. Batches lead with the examples, whose
+        number the parts must divide.
+
+    Returns:
+      A gradient function like `grad_fn`.
+
+    Raises:
+      ConfigurationError: fewer than one micro-batch, or, when it is called, a batch that they do
+        not divide.
 
     >>> grad_fn = gradients(lambda w, batch, key: jnp.mean((w - batch) ** 2))
     >>> batch, key = jnp.array([1.0, 2.0, 3.0, 6.0]), jax.random.key(0)

@@ -1,18 +1,31 @@
-"""Optimizers that follow the step of the run."""
+"""Optimizers whose learning rate follows the step of the run."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from jaxlocal.types import Tree
 
-def scale_by_step(schedule: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """An optax step of −η_t where t is the run's step, not the number of steps that this worker has
-    taken.
 
-    The two differ where workers skip steps by their rates. Ends a chain, as
-    `optax.scale_by_learning_rate` does.
+def scale_by_step(schedule: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    """Scale updates by −η_t, where t is the step of the run.
 
-    >>> step = scale_by_step(lambda step: 0.1 / (1 + step))
-    >>> round(float(step.update(jnp.ones(()), step.init(None), step=1)[0]), 3)
+    The steps of the run and those that a worker has taken differ where workers skip steps by their
+    rates; `optax.scale_by_learning_rate`, whose place this takes at the end of a chain, counts the
+    latter.
+
+    Args:
+      schedule: η by step, or a number.
+
+    Returns:
+      A transformation whose update needs `step`, which the stages of jaxlocal give it.
+
+    >>> minus_rate = scale_by_step(lambda step: 0.1 / (1 + step))
+    >>> updates, _ = minus_rate.update(jnp.ones(()), minus_rate.init(None), step=1)
+    >>> round(float(updates), 3)
     -0.05
     """
 
@@ -21,3 +34,47 @@ def scale_by_step(schedule: optax.ScalarOrSchedule) -> optax.GradientTransformat
         return jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+class ScheduledOptimizer(optax.GradientTransformationExtraArgs):
+    """An optax optimizer that knows its learning rate; see `scheduled`."""
+
+    learning_rate: optax.ScalarOrSchedule
+
+
+def scheduled(
+    make: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    **arguments: Any,
+) -> ScheduledOptimizer:
+    """Make an optax optimizer whose schedule others can read, so that it is given only once.
+
+    The schedule follows the step of the run, not the steps that a worker has taken. Rules for the
+    period such as `periods.qsr`, and `slowmo`, read `optimizer.learning_rate`; a method refuses a
+    rule that reads another schedule.
+
+    Args:
+      make: an optax optimizer that takes `learning_rate`, such as `optax.sgd` or `optax.adamw`.
+      learning_rate: η by step, or a number.
+      **arguments: further arguments of `make`.
+
+    Returns:
+      An optimizer with the attribute `learning_rate`. Its update needs `step`, which the stages of
+      jaxlocal give it.
+
+    >>> from jaxlocal import periods
+    >>> optimizer = scheduled(optax.sgd, optax.cosine_decay_schedule(0.5, 200), momentum=0.9)
+    >>> period = periods.qsr(optimizer.learning_rate, coefficient=1.0, base=4)
+    >>> period.length(0, 200), period.length(100, 100)
+    (4, 16)
+    """
+    at = lambda step: learning_rate(step) if callable(learning_rate) else learning_rate
+    init = lambda params: make(learning_rate=at(jnp.int32(0)), **arguments).init(params)
+
+    def update(updates: Tree, state: Tree, params: Tree = None, *, step: Any, **others: Any):
+        inner = make(learning_rate=at(step), **arguments)
+        return optax.with_extra_args_support(inner).update(updates, state, params, **others)
+
+    optimizer = ScheduledOptimizer(init, update)
+    optimizer.learning_rate = learning_rate
+    return optimizer

@@ -1,4 +1,6 @@
-"""An outer optimizer steps on the pseudo-gradient, the distance that the workers have come."""
+"""An outer optimizer steps on the pseudo-gradient: how far the workers have moved on average."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -7,42 +9,60 @@ from jax import lax
 
 from jaxlocal.parallel.collectives import broadcast_to_workers, worker_shapes
 from jaxlocal.stages.partial_sync import check_common
-from jaxlocal.stages.sync import Others
-from jaxlocal.types import Info, Memory, Message, Mixer, Stage
+from jaxlocal.stages.sync import StatePolicy
+from jaxlocal.types import Info, Leaf, Memory, Message, Mixer, Stage, Tree
 
 # The least learning rate that a pseudo-gradient is divided by.
 _LEAST_RATE = 1e-12
 
 
+class OuterMemory(NamedTuple):
+    """What an outer step carries from round to round."""
+
+    optimizer: Tree  # state of the outer optimizer
+    began: Leaf  # int32 []: the step at which the round began
+
+
 def outer_step(
     mixer: Mixer,
     outer_optimizer: optax.GradientTransformation,
+    *,
     learning_rate: optax.ScalarOrSchedule | None = None,
     optimizer_state: str = "keep",
     optimizer: optax.GradientTransformation | None = None,
     model_state: str = "keep",
 ) -> Stage:
-    """The anchor y takes an optimizer step on the pseudo-gradient, and all workers restart from it.
+    """Take a step of an outer optimizer on the pseudo-gradient; all workers restart from it.
 
-        d ← Σ a_i (y − x_i) / η;  y ← y + η · outer(d);  x_i ← y
+        d ← Σ_i a_i (y − x_i) / η;  y ← y + η · outer(d);  x_i ← y
+
+    y is the anchor, the model from which all workers started the round.
 
     Args:
-      mixer: one that makes all workers common.
-      outer_optimizer: any optax transformation; its state exists once, for all workers. It is told
-        the run's step, for `scale_by_step`; a schedule of its own counts rounds.
-      learning_rate: η, the workers' own, of which the mean over the round is taken; without it,
-        η = 1.
-      optimizer_state, optimizer, model_state: what happens to the workers' own, as in `sync`.
+      mixer: one that makes all workers common, such as `mixing.mean()`.
+      outer_optimizer: any optax transformation; its state exists once, for all workers. Its update
+        is given `step`, the step of the run, for `scale_by_step`; a schedule inside it counts
+        rounds.
+      learning_rate: η, the learning rate of the workers, of which the mean over the round is taken;
+        without it η = 1.
+      optimizer_state, optimizer, model_state: as in `sync`.
+
+    Returns:
+      A stage of no steps, which needs the anchor.
 
     Raises:
-      ConfigurationError: the mixer leaves workers unlike, so that there is no anchor.
+      ConfigurationError: the mixer leaves workers different, so that there is no anchor.
+
+    >>> import jaxlocal
+    >>> outer_step(jaxlocal.mixing.mean(), optax.sgd(0.7, momentum=0.9)).anchored
+    True
     """
     check_common("an outer step", mixer)
-    others = Others(optimizer_state, optimizer, model_state)
+    policy = StatePolicy(optimizer_state, optimizer, model_state)
     update = optax.with_extra_args_support(outer_optimizer).update
 
     def init(state):
-        return Memory(single=(outer_optimizer.init(state.anchor), state.step))
+        return Memory(single=OuterMemory(outer_optimizer.init(state.anchor), state.step))
 
     def apply(state, memory, batches, context):
         outer_state, began = memory.single
@@ -56,17 +76,18 @@ def outer_step(
         anchor = jax.tree.map(lambda y, u: (y + rate * u).astype(y.dtype), state.anchor, updates)
         params = broadcast_to_workers(jax.tree.map(lambda y: y[None, None], anchor), state.params)
         state = state._replace(params=params, anchor=anchor)
-        memory = Memory(single=(outer_state, state.step))
-        return others.treat(state, mixer, context), memory, Info()
+        memory = Memory(single=OuterMemory(outer_state, state.step))
+        return policy.apply(state, mixer, context), memory, Info()
 
     def communication(state, number=0):
-        return [Message(mixer, worker_shapes(state.params)), *others.said(mixer, state)]
+        models = Message(mixer, worker_shapes(state.params))
+        return [models, *policy.messages(mixer, state)]
 
     return Stage(init, apply, 0, communication, anchored=True)
 
 
-def moved(anchor, params):
-    """y − x_i, from where a worker began, which is y in its own precision."""
+def moved(anchor: Leaf, params: Leaf) -> Leaf:
+    """y − x_i, with y rounded to the precision in which the worker started from it."""
     return anchor.astype(params.dtype).astype(anchor.dtype) - params.astype(anchor.dtype)
 
 

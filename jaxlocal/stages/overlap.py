@@ -1,134 +1,155 @@
-"""A synchronisation of the whole model or of a fragment of it, beside which steps run."""
+"""An outer step of the whole model or of a fragment, overlapped with local steps."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.collectives import broadcast_to_workers, worker_shapes
+from jaxlocal.parallel.keys import ROUND_MESSAGE, stream_key
+from jaxlocal.stages.error_feedback import ErrorMemory, error_shapes, no_errors, with_errors
+from jaxlocal.stages.fragments import Fragments, fragments_of
 from jaxlocal.stages.outer_step import moved
-from jaxlocal.stages.partial_sync import check_common
-from jaxlocal.stages.sync import Others
-from jaxlocal.types import Memory, Message, Mixer, Stage, Tree
+from jaxlocal.stages.partial_sync import (
+    add_single,
+    check_common,
+    check_exchange,
+    partial_sync,
+    partial_sync_messages,
+)
+from jaxlocal.stages.sync import StatePolicy
+from jaxlocal.types import Compressor, Memory, Message, Mixer, Stage, Tree
 
 
 def overlapped(
     steps: Stage,
     mixer: Mixer,
     outer_optimizer: optax.GradientTransformation,
+    *,
     mixing_factor: float = 0.5,
     fragment: int = 0,
-    fragments: int = 1,
+    fragments: Fragments = 1,
+    compressor: Compressor | None = None,
     model_state: str = "keep",
 ) -> Stage:
-    """An outer step of a fragment whose pseudo-gradient is averaged while steps run.
+    """Take an outer step of a fragment whose pseudo-gradient is averaged while local steps run.
 
-        d ← Σ a_i (y − x_i) of the fragment
+        d ← Σ_i a_i (y − x_i) of the fragment
         τ steps of every worker, on all of x_i, which do not wait for d
         y ← y + outer(d);  x_i ← α x_i + (1 − α) y, of the fragment
 
     y is the anchor. What a worker learns in the τ steps is not in d: the share α of it stays in
-    x_i, and is in the next pseudo-gradient.
+    x_i, and is in the next pseudo-gradient. With α = 1 workers keep their models, and only the
+    anchor follows their average.
 
     The average and the steps do not depend on each other, so a program may run them at once. XLA's
-    CPU backend runs them one after the other: there only the algorithm overlaps, a message is
-    smaller by its fragment, and τ saves no time. Measured with JAX 0.10, two gloo processes over a
-    link of limited rate, a model of 8 to 10 MB in 4 or 32 tensors, steps that do nothing but wait,
-    and an average about as long as τ = 20 of them: a round took 0.92 to 1.05 times as long as with
-    τ = 0, in ten pairs. On GPUs XLA's documentation has
-    `--xla_gpu_enable_latency_hiding_scheduler=true` for collectives beside computation; that is not
-    measured.
+    CPU backend runs them one after the other: there a message is smaller by its fragment, and τ
+    saves no time. Measured with JAX 0.10 on two gloo processes over a link of limited rate, with a
+    model of 8 to 10 MB in 4 or 32 tensors, steps that only wait, and an average about as long as
+    τ = 20 of them: a round took 0.92 to 1.05 times as long as with τ = 0, in ten pairs. On GPUs
+    XLA's documentation has `--xla_gpu_enable_latency_hiding_scheduler=true` for collectives that
+    run during computation; that is not measured.
 
     Args:
-      steps: what runs meanwhile, without memory of its own; `compose.sequence()` for nothing, which
-        with α = 0 makes this `syncing.outer_step`.
-      mixer: one that makes all workers common.
-      outer_optimizer: any optax transformation; its state exists once, for all workers, and is of
-        this fragment alone. It is told the run's step, for `scale_by_step`.
-      mixing_factor: α, from 0 up to 1.
-      fragment: which one, counted from 0; see `fragments_of`.
-      fragments: into how many the model is divided.
-      model_state: as in `syncing.sync`; averaged at the end, and not overlapped.
+      steps: the stage that runs meanwhile, without memory; `sequence()` for none, which with α = 0
+        makes this `outer_step`.
+      mixer: one that makes all workers common, such as `mixing.mean()`.
+      outer_optimizer: any optax transformation; its state exists once for all workers, and is of
+        this fragment alone. Its update is given `step`, the step of the run, for `scale_by_step`.
+      mixing_factor: α, from 0 to 1.
+      fragment: the number of the fragment, from 0 on.
+      fragments: how the model is divided, see `fragments_of`.
+      compressor: C, of the messages, with error feedback: each worker sends C(e_i + x_i − y), and
+        keeps what that leaves out as e_i. By default messages are sent uncompressed.
+      model_state: as in `sync`; averaged at the end, and not overlapped.
+
+    Returns:
+      A stage of the steps of `steps`, which needs the anchor.
 
     Raises:
-      ConfigurationError: the mixer leaves workers unlike, steps that keep a memory, or more
-        fragments than the model has tensors.
+      ConfigurationError: the mixer leaves workers different, a factor that is not in [0, 1]; at
+        `init`: steps that keep a memory, fragments that do not fit the model.
 
     Source: Douillard et al., "Streaming DiLoCo with overlapping communication", 2025,
     https://arxiv.org/abs/2501.18512.
+
+    >>> import jaxlocal
+    >>> outer = optax.sgd(0.7, momentum=0.9, nesterov=True)
+    >>> overlapped(jaxlocal.stages.sequence(), jaxlocal.mixing.mean(), outer).anchored
+    True
     """
     check_common("an overlapped outer step", mixer)
-    if not 0 <= mixing_factor < 1:
-        raise ConfigurationError(f"the mixing factor must be in [0, 1), got {mixing_factor}")
-    others = Others("keep", None, model_state)
+    if compressor is not None:
+        check_exchange(mixer, compressor)
+    if not 0 <= mixing_factor <= 1:
+        raise ConfigurationError(f"the mixing factor must be in [0, 1], got {mixing_factor}")
+    policy = StatePolicy("keep", None, model_state)
     update = optax.with_extra_args_support(outer_optimizer).update
 
     def own(tree, params):
-        """The fragment's leaves, and None in place of the others."""
-        of = fragments_of(params, fragments)
-        return jax.tree.map(lambda x, number: x if number == fragment else None, tree, of)
+        """The tensors of the fragment, and None in place of the others."""
+        numbers = fragments_of(params, fragments)
+        return jax.tree.map(lambda x, number: x if number == fragment else None, tree, numbers)
 
     def init(state):
         if jax.tree.leaves(steps.init(state)):
-            raise ConfigurationError("steps beside a synchronisation may keep no memory")
-        return Memory(single=outer_optimizer.init(own(state.anchor, state.params)))
+            raise ConfigurationError("steps that overlap a synchronisation may keep no memory")
+        outer = outer_optimizer.init(own(state.anchor, state.params))
+        errors = no_errors(compressor, own(state.params, state.params)) if compressor else ()
+        return Memory(stacked=errors, single=outer)
 
     def apply(state, memory, batches, context):
-        anchor = own(state.anchor, state.params)
-        average = mixer.average(
-            jax.tree.map(moved, anchor, own(state.params, state.params)), context
-        )
+        anchor, params = own(state.anchor, state.params), own(state.params, state.params)
+        if compressor is None:
+            gradient, errors = _pseudo_gradient(mixer, anchor, params, context), ()
+        else:
+            key = stream_key(state.key, ROUND_MESSAGE, state.step)
+            gradient, errors = _compressed_pseudo_gradient(
+                mixer, compressor, anchor, params, memory.stacked, key, context
+            )
         state, _, info = steps.apply(state, steps.init(state), batches, context)
-        gradient = jax.tree.map(lambda y, d: d[0, 0].astype(y.dtype), anchor, average)
         updates, outer = update(gradient, memory.single, anchor, step=state.step - 1)
-        anchor = optax.apply_updates(anchor, updates)
-
-        def mix(y, x):
-            return y if not mixing_factor else mixing_factor * x + (1 - mixing_factor) * y
-
-        params = own(state.params, state.params)
-        mixed = jax.tree.map(lambda y, x: mix(y[None, None], x.astype(y.dtype)), anchor, params)
-        state = state._replace(
-            params=_put(broadcast_to_workers(mixed, params), state.params),
-            anchor=_put(anchor, state.anchor),
-        )
-        return others.treat(state, mixer, context), Memory(single=outer), info
+        anchor, params = optax.apply_updates(anchor, updates), own(state.params, state.params)
+        params = _mixed(mixing_factor, anchor, params)
+        state = state._replace(params=_put(params, state.params), anchor=_put(anchor, state.anchor))
+        return policy.apply(state, mixer, context), Memory(errors, outer), info
 
     def communication(state, number=0):
-        payload = own(worker_shapes(state.params), state.params)
-        return [
-            *steps.communication(state, number),
-            Message(mixer, payload),
-            *others.said(mixer, state),
-        ]
+        params = own(state.params, state.params)
+        messages = [Message(mixer, worker_shapes(params))]
+        if compressor is not None:
+            messages = partial_sync_messages(mixer, compressor, error_shapes(params))
+        return [*steps.communication(state, number), *messages, *policy.messages(mixer, state)]
 
     return Stage(init, apply, steps.steps, communication, True, steps.turns)
 
 
-def fragments_of(params: Tree, fragments: int) -> Tree:
-    """By tensor, the number of the fragment to which it belongs.
+def _pseudo_gradient(mixer, anchor, params, context):
+    """Σ_i a_i (y − x_i), leaves [...]."""
+    average = mixer.average(jax.tree.map(moved, anchor, params), context)
+    return jax.tree.map(lambda y, d: d[0, 0].astype(y.dtype), anchor, average)
 
-    Tensors go, from the largest to the smallest, each to the fragment that is lightest so far, so
-    that no message is much larger than another. Tensors of one size, such as those of the layers of
-    a transformer, so come to lie in strides: layers 0, P, 2P, … are in fragment 0.
 
-    >>> layer = jax.numpy.ones(8)
-    >>> fragments_of({"head": layer[:4], "layers": [layer, layer, layer, layer]}, 2)
-    {'head': 0, 'layers': [0, 1, 0, 1]}
-    """
-    leaves, structure = jax.tree.flatten(params)
-    if not 1 <= fragments <= len(leaves):
-        raise ConfigurationError(
-            f"a model of {len(leaves)} tensors does not divide into {fragments} fragments"
-        )
-    sizes = [x.size * x.dtype.itemsize for x in leaves]
-    weights, numbers = [0] * fragments, [0] * len(leaves)
-    for place in sorted(range(len(leaves)), key=lambda place: -sizes[place]):
-        numbers[place] = weights.index(min(weights))
-        weights[numbers[place]] += sizes[place]
-    return jax.tree.unflatten(structure, numbers)
+def _compressed_pseudo_gradient(mixer, compressor, anchor, params, errors, key, context):
+    """−Σ_i a_i C(e_i + x_i − y), and what the messages leave out."""
+    start = jax.tree.map(lambda x, y: y.astype(x.dtype), params, anchor)
+    move = with_errors(1.0, errors.residual, params, start)
+    synced = partial_sync(mixer, compressor, move, errors.compressor, key, context)
+    average = add_single(synced.add, jax.tree.map(jnp.zeros_like, anchor))
+    return jax.tree.map(jnp.negative, average), ErrorMemory(synced.residual, synced.memory)
+
+
+def _mixed(factor, anchor, params):
+    """α x_i + (1 − α) y, of every worker."""
+
+    def mix(y, x):
+        y, x = y[None, None], x.astype(y.dtype)
+        return y if not factor else x if factor == 1 else factor * x + (1 - factor) * y
+
+    return broadcast_to_workers(jax.tree.map(mix, anchor, params), params)
 
 
 def _put(part: Tree, whole: Tree) -> Tree:
-    """The tree with the leaves of a part of it in the place of its own."""
+    """The whole tree, in which the tensors of a part replace its own."""
     is_none = lambda x: x is None
     return jax.tree.map(lambda new, old: old if new is None else new, part, whole, is_leaf=is_none)

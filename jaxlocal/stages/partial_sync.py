@@ -1,5 +1,4 @@
-"""Partial synchronisation: the compressed part of what workers have crosses the wire and is
-averaged, the rest stays where it is."""
+"""Partial synchronisation: the compressed part of what workers hold is averaged, the rest stays."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +18,7 @@ Add = Callable[[Tree], Tree]  # leaves [d or 1, n or 1, ...]
 
 
 class Synced(NamedTuple):
-    """What a partial synchronisation of x_i gives; the new value is `add(residual)`."""
+    """The result of a partial synchronisation of x_i; the new value is `add(residual)`."""
 
     residual: Tree  # x_i − C(x_i), leaves [d, n, ...]
     add: Add  # tree -> tree + Σ_j W_ji C(x_j)
@@ -29,48 +28,54 @@ class Synced(NamedTuple):
 def partial_sync(
     mixer: Mixer, compressor: Compressor, tree: Tree, memory: Tree, key: jax.Array, context: Context
 ) -> Synced:
-    """PSync: s_i = C(x_i); r_i = x_i − s_i; the new value is Σ_j W_ji s_j + r_i.
+    """Partially synchronise a tree of every worker (PSync).
 
-    Only the payload of C(x_i) crosses the wire: averaged as it is where the compressor allows it,
-    else gathered and decoded. What is common is given as a function that adds it: it touches no
-    more than the payload says, and what is made of it is the same on all workers to the bit (taken
-    back as `synced − residual` it would round differently on each).
+        s_i = C(x_i);  r_i = x_i − s_i;  the new value is Σ_j W_ji s_j + r_i
+
+    Only the payload of C(x_i) crosses the wire: it is averaged as it is where the compressor allows
+    it, and otherwise gathered and decoded. The common part is given as a function that adds it: it
+    touches no more than the payload holds, and its result is the same on all workers to the bit.
+    (Computed back as `synced − residual` it would round differently on each.)
 
     Args:
       mixer: W.
       compressor: C.
       tree: x_i, leaves [d, n, ...].
-      memory: what the compressor keeps, leaves [d, n, ...].
-      key: that of this message, shared by all workers.
+      memory: of the compressor, leaves [d, n, ...], as `compressor_memory` makes it.
+      key: the key of this message, shared by all workers.
+      context: of the round.
+
+    Returns:
+      The residual r_i, the function that adds the common part, and the new memory.
 
     Source: Xie et al., "CSER: Communication-efficient SGD with Error Reset", NeurIPS 2020,
     https://arxiv.org/abs/2007.13221.
     """
     if not jax.tree.leaves(tree):
-        return Synced(tree, lambda nothing: nothing, memory)
+        return Synced(tree, lambda empty: empty, memory)
     if compressor.second is None:
-        say = lambda x, kept, worker: compress(compressor, x, kept, key, worker)
+        send = lambda x, kept, worker: compress(compressor, x, kept, key, worker)
         # Where all keep the same places, one slice of all workers costs no more than it keeps.
         run = _grid if compressor.shared_mask else _mapped
-        payload, residual = run(say)(tree, memory, context.worker)
+        payload, residual = run(send)(tree, memory, context.worker)
         return Synced(residual, aggregate(mixer, compressor, payload, tree, key, context), memory)
     second = compressor.second
     first = _mapped(lambda x, kept: compressor.encode(x, kept, key))(tree, memory)
     known = _grid(second.settle)(mixer.average(first, context))
-    told = _to_workers(known, context)
-    rest = _mapped(lambda x, known: second.encode(x, known, key))(tree, told)
+    common = _to_workers(known, context)
+    rest = _mapped(lambda x, known: second.encode(x, known, key))(tree, common)
     minus = lambda x, known, rest: compressor.decode({**known, **rest}, key, x, -1.0)
-    residual = _mapped(minus)(tree, told, rest)
+    residual = _mapped(minus)(tree, common, rest)
     average = mixer.average(rest, context)
     remember = lambda kept, payload: second.remember(kept, payload, key)
-    memory = _mapped(remember)(memory, {**told, **_to_workers(average, context)})
+    memory = _mapped(remember)(memory, {**common, **_to_workers(average, context)})
     return Synced(residual, _adder(compressor, {**known, **average}, key), memory)
 
 
 def compress(
     compressor: Compressor, x: Tree, memory: Tree, key: jax.Array, worker: jax.Array
 ) -> tuple[Tree, Tree]:
-    """What one worker says of x and what it is left with: the payload of C(x), and x − C(x)."""
+    """Compress one worker's tree: the payload of C(x), and the residual x − C(x)."""
     own = key if compressor.shared_mask else jax.random.fold_in(key, worker)
     payload = compressor.encode(x, memory, own)
     return payload, compressor.decode(payload, key, x, -1.0)
@@ -84,14 +89,20 @@ def aggregate(
     key: jax.Array,
     context: Context,
 ) -> Add:
-    """What adds Σ_j W_ji C(x_j) to a tree, from all workers' payloads of trees like this one."""
+    """Average the payloads of all workers; gives a function that adds Σ_j W_ji C(x_j) to a tree.
+
+    Args:
+      payload: of every worker, leaves [d, n, ...].
+      like: the trees that were compressed, leaves [d, n, ...].
+      key: the key of this message.
+    """
     if compressor.averageable:
         return _adder(compressor, mixer.average(payload, context), key)
     assert mixer.gather is not None
     payloads, weights = mixer.gather(payload, context)
 
-    def add_one(total, said):
-        payload, weight = said
+    def add_one(total, sent):
+        payload, weight = sent
         one = lambda onto, payload, weight: compressor.decode(payload, key, onto, weight)
         return jax.vmap(one)(total, payload, weight), None
 
@@ -104,13 +115,13 @@ def aggregate(
 
 
 def add_single(add: Add, tree: Tree) -> Tree:
-    """The same for a tree that exists once, leaves [...]."""
+    """Add the common part to a tree that exists once, leaves [...]."""
     added = add(jax.tree.map(lambda x: x[None, None], tree))
     return jax.tree.map(lambda x: x[0, 0], added)
 
 
 def check_exchange(mixer: Mixer, compressor: Compressor) -> None:
-    """Whether the mixer can carry the compressor's payload."""
+    """Raise ConfigurationError where the mixer cannot carry the payload of the compressor."""
     if not compressor.averageable and mixer.gather is None:
         raise ConfigurationError(
             f"the messages of {compressor.name} cannot be averaged as they are, and this mixer "
@@ -119,27 +130,28 @@ def check_exchange(mixer: Mixer, compressor: Compressor) -> None:
     if compressor.second is not None and "workers" not in mixer.axes:
         raise ConfigurationError(
             f"{compressor.name} needs a mixer that makes the workers of a hub common; this one "
-            f"does over {mixer.axes}"
+            f"makes them common over {mixer.axes}"
         )
 
 
 def check_common(what: str, mixer: Mixer) -> None:
-    """Whether the mixer makes all workers common, as an anchor needs it."""
+    """Raise ConfigurationError where the mixer does not make all workers common, so that there is
+    no anchor."""
     if set(mixer.axes) != set(AXES):
         raise ConfigurationError(
             f"{what} needs a mixer that makes all workers common, over the axes {AXES}; this one "
-            f"does over {mixer.axes}"
+            f"makes them common over {mixer.axes}"
         )
 
 
 def partial_sync_messages(mixer: Mixer, compressor: Compressor, stacked: Tree) -> list[Message]:
-    """What one partial synchronisation of a tree says, leaves (or shapes) [D, N, ...]."""
+    """The messages of one partial synchronisation of a tree, leaves (or shapes) [D, N, ...]."""
     payloads = payload_shapes(compressor, worker_shapes(stacked))
     return [Message(mixer, payload, not compressor.averageable) for payload in payloads]
 
 
 def compressor_memory(compressor: Compressor, stacked: Tree) -> Tree:
-    """What the compressor keeps before the first message, leaves [D, N, ...]."""
+    """The compressor's memory before the first message, of every worker; leaves [D, N, ...]."""
     memory = compressor.init(worker_shapes(stacked))
     leaves = jax.tree.leaves(stacked)
     grid = leaves[0].shape[:2] if leaves else ()
@@ -147,13 +159,14 @@ def compressor_memory(compressor: Compressor, stacked: Tree) -> Tree:
 
 
 def _adder(compressor: Compressor, average: Tree, key: jax.Array) -> Add:
-    """What adds a decoded average, leaves [d or 1, n or 1, ...], to a tree."""
+    """Adds a decoded average, leaves [d or 1, n or 1, ...], to a tree."""
 
     def add(tree):
         leaves = jax.tree.leaves(tree)
         grid = leaves[0].shape[:2] if leaves else (1, 1)
-        spread = jax.tree.map(lambda x: jnp.broadcast_to(x, grid + x.shape[2:]), average)
-        return _grid(lambda said, x: compressor.decode(said, key, x, 1.0))(spread, tree)
+        everywhere = jax.tree.map(lambda x: jnp.broadcast_to(x, grid + x.shape[2:]), average)
+        decode = lambda payload, x: compressor.decode(payload, key, x, 1.0)
+        return _grid(decode)(everywhere, tree)
 
     return add
 
@@ -163,7 +176,7 @@ def _grid(fn: Callable) -> Callable:
 
 
 def _mapped(fn: Callable) -> Callable:
-    """fn of one worker's trees, over the workers of this device, as is fast on this backend."""
+    """Runs fn of one worker's trees over the workers of this device, as is fast on this backend."""
 
     def mapped(*trees):
         one = jax.tree.map(lambda x: x[0, 0], trees)

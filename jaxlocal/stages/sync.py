@@ -1,4 +1,4 @@
-"""Average the models of the workers, with what else the workers hold."""
+"""Average the models of the workers, and what else their state holds."""
 
 import dataclasses
 
@@ -10,74 +10,89 @@ from jaxlocal.errors import ConfigurationError, lookup
 from jaxlocal.parallel.collectives import broadcast_to_workers, vary, worker_shapes
 from jaxlocal.parallel.layout import AXES
 from jaxlocal.parallel.worker_maps import over_workers
+from jaxlocal.stages.compose import NOTHING
 from jaxlocal.types import Context, Info, Message, Mixer, Stage, TrainState
 
-# The end of a round at which nobody says anything.
-NOTHING = Stage(
-    init=lambda state: (),
-    apply=lambda state, memory, batches, context: (state, memory, Info()),
-    steps=0,
-    communication=lambda state, number=0: [],
-)
-
-
 OPTIMIZER_STATES = ("keep", "average", "reset")
-
-
 MODEL_STATES = ("keep", "average")
 
 
 def sync(
     mixer: Mixer,
+    *,
     optimizer_state: str = "keep",
     optimizer: optax.GradientTransformation | None = None,
     model_state: str = "keep",
 ) -> Stage:
-    """x_i ← Σ_j W_ji x_j for every worker; an anchor that exists moves along where the mixer makes
-    all workers common. `feedback.sync_partly` says only a part of the models.
+    """Average the models of all workers: x_i ← Σ_j W_ji x_j.
+
+    An anchor that exists moves to the average where the mixer makes all workers common.
+    `partial_average` averages a part of the models only.
 
     Args:
       mixer: W.
-      optimizer_state: "keep" every worker's own, "average" its floating-point values as the
-        parameters are (which is said to others and counted), or "reset" it to that of a fresh
-        optimizer. The count of `optax.scale_by_schedule`, by which `optax.sgd` and others follow a
-        learning rate, survives a reset; that of `optax.inject_hyperparams` starts again.
-      optimizer: needed for a reset.
-      model_state: "keep" every worker's own (batch statistics, say), or "average" its
-        floating-point values, which is said to others and counted.
+      optimizer_state: what happens to the workers' optimizer states. "keep" leaves each worker its
+        own; "average" averages their floating-point values like the parameters, which is sent and
+        counted; "reset" makes them those of a fresh optimizer. The count of
+        `optax.scale_by_schedule`, by which `optax.sgd` and others follow a learning rate, survives
+        a reset; that of `optax.inject_hyperparams` starts again.
+      optimizer: the optimizer of the workers, needed for a reset.
+      model_state: what happens to model state such as batch statistics. "keep" leaves each worker
+        its own; "average" averages its floating-point values, which is sent and counted.
+
+    Returns:
+      A stage of no steps.
+
+    Raises:
+      ConfigurationError: an unknown option, or a reset without the optimizer.
+
+    >>> import jaxlocal
+    >>> sync(jaxlocal.mixing.mean(), model_state="average").steps
+    0
     """
-    others = Others(optimizer_state, optimizer, model_state)
+    policy = StatePolicy(optimizer_state, optimizer, model_state)
 
     def apply(state, memory, batches, context):
         params = mixer.average(state.params, context)
         anchor = state.anchor
         if jax.tree.leaves(anchor) and set(mixer.axes) == set(AXES):
             anchor = jax.tree.map(lambda x, a: x[0, 0].astype(a.dtype), params, anchor)
-        state = state._replace(params=broadcast_to_workers(params, state.params), anchor=anchor)
-        return others.treat(state, mixer, context), memory, Info()
+        params = broadcast_to_workers(params, state.params)
+        state = state._replace(params=params, anchor=anchor)
+        return policy.apply(state, mixer, context), memory, Info()
 
     def communication(state, number=0):
-        return [Message(mixer, worker_shapes(state.params)), *others.said(mixer, state)]
+        models = Message(mixer, worker_shapes(state.params))
+        return [models, *policy.messages(mixer, state)]
 
     return Stage(lambda state: (), apply, 0, communication)
 
 
-def sync_model_state(mixer: Mixer, model_state: str = "average") -> Stage:
-    """Averages what models keep besides parameters, for methods whose parameters are alike."""
-    others = Others("keep", None, model_state)
+def sync_model_state(mixer: Mixer, *, model_state: str = "average") -> Stage:
+    """Average the model state of the workers alone, for methods whose parameters are common.
+
+    Args:
+      mixer: W.
+      model_state: "average", or "keep", which does nothing.
+
+    >>> import jaxlocal
+    >>> sync_model_state(jaxlocal.mixing.mean()).steps
+    0
+    """
+    policy = StatePolicy("keep", None, model_state)
     if model_state == "keep":
         return NOTHING
 
     def apply(state, memory, batches, context):
-        return others.treat(state, mixer, context), memory, Info()
+        return policy.apply(state, mixer, context), memory, Info()
 
-    communication = lambda state, number=0: others.said(mixer, state)
+    communication = lambda state, number=0: policy.messages(mixer, state)
     return Stage(lambda state: (), apply, 0, communication)
 
 
 @dataclasses.dataclass(frozen=True)
-class Others:
-    """What a synchronisation does to the workers' state besides their parameters."""
+class StatePolicy:
+    """What a synchronisation does to the optimizer and model states of the workers."""
 
     optimizer_state: str
     optimizer: optax.GradientTransformation | None
@@ -89,7 +104,8 @@ class Others:
         if self.optimizer_state == "reset" and self.optimizer is None:
             raise ConfigurationError("a sync that resets optimizer states needs the optimizer")
 
-    def treat(self, state: TrainState, mixer: Mixer, context: Context) -> TrainState:
+    def apply(self, state: TrainState, mixer: Mixer, context: Context) -> TrainState:
+        """The state after the synchronisation."""
         if self.optimizer_state == "average":
             state = state._replace(opt_state=_average(state.opt_state, mixer, context))
         elif self.optimizer_state == "reset":
@@ -98,8 +114,8 @@ class Others:
             state = state._replace(model_state=_average(state.model_state, mixer, context))
         return state
 
-    def said(self, mixer: Mixer, state: TrainState) -> list[Message]:
-        """What of it is said to others."""
+    def messages(self, mixer: Mixer, state: TrainState) -> list[Message]:
+        """The messages by which it is averaged."""
         averaged = [state.opt_state] * (self.optimizer_state == "average")
         averaged += [state.model_state] * (self.model_state == "average")
         return [Message(mixer, worker_shapes(_floats(tree))) for tree in averaged]
@@ -110,7 +126,7 @@ def _floats(tree):
 
 
 def _average(tree, mixer, context):
-    """The floating-point values averaged, the others every worker's own."""
+    """Averages the floating-point values, and leaves every worker its own others."""
     leaves, structure = jax.tree.flatten(tree)
     floats = _floats(leaves)
     averaged = iter(broadcast_to_workers(mixer.average(floats, context), floats))

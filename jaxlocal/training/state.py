@@ -1,4 +1,4 @@
-"""The state before the first step: every worker alike, each part where it lives."""
+"""The state before the first step: all workers equal, and each part on its devices."""
 
 import functools
 from typing import Any
@@ -12,23 +12,23 @@ from jax.sharding import Mesh
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.layout import SINGLE, STACKED, Layout
 from jaxlocal.parallel.mesh import place
-from jaxlocal.parallel.sharding import Rule, is_sharded, named_shardings, shardings, with_shardings
-from jaxlocal.types import Memory, Method, TrainState, Tree
+from jaxlocal.parallel.sharding import Rule, named_shardings, shardings, with_shardings
+from jaxlocal.types import Memory, Method, RoundMemory, TrainState, Tree
 
 
 class States:
-    """The states of a method on a mesh."""
+    """Make the states of a method on a mesh."""
 
     def __init__(self, method: Method, layout: Layout, mesh: Mesh, rule: Rule):
         self._method, self._layout, self._mesh, self._rule = method, layout, mesh, rule
 
     def shapes(self, params: Tree, model_state: Tree = None) -> TrainState:
-        """Shapes, dtypes and shardings, of parameters or their shapes."""
+        """Shapes, dtypes and shardings of a state, from parameters or their shapes."""
         shapes = self._make.eval_shape(params, _or_empty(model_state), jax.random.key(0))
         return with_shardings(shapes, self._shardings(shapes))
 
     def init(self, params: Tree, key: jax.Array, model_state: Tree) -> TrainState:
-        """The first one."""
+        """The state before the first step."""
         typed = jnp.issubdtype(getattr(key, "dtype", np.dtype(object)), jax.dtypes.prng_key)
         if not typed or key.shape:
             got = f"{jnp.shape(key)} keys" if typed else type(key).__name__
@@ -40,10 +40,8 @@ class States:
             *(place(given, named_shardings(self._mesh, SINGLE)) if self._spans else given)
         )
 
-    def held(self, state: TrainState) -> TrainState:
-        """The state, told to the compiler to stay split as it is."""
-        if not is_sharded(self._mesh):
-            return state
+    def keep_shardings(self, state: TrainState) -> TrainState:
+        """Constrain a state of sharded workers to its shardings, inside a program."""
         return lax.with_sharding_constraint(state, self._shardings(state))
 
     @property
@@ -65,7 +63,7 @@ class States:
             state = TrainState(
                 stacked, opt_state, stack(model_state), anchor, (), key, jnp.int32(0)
             )
-            memory = (method.inner.init(state), method.outer.init(state))
+            memory = RoundMemory(method.inner.init(state), method.outer.init(state))
             state = jax.tree.map(_strong, state._replace(memory=memory))
             return lax.with_sharding_constraint(state, self._shardings(state))
 
@@ -76,7 +74,7 @@ class States:
 
 
 def specs_of(state: TrainState) -> TrainState:
-    """Over which axes of workers the parts of a state are spread, as a prefix of its tree."""
+    """How the parts of a state are spread over the axes of workers, as a prefix of its tree."""
     is_memory = lambda node: isinstance(node, Memory)
     memory = jax.tree.map(lambda _: Memory(STACKED, SINGLE), state.memory, is_leaf=is_memory)
     return TrainState(STACKED, STACKED, STACKED, SINGLE, memory, SINGLE, SINGLE)
@@ -87,13 +85,13 @@ def _or_empty(model_state: Tree) -> Tree:
 
 
 def _wide(x: Any) -> jax.Array:
-    """What an anchor holds of a parameter: half precision would lose what workers differ by."""
+    """A parameter in the precision of the anchor: half would lose what workers differ by."""
     x = jnp.asarray(x)
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float else x
 
 
 def _strong(x: jax.Array) -> jax.Array:
-    """The array without JAX's weak type, which a round would lose, to be compiled again."""
+    """The array without JAX's weak type, which a round would drop and then compile again."""
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return x if is_key else lax.convert_element_type(x, x.dtype)

@@ -61,7 +61,7 @@ def told(found: list[Audited]) -> list[tuple]:
 @pytest.mark.parametrize("loss", [dense, convolutional], ids=lambda loss: loss.__name__)
 def test_no_collective_runs_in_the_local_steps_of_local_sgd(loss, worker_map):
     grad_fn = jaxlocal.gradients(loss)
-    rounds = jaxlocal.local_sgd(grad_fn, optax.adam(0.1), 4, worker_map=worker_map)
+    rounds = jaxlocal.local_sgd(grad_fn, optax.adam(0.1), period=4, worker_map=worker_map)
     assert collectives(rounds, FLAT, loss, inner_stages=4) == []
 
 
@@ -73,14 +73,16 @@ def test_data_parallelism_averages_its_gradients_and_loss_inside_the_loop_of_ste
 
 @pytest.mark.parametrize("loss", [dense, convolutional], ids=lambda loss: loss.__name__)
 def test_local_sgd_ends_a_round_with_one_all_reduce_of_the_model(loss):
-    rounds = jaxlocal.local_sgd(jaxlocal.gradients(loss), optax.adam(0.1), 4)
+    rounds = jaxlocal.local_sgd(jaxlocal.gradients(loss), optax.adam(0.1), period=4)
     found = collectives(rounds, FLAT, loss, inner_stages=None)
     assert told(found) == [("all-reduce", ("workers",), "float32", BYTES[loss], ())]
 
 
 def mll_sgd(graph: str):
     matrix = topology.mixing_matrix(topology.hub_graph(graph, 4), HUBS.hub_weight)
-    return jaxlocal.mll_sgd(jaxlocal.gradients(dense), optax.sgd(0.1), matrix, 4, 2)
+    return jaxlocal.mll_sgd(
+        jaxlocal.gradients(dense), optax.sgd(0.1), matrix=matrix, local_steps=4, hub_period=2
+    )
 
 
 @pytest.mark.parametrize("times, loops", [(1, ()), (4, (4,))])

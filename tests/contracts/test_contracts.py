@@ -19,8 +19,8 @@ from jaxlocal import Layout, RoundFn, methods
 from jaxlocal.communication import mixing
 from jaxlocal.methods import compressed
 from jaxlocal.stages import compose
+from jaxlocal.stages.compose import NOTHING
 from jaxlocal.stages.local_step import local_step
-from jaxlocal.stages.sync import NOTHING
 from jaxlocal.types import Info, Memory, Method, Stage, TrainState
 
 
@@ -204,7 +204,9 @@ def test_metrics_of_the_loss_change_no_bit_of_the_run():
 EAGER = {
     "data_parallel": (lambda g, o: jaxlocal.data_parallel(g, o, worker_map="vmap"), Layout(1, 2)),
     "mll_sgd": (
-        lambda g, o: jaxlocal.mll_sgd(g, o, np.full((2, 2), 0.5), 1, 1, worker_map="map"),
+        lambda g, o: jaxlocal.mll_sgd(
+            g, o, matrix=np.full((2, 2), 0.5), local_steps=1, hub_period=1, worker_map="map"
+        ),
         Layout(2, 1),
     ),
 }

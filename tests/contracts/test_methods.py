@@ -17,7 +17,7 @@ def ring(layout):
 
 def test_cooperative_sgd_refuses_hubs_of_several_workers():
     layout = Layout(4, 2)
-    method = cooperative_sgd(problems.grad_fn, optax.sgd(0.1), ring(layout), 2)
+    method = cooperative_sgd(problems.grad_fn, optax.sgd(0.1), matrix=ring(layout), period=2)
     with pytest.raises(ConfigurationError, match="hubs of 1 worker.*hubs of 2"):
         problems.on_one_device(method, layout).init(problems.START, jax.random.key(0))
 
@@ -27,7 +27,7 @@ def test_cooperative_sgd_refuses_hubs_of_several_workers():
 def test_the_mean_leaves_counters_of_the_model_state_whole(workers, count):
     grad_fn = gradients(lambda p, s, b, k: (p @ b, (s, {})), stateful=True)
     layout = Layout(1, workers)
-    round_fn = problems.on_one_device(local_sgd(grad_fn, optax.sgd(0.1), 1), layout)
+    round_fn = problems.on_one_device(local_sgd(grad_fn, optax.sgd(0.1), period=1), layout)
     counters = {"count": jnp.int32(count), "seen": jnp.array(True)}
     state = round_fn.init(jnp.ones(2), jax.random.key(0), counters)
     _, model_state = round_fn.mean(state)
@@ -37,15 +37,17 @@ def test_the_mean_leaves_counters_of_the_model_state_whole(workers, count):
 
 def test_periods_may_be_numpy_integers():
     grad_fn, optimizer = problems.grad_fn, optax.sgd(0.1)
-    assert local_sgd(grad_fn, optimizer, np.int64(3)).period.length(0, 10) == 3
+    assert local_sgd(grad_fn, optimizer, period=np.int64(3)).period.length(0, 10) == 3
     layout = Layout(4, 2)
-    method = mll_sgd(grad_fn, optimizer, ring(layout), 2, np.int64(3))
+    method = mll_sgd(grad_fn, optimizer, matrix=ring(layout), local_steps=2, hub_period=np.int64(3))
     assert method.period.length(0, 60) == 6
 
 
 def test_the_consensus_distance_of_half_precision_is_measured_in_float32():
     values = jnp.array([1.0, 1.0078125], jnp.bfloat16)  # neighbours: their mean is no bfloat16
-    round_fn = problems.on_one_device(local_sgd(problems.grad_fn, optax.sgd(0.1), 1), Layout(1, 2))
+    round_fn = problems.on_one_device(
+        local_sgd(problems.grad_fn, optax.sgd(0.1), period=1), Layout(1, 2)
+    )
     state = round_fn.init(jnp.bfloat16(1.0), jax.random.key(0))
     state = state._replace(params=values.reshape(1, 2))
     assert float(round_fn.consensus_distance(state)) == 0.00390625

@@ -76,7 +76,12 @@ def test_mll_sgd(graph, hubs, workers, tau, qs, mesh, worker_map):
     matrix = topology.mixing_matrix(adjacency, layout.hub_weight)
     optimizer = jaxlocal.scale_by_step(decaying)
     method = jaxlocal.mll_sgd(
-        problems.grad_fn, optimizer, matrix, tau, qs[0], worker_map=worker_map
+        problems.grad_fn,
+        optimizer,
+        matrix=matrix,
+        local_steps=tau,
+        hub_period=qs[0],
+        worker_map=worker_map,
     )
     round_fn = RoundFn(method, layout, make_mesh(layout, shape=mesh))
     for q in qs:  # q is the host's: the same two programs serve all of them
@@ -93,7 +98,9 @@ def test_mll_sgd_in_whole_rounds_of_which_the_last_is_shorter():
     layout, adjacency = grid(3, 2, seed=0), topology.hub_graph("path", 3)
     matrix = topology.mixing_matrix(adjacency, layout.hub_weight)
     optimizer = jaxlocal.scale_by_step(decaying)
-    method = jaxlocal.mll_sgd(problems.grad_fn, optimizer, matrix, local_steps=2, hub_period=3)
+    method = jaxlocal.mll_sgd(
+        problems.grad_fn, optimizer, matrix=matrix, local_steps=2, hub_period=3
+    )
     round_fn = problems.on_one_device(method, layout)
     batches = problems.make_batches(layout, 10)
     state, active = round_fn.init(problems.START, jax.random.key(1)), []
@@ -112,7 +119,9 @@ def test_mll_sgd_in_whole_rounds_of_which_the_last_is_shorter():
 def test_hl_sgd(mesh):
     layout = grid(2, 2, seed=3)
     optimizer = jaxlocal.scale_by_step(decaying)
-    method = jaxlocal.hl_sgd(problems.grad_fn, optimizer, layout, local_steps=2, hub_period=3)
+    method = jaxlocal.hl_sgd(
+        problems.grad_fn, optimizer, layout=layout, local_steps=2, hub_period=3
+    )
     round_fn = RoundFn(method, layout, make_mesh(layout, shape=mesh))
     batches = problems.make_batches(layout, STEPS)
     lengths = periods.lengths(method.period, STEPS)
@@ -126,7 +135,7 @@ def test_cooperative_sgd(graph, mesh):
     layout, adjacency = grid(8, 1, seed=4), adjacency_of(graph, 8)
     matrix = topology.mixing_matrix(adjacency, layout.hub_weight)
     optimizer = jaxlocal.scale_by_step(decaying)
-    method = jaxlocal.cooperative_sgd(problems.grad_fn, optimizer, matrix, period=3)
+    method = jaxlocal.cooperative_sgd(problems.grad_fn, optimizer, matrix=matrix, period=3)
     round_fn = RoundFn(method, layout, make_mesh(layout, shape=mesh))
     batches = problems.make_batches(layout, STEPS)
     lengths = periods.lengths(method.period, STEPS)
@@ -174,14 +183,16 @@ def test_local_sgd(optimizer, at_sync, decay, shape, mesh):
     make_optimizer, reference_loop = OPTIMIZERS[optimizer]
     scheduled = problems.schedule(decay, peak, STEPS, WARMUP)
     layout = Layout(*shape, weights=np.random.default_rng(1).uniform(0.5, 4, shape))
-    method = jaxlocal.local_sgd(problems.grad_fn, make_optimizer(scheduled), 4, at_sync)
+    method = jaxlocal.local_sgd(
+        problems.grad_fn, make_optimizer(scheduled), period=4, optimizer_state=at_sync
+    )
     round_fn = RoundFn(method, layout, make_mesh(layout, shape=mesh))
     batches = problems.make_batches(layout, STEPS)
     # H is the host's: the same two programs serve every rule.
     rules = {
         "constant": (periods.constant(5), reference.constant_periods(STEPS, 5)),
         "quadratic": (
-            periods.quadratic(scheduled, 0.2, 2, warmup_steps=WARMUP),
+            periods.qsr(scheduled, coefficient=0.2, base=2, warmup_steps=WARMUP),
             reference.qsr_periods(rate, STEPS, 0.2, 2, 2, WARMUP),
         ),
         "post-local": (periods.post_local(7, 6), reference.post_local_periods(STEPS, 7, 6)),
@@ -223,7 +234,7 @@ def test_data_parallel(shape, mesh, beta):
 def test_rules_in_the_learning_rate(seed, steps, warmup, coefficient, base, exponent):
     """For any learning rates at all, also such as rise, and rates next to nothing."""
     table = 10.0 ** np.random.default_rng(seed).uniform(-7, 0, steps + warmup)
-    rule = {1: periods.linear, 2: periods.quadratic, 3: periods.cubic}[exponent]
+    rule = {1: periods.linear, 2: periods.qsr, 3: periods.cubic}[exponent]
     period = rule(lambda step: jnp.asarray(table)[step], coefficient, base, warmup_steps=warmup)
     arguments = (steps, coefficient, base, exponent, warmup)
     expected = reference.qsr_periods(lambda step: table[step], *arguments)
@@ -267,6 +278,8 @@ def test_published_runs(run, rules, decay):
     # At the floor of 1e-6 a cosine of size one has lost six of its sixteen digits.
     np.testing.assert_allclose([rates(t) for t in some], [rate(t) for t in some], rtol=1e-9)
     for coefficient, base, exponent in rules:
-        period = periods.power(scheduled, coefficient, base, exponent, warmup_steps=warmup)
+        period = periods.power(
+            scheduled, coefficient=coefficient, base=base, exponent=exponent, warmup_steps=warmup
+        )
         expected = reference.qsr_periods(rate, steps, coefficient, base, exponent, warmup)
         assert list(periods.lengths(period, steps)) == expected

@@ -99,7 +99,7 @@ def at_ends(spec, weights=WEIGHTS, hub_of_worker=None):
 )
 def test_ef_sgd(spec, optimizer, mesh, worker_map, rates):
     method = jaxlocal.ef_sgd(
-        problem.grad_fn, OPTIMIZERS[optimizer][0], parse(spec), worker_map=worker_map
+        problem.grad_fn, OPTIMIZERS[optimizer][0], compressor=parse(spec), worker_map=worker_map
     )
     loops = lambda run: compressed.ef_sgd(run, STEPS, at_ends(spec))
     anchors, expected, _ = compare(method, four(rates), mesh, optimizer, [1] * STEPS, loops)
@@ -109,7 +109,7 @@ def test_ef_sgd(spec, optimizer, mesh, worker_map, rates):
 RULES = {
     "constant": (periods.constant(5), reference.constant_periods(STEPS, 5)),
     "quadratic": (
-        periods.quadratic(decaying, 0.16, 2),
+        periods.qsr(decaying, coefficient=0.16, base=2),
         reference.qsr_periods(decaying, STEPS, 0.16, 2),
     ),
 }
@@ -132,7 +132,7 @@ def lengths_of(rule):
 def test_qsparse_local_sgd(spec, optimizer, rule, mesh, rates):
     period, lengths = lengths_of(rule)
     method = jaxlocal.qsparse_local_sgd(
-        problem.grad_fn, OPTIMIZERS[optimizer][0], parse(spec), period
+        problem.grad_fn, OPTIMIZERS[optimizer][0], compressor=parse(spec), period=period
     )
     loops = lambda run: compressed.qsparse_local_sgd(run, lengths, at_ends(spec))
     compare(method, four(rates), mesh, optimizer, lengths, loops)
@@ -150,8 +150,13 @@ def test_cser(update, reset, rule, mesh):
     """Algorithm 2, which says gradients: these compressors are homogeneous, and odd where no entry
     is zero, so that C(−η g) = −η C(g)."""
     period, lengths = lengths_of(rule)
-    compressors = parse(update), parse(reset)
-    method = jaxlocal.cser(problem.grad_fn, OPTIMIZERS["sgd"][0], *compressors, period)
+    method = jaxlocal.cser(
+        problem.grad_fn,
+        OPTIMIZERS["sgd"][0],
+        gradient_compressor=parse(update),
+        reset_compressor=parse(reset),
+        period=period,
+    )
     loops = lambda run: compressed.cser(run, lengths, at_steps(update), at_ends(reset))
     anchors, models, errors = compare(method, four(), mesh, "sgd", lengths, loops)
     np.testing.assert_allclose(anchors, (models - errors)[:, 0], **CLOSE)
@@ -172,7 +177,7 @@ def test_momentum_cser_in_the_first_implementation(
 ):
     period, lengths = lengths_of(rule)
     method = jaxlocal.cser(
-        problem.grad_fn, OPTIMIZERS[optimizer][0], parse(update), parse(reset), period,
+        problem.grad_fn, OPTIMIZERS[optimizer][0], gradient_compressor=parse(update), reset_compressor=parse(reset), period=period,
         worker_map=worker_map,
     )  # fmt: skip
     loops = lambda run: compressed.m_cser_1(run, lengths, at_steps(update), at_ends(reset))
@@ -190,7 +195,7 @@ def test_momentum_cser_in_the_first_implementation(
 def test_momentum_cser_in_the_second_implementation(optimizer, update, reset, mesh, rates):
     period, lengths = lengths_of("quadratic")
     method = jaxlocal.cser(
-        problem.grad_fn, OPTIMIZERS[optimizer][0], parse(update), parse(reset), period,
+        problem.grad_fn, OPTIMIZERS[optimizer][0], gradient_compressor=parse(update), reset_compressor=parse(reset), period=period,
         implementation=2,
     )  # fmt: skip
 
@@ -212,10 +217,15 @@ def test_csea_and_cser_pl(optimizer, spec, lengths, mesh):
     """CSER that says nothing at steps, at every step or at the end of rounds."""
     inner = OPTIMIZERS[optimizer][0]
     if lengths is None:
-        method, lengths = jaxlocal.csea(problem.grad_fn, inner, parse(spec)), [1] * STEPS
+        method, lengths = (
+            jaxlocal.csea(problem.grad_fn, inner, reset_compressor=parse(spec)),
+            [1] * STEPS,
+        )
     else:
         period, lengths = lengths
-        method = jaxlocal.cser_pl(problem.grad_fn, inner, parse(spec), period)
+        method = jaxlocal.cser_pl(
+            problem.grad_fn, inner, reset_compressor=parse(spec), period=period
+        )
     loops = lambda run: compressed.m_cser_1(run, lengths, compressed.zero, at_ends(spec))
     anchors, models, errors = compare(method, four(), mesh, optimizer, lengths, loops)
     np.testing.assert_allclose(anchors, (models - errors)[:, 0], **CLOSE)
@@ -233,8 +243,8 @@ def test_sparse_loco(spec, decay, outer, optimizer, mesh, rates):
     period, lengths = lengths_of("quadratic")
     rate, momentum, nesterov = outer
     method = jaxlocal.sparse_loco(
-        problem.grad_fn, OPTIMIZERS[optimizer][0], parse(spec), period,
-        optax.sgd(rate, momentum or None, nesterov), decay,
+        problem.grad_fn, OPTIMIZERS[optimizer][0], compressor=parse(spec), period=period,
+        outer_optimizer=optax.sgd(rate, momentum or None, nesterov), error_decay=decay,
     )  # fmt: skip
     loops = lambda run: compressed.sparse_loco(run, lengths, at_ends(spec), decay, *outer)
     compare(method, four(rates), mesh, optimizer, lengths, loops)
@@ -256,7 +266,7 @@ def test_data_parallel(spec, optimizer, mesh, rates):
         )
 
     def loops(run):
-        one = compressed.data_parallel(run, STEPS, at_steps(spec))
+        one = compressed.data_parallel(run, STEPS, model_state=at_steps(spec))
         return np.repeat(one[:, None], 4, axis=1), None
 
     compare(method, four(rates), mesh, optimizer, [STEPS], loops)
@@ -281,7 +291,7 @@ def test_multi_level_local_sgd(spec, graph, hubs, workers, optimizer, mesh):
         adjacency = topology.hub_graph(graph, hubs)
     method = jaxlocal.mll_sgd(
         problem.grad_fn, OPTIMIZERS[optimizer][0],
-        topology.mixing_matrix(adjacency, layout.hub_weight), tau, q, compressor=parse(spec),
+        matrix=topology.mixing_matrix(adjacency, layout.hub_weight), local_steps=tau, hub_period=q, compressor=parse(spec),
     )  # fmt: skip
     hub_of_worker = np.repeat(np.arange(hubs), workers)
     mixing = reference.mixing_matrix(adjacency, layout.hub_weight)

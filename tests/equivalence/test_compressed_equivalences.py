@@ -27,7 +27,7 @@ OPTIMIZERS = {
 }
 SGD, MOMENTUM, ADAMW = (OPTIMIZERS[name] for name in ("sgd", "momentum", "adamw"))
 SCHEDULE = optax.cosine_decay_schedule(0.05, STEPS)
-QSR = periods.quadratic(SCHEDULE, 0.1, 2)
+QSR = periods.qsr(SCHEDULE, coefficient=0.1, base=2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,18 +61,38 @@ def mll(make, **options):
     ("compressed", "plain"),
     [
         (
-            lambda: jaxlocal.ef_sgd(problem.grad_fn, ADAMW, identity()),
-            lambda: jaxlocal.local_sgd(problem.grad_fn, ADAMW, 1),
+            lambda: jaxlocal.ef_sgd(problem.grad_fn, ADAMW, compressor=identity()),
+            lambda: jaxlocal.local_sgd(problem.grad_fn, ADAMW, period=1),
         ),
         (
-            lambda: jaxlocal.qsparse_local_sgd(problem.grad_fn, MOMENTUM, identity(), 4, "average"),
-            lambda: jaxlocal.local_sgd(problem.grad_fn, MOMENTUM, 4, "average"),
+            lambda: jaxlocal.qsparse_local_sgd(
+                problem.grad_fn,
+                MOMENTUM,
+                compressor=identity(),
+                period=4,
+                optimizer_state="average",
+            ),
+            lambda: jaxlocal.local_sgd(
+                problem.grad_fn, MOMENTUM, period=4, optimizer_state="average"
+            ),
         ),
         (
             lambda: jaxlocal.sparse_loco(
-                problem.grad_fn, ADAMW, identity(), 4, optax.sgd(0.7, 0.9, True), 0.5, "reset"
+                problem.grad_fn,
+                ADAMW,
+                compressor=identity(),
+                period=4,
+                outer_optimizer=optax.sgd(0.7, 0.9, True),
+                error_decay=0.5,
+                optimizer_state="reset",
             ),
-            lambda: jaxlocal.diloco(problem.grad_fn, ADAMW, 4, optax.sgd(0.7, 0.9, True), "reset"),
+            lambda: jaxlocal.diloco(
+                problem.grad_fn,
+                ADAMW,
+                period=4,
+                outer_optimizer=optax.sgd(0.7, 0.9, True),
+                optimizer_state="reset",
+            ),
         ),
         (lambda: mll("mll_sgd", compressor=identity()), lambda: mll("mll_sgd")),
         (
@@ -98,14 +118,27 @@ def test_gradients_said_whole_are_data_parallel_to_the_bit():
 )
 def test_cser_that_resets_everything_and_says_nothing_before_is_local_sgd(optimizer, period):
     assert len(set(periods.lengths(QSR, STEPS))) > 1  # the rule is at work
-    local = run(jaxlocal.local_sgd(problem.grad_fn, optimizer, period))
-    cser = jaxlocal.cser(problem.grad_fn, optimizer, zero(), identity(), period)
+    local = run(jaxlocal.local_sgd(problem.grad_fn, optimizer, period=period))
+    cser = jaxlocal.cser(
+        problem.grad_fn,
+        optimizer,
+        gradient_compressor=zero(),
+        reset_compressor=identity(),
+        period=period,
+    )
     np.testing.assert_allclose(run(cser), local, **ROUNDING)
 
 
 def test_the_second_implementation_that_says_nothing_before_the_end_is_local_sgd_to_the_bit():
-    local = run(jaxlocal.local_sgd(problem.grad_fn, ADAMW, QSR))
-    cser = jaxlocal.cser(problem.grad_fn, ADAMW, zero(), identity(), QSR, implementation=2)
+    local = run(jaxlocal.local_sgd(problem.grad_fn, ADAMW, period=QSR))
+    cser = jaxlocal.cser(
+        problem.grad_fn,
+        ADAMW,
+        gradient_compressor=zero(),
+        reset_compressor=identity(),
+        period=QSR,
+        implementation=2,
+    )
     np.testing.assert_array_equal(run(cser), local)
 
 
@@ -114,7 +147,13 @@ def test_cser_that_says_updates_whole_is_data_parallel_and_has_nothing_to_reset(
     """Of optimizers linear in the gradient. The anchor is every worker's model to the bit."""
     optimizer = OPTIMIZERS[name]
     parallel = run(jaxlocal.data_parallel(problem.grad_fn, optimizer))
-    cser = jaxlocal.cser(problem.grad_fn, optimizer, identity(), parse("top_k:4"), 4)
+    cser = jaxlocal.cser(
+        problem.grad_fn,
+        optimizer,
+        gradient_compressor=identity(),
+        reset_compressor=parse("top_k:4"),
+        period=4,
+    )
     state = final_state(cser)
     models = problem.vectors(state.params)
     np.testing.assert_allclose(models, parallel, **ROUNDING)
@@ -123,22 +162,31 @@ def test_cser_that_says_updates_whole_is_data_parallel_and_has_nothing_to_reset(
 
 SPECIAL_CASES = {
     "csea": (
-        lambda c: jaxlocal.csea(problem.grad_fn, MOMENTUM, c),
-        lambda c: jaxlocal.cser(problem.grad_fn, MOMENTUM, zero(), c, 1),
+        lambda c: jaxlocal.csea(problem.grad_fn, MOMENTUM, reset_compressor=c),
+        lambda c: jaxlocal.cser(
+            problem.grad_fn, MOMENTUM, gradient_compressor=zero(), reset_compressor=c, period=1
+        ),
     ),
     "cser_pl": (
-        lambda c: jaxlocal.cser_pl(problem.grad_fn, ADAMW, c, QSR),
-        lambda c: jaxlocal.cser(problem.grad_fn, ADAMW, zero(), c, QSR),
+        lambda c: jaxlocal.cser_pl(problem.grad_fn, ADAMW, reset_compressor=c, period=QSR),
+        lambda c: jaxlocal.cser(
+            problem.grad_fn, ADAMW, gradient_compressor=zero(), reset_compressor=c, period=QSR
+        ),
     ),
     "ef_sgd": (
-        lambda c: jaxlocal.ef_sgd(problem.grad_fn, MOMENTUM, c),
-        lambda c: jaxlocal.qsparse_local_sgd(problem.grad_fn, MOMENTUM, c, 1),
+        lambda c: jaxlocal.ef_sgd(problem.grad_fn, MOMENTUM, compressor=c),
+        lambda c: jaxlocal.qsparse_local_sgd(problem.grad_fn, MOMENTUM, compressor=c, period=1),
     ),
     "sparse_loco": (
         lambda c: jaxlocal.sparse_loco(
-            problem.grad_fn, ADAMW, c, QSR, optax.sgd(1.0), error_decay=1.0
+            problem.grad_fn,
+            ADAMW,
+            compressor=c,
+            period=QSR,
+            outer_optimizer=optax.sgd(1.0),
+            error_decay=1.0,
         ),
-        lambda c: jaxlocal.qsparse_local_sgd(problem.grad_fn, ADAMW, c, QSR),
+        lambda c: jaxlocal.qsparse_local_sgd(problem.grad_fn, ADAMW, compressor=c, period=QSR),
     ),
 }
 
@@ -182,7 +230,13 @@ def plain_optax(optimizer, batches):
 def test_one_worker_hears_what_it_says_whatever_it_leaves_out(name, update, reset):
     """x + C(u) + u − C(u) = x + u, and the same at a reset: CSER of one worker is plain optax."""
     layout, optimizer = Layout(), OPTIMIZERS[name]
-    cser = jaxlocal.cser(problem.grad_fn, optimizer, parse(update), parse(reset), 3)
+    cser = jaxlocal.cser(
+        problem.grad_fn,
+        optimizer,
+        gradient_compressor=parse(update),
+        reset_compressor=parse(reset),
+        period=3,
+    )
     batches = problem.make_batches(layout, STEPS)
     expected = plain_optax(optimizer, batches)
     np.testing.assert_allclose(run(cser, layout, batches=batches), expected, **ROUNDING)
@@ -199,7 +253,13 @@ def test_the_mean_of_the_models_moves_by_the_mean_update_whatever_is_said(update
     anchor is that without the mean error."""
     layout = Layout(2, 2, FOUR.weights, rates=[0.4, 0.7])
     grad_fn = jaxlocal.gradients(pull)
-    method = jaxlocal.cser(grad_fn, optax.sgd(0.1), parse(update), parse(reset), 3)
+    method = jaxlocal.cser(
+        grad_fn,
+        optax.sgd(0.1),
+        gradient_compressor=parse(update),
+        reset_compressor=parse(reset),
+        period=3,
+    )
     round_fn = RoundFn(method, layout, make_mesh(layout, shape=(2, 1)), max_chunk=1)
     random = np.random.default_rng(0)
     batches = {
@@ -265,8 +325,17 @@ def test_feedback_and_reset_reach_the_optimum_where_the_same_compressor_alone_st
     assert stalled > 0.5 and abs(stalled - before) < 0.02 * before
     compressor = parse(spec)
     for method, length in [
-        (jaxlocal.ef_sgd(grad_fn, optimizer, compressor), 1),
-        (jaxlocal.cser(grad_fn, optimizer, compressor, compressor, 2), 2),
+        (jaxlocal.ef_sgd(grad_fn, optimizer, compressor=compressor), 1),
+        (
+            jaxlocal.cser(
+                grad_fn,
+                optimizer,
+                gradient_compressor=compressor,
+                reset_compressor=compressor,
+                period=2,
+            ),
+            2,
+        ),
     ]:
         before, after = distances(method, length)
         assert after < 0.6 * before and after < 0.1 * stalled
@@ -274,7 +343,13 @@ def test_feedback_and_reset_reach_the_optimum_where_the_same_compressor_alone_st
 
 def test_cser_on_any_number_of_devices_is_the_same_and_its_anchor_is_one():
     layout = Layout(2, 4, weights=[1, 2, 3, 4, 4, 3, 2, 1])
-    method = jaxlocal.cser(problem.grad_fn, MOMENTUM, parse("top_k:4"), parse("grbs:3"), 4)
+    method = jaxlocal.cser(
+        problem.grad_fn,
+        MOMENTUM,
+        gradient_compressor=parse("top_k:4"),
+        reset_compressor=parse("grbs:3"),
+        period=4,
+    )
     one = final_state(method, layout)
     for mesh in [(1, 2), (2, 2), (2, 4)]:
         state = final_state(method, layout, mesh)

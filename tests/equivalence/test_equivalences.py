@@ -63,7 +63,7 @@ def plain_optax(optimizer, batches, worker):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_worker_is_plain_optax(name):
     batches = problems.make_batches(Layout(), 8)
-    local = run(jaxlocal.local_sgd(problems.grad_fn, OPTIMIZERS[name], 4), Layout(), 8)
+    local = run(jaxlocal.local_sgd(problems.grad_fn, OPTIMIZERS[name], period=4), Layout(), 8)
     expected = plain_optax(OPTIMIZERS[name], batches, 0)
     np.testing.assert_allclose(local, expected, **ROUNDING)
 
@@ -75,7 +75,7 @@ def test_norms_are_a_workers_own(name, worker_map):
     layout, optimizer = Layout(workers_per_hub=3), OPTIMIZERS[name]
     batches = problems.make_batches(layout, 4)
     batches["targets"] *= np.array([1.0, 10.0, 100.0])[:, None]  # gradients of unlike norms
-    method = jaxlocal.local_sgd(problems.grad_fn, optimizer, 4, worker_map=worker_map)
+    method = jaxlocal.local_sgd(problems.grad_fn, optimizer, period=4, worker_map=worker_map)
     round_fn = problems.on_one_device(method, layout, max_chunk=1)
     state = round_fn.init(problems.START, jax.random.key(0))
     state, _ = round_fn.local_steps(state, batches)
@@ -89,7 +89,7 @@ def test_a_local_step_and_an_average_are_data_parallel_and_the_large_batch(optim
     batches = problems.make_batches(layout, 12)
     # [steps, 1, 4 workers, batch, ...] read as [steps, 1, 1 worker, 4 · batch, ...]
     large = jax.tree.map(lambda b: b.reshape(12, 1, 1, -1, *b.shape[4:]), batches)
-    local = run(jaxlocal.local_sgd(problems.grad_fn, optimizer, 1), layout, 12)
+    local = run(jaxlocal.local_sgd(problems.grad_fn, optimizer, period=1), layout, 12)
     parallel = jaxlocal.data_parallel(problems.grad_fn, optimizer)
     one = run(parallel, Layout(), 12, batches=large)
     np.testing.assert_allclose(local, run(parallel, layout, 12), **ROUNDING)
@@ -99,21 +99,25 @@ def test_a_local_step_and_an_average_are_data_parallel_and_the_large_batch(optim
 def mll(graph, layout, tau, q, optimizer=SGD, **options):
     adjacency = graph if isinstance(graph, np.ndarray) else topology.hub_graph(graph, layout.hubs)
     matrix = topology.mixing_matrix(adjacency, layout.hub_weight)
-    return jaxlocal.mll_sgd(problems.grad_fn, optimizer, matrix, tau, q, **options)
+    return jaxlocal.mll_sgd(
+        problems.grad_fn, optimizer, matrix=matrix, local_steps=tau, hub_period=q, **options
+    )
 
 
 def test_one_hub_is_local_sgd():
     layout = Layout(1, 4, weights=[1, 2, 3, 4])
-    local = run(jaxlocal.local_sgd(problems.grad_fn, MOMENTUM, 3), layout, 12)
+    local = run(jaxlocal.local_sgd(problems.grad_fn, MOMENTUM, period=3), layout, 12)
     one_hub = run(mll("complete", layout, 3, 2, MOMENTUM), layout, 12)
     np.testing.assert_allclose(one_hub, local, **ROUNDING)
 
 
 def test_hubs_that_all_mix_at_every_average_are_local_sgd_and_hierarchical_local_sgd():
-    local = run(jaxlocal.local_sgd(problems.grad_fn, MOMENTUM, 3), EIGHT, 12)
+    local = run(jaxlocal.local_sgd(problems.grad_fn, MOMENTUM, period=3), EIGHT, 12)
     complete = run(mll("complete", EIGHT, 3, 1, MOMENTUM), EIGHT, 12)
     np.testing.assert_allclose(complete, local, **ROUNDING)
-    hierarchical = jaxlocal.hl_sgd(problems.grad_fn, MOMENTUM, EIGHT, 3, 1)
+    hierarchical = jaxlocal.hl_sgd(
+        problems.grad_fn, MOMENTUM, layout=EIGHT, local_steps=3, hub_period=1
+    )
     np.testing.assert_array_equal(run(hierarchical, EIGHT, 12), complete)
 
 
@@ -121,7 +125,7 @@ def test_hubs_of_one_worker_are_cooperative_sgd():
     layout = Layout(hubs=6, weights=np.arange(1.0, 7)[:, None])
     adjacency = problems.connected_graph(6, seed=3)
     matrix = topology.mixing_matrix(adjacency, layout.hub_weight)
-    cooperative = jaxlocal.cooperative_sgd(problems.grad_fn, MOMENTUM, matrix, period=3)
+    cooperative = jaxlocal.cooperative_sgd(problems.grad_fn, MOMENTUM, matrix=matrix, period=3)
     expected = run(cooperative, layout, 12)
     assert np.abs(expected - expected[0]).max() > 0.1  # not merely an average of all
     multi_level = mll(adjacency, layout, 3, 1, MOMENTUM)
@@ -135,7 +139,7 @@ def test_any_matrix_of_workers_does_what_hub_averages_and_hub_mixing_do():
     share = layout.context().hub_share.reshape(-1)
     hub_of_worker = np.repeat(np.arange(3), 2)
     matrix = hubs[np.ix_(hub_of_worker, hub_of_worker)] * share[:, None]
-    local = jaxlocal.local_sgd(problems.grad_fn, SGD, 2)
+    local = jaxlocal.local_sgd(problems.grad_fn, SGD, period=2)
     any_matrix = local._replace(outer=sync(mixing.from_matrix(matrix)))
     np.testing.assert_allclose(run(any_matrix, layout, 8), expected, **ROUNDING)
     two_stages = local._replace(
@@ -147,7 +151,7 @@ def test_any_matrix_of_workers_does_what_hub_averages_and_hub_mixing_do():
 def test_qsr_without_a_coefficient_is_a_constant_period():
     schedule = optax.cosine_decay_schedule(0.1, 40)
     for base in (1, 3, 8):
-        rule = periods.quadratic(schedule, 0.0, base, warmup_steps=4)
+        rule = periods.qsr(schedule, coefficient=0.0, base=base, warmup_steps=4)
         expected = list(periods.lengths(periods.constant(base), 40))
         assert list(periods.lengths(rule, 40)) == expected
 
@@ -155,8 +159,8 @@ def test_qsr_without_a_coefficient_is_a_constant_period():
 @pytest.mark.parametrize(
     ("make", "mesh"),
     [
-        (lambda: jaxlocal.local_sgd(problems.grad_fn, ADAMW, 16, worker_map="vmap"), (1, 1)),
-        (lambda: jaxlocal.local_sgd(problems.grad_fn, ADAMW, 16, worker_map="map"), (2, 4)),
+        (lambda: jaxlocal.local_sgd(problems.grad_fn, ADAMW, period=16, worker_map="vmap"), (1, 1)),
+        (lambda: jaxlocal.local_sgd(problems.grad_fn, ADAMW, period=16, worker_map="map"), (2, 4)),
         (lambda: mll("complete", EIGHT, 1, 16, MOMENTUM), (1, 1)),
         (lambda: mll("complete", EIGHT, 1, 16, MOMENTUM), (2, 4)),
     ],
@@ -200,15 +204,45 @@ def on_graph(graph, layout):
 @pytest.mark.parametrize(
     ("make", "layout", "mesh"),
     [
-        (lambda: jaxlocal.local_sgd(NOISY, MOMENTUM, 2, "average"), EIGHT, (2, 4)),
+        (
+            lambda: jaxlocal.local_sgd(NOISY, MOMENTUM, period=2, optimizer_state="average"),
+            EIGHT,
+            (2, 4),
+        ),
         (lambda: jaxlocal.data_parallel(NOISY, MOMENTUM), GRID, (4, 2)),
-        (lambda: jaxlocal.cooperative_sgd(NOISY, SGD, on_graph("ring", LINE), 2), LINE, (8, 1)),
-        (lambda: jaxlocal.mll_sgd(NOISY, SGD, on_graph("ring", GRID), 2, 1), GRID, (4, 2)),
-        (lambda: jaxlocal.mll_sgd(NOISY, SGD, on_graph("star", GRID), 2, 1), GRID, (4, 2)),
-        (lambda: jaxlocal.mll_sgd(NOISY, SGD, on_graph("complete", GRID), 2, 1), GRID, (4, 2)),
+        (
+            lambda: jaxlocal.cooperative_sgd(NOISY, SGD, matrix=on_graph("ring", LINE), period=2),
+            LINE,
+            (8, 1),
+        ),
         (
             lambda: jaxlocal.mll_sgd(
-                NOISY, SGD, on_graph(problems.connected_graph(4, 2), GRID), 2, 1
+                NOISY, SGD, matrix=on_graph("ring", GRID), local_steps=2, hub_period=1
+            ),
+            GRID,
+            (4, 2),
+        ),
+        (
+            lambda: jaxlocal.mll_sgd(
+                NOISY, SGD, matrix=on_graph("star", GRID), local_steps=2, hub_period=1
+            ),
+            GRID,
+            (4, 2),
+        ),
+        (
+            lambda: jaxlocal.mll_sgd(
+                NOISY, SGD, matrix=on_graph("complete", GRID), local_steps=2, hub_period=1
+            ),
+            GRID,
+            (4, 2),
+        ),
+        (
+            lambda: jaxlocal.mll_sgd(
+                NOISY,
+                SGD,
+                matrix=on_graph(problems.connected_graph(4, 2), GRID),
+                local_steps=2,
+                hub_period=1,
             ),
             GRID,
             (4, 2),
@@ -240,7 +274,7 @@ def permuted_run(make, layout, batches, hubs, workers):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda layout, hubs, graph: jaxlocal.local_sgd(problems.grad_fn, MOMENTUM, 2),
+        lambda layout, hubs, graph: jaxlocal.local_sgd(problems.grad_fn, MOMENTUM, period=2),
         lambda layout, hubs, graph: mll(graph[np.ix_(hubs, hubs)], layout, 2, 1, MOMENTUM),
     ],
     ids=["local", "mll"],

@@ -8,8 +8,7 @@ import optax
 import jaxlocal
 from jaxlocal import Layout, make_mesh
 from jaxlocal.parallel.collectives import broadcast_to_workers
-from jaxlocal.parallel.layout import STACKED
-from jaxlocal.training.round import CONTEXT
+from jaxlocal.parallel.layout import CONTEXT, STACKED
 
 EXAMPLES, FEATURES = 4, 3
 START = {"weight": np.array([0.5, -1.0, 2.0]), "bias": np.array(0.25)}

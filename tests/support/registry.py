@@ -48,65 +48,143 @@ FLAT, HUBS, PAIRS, ALONE = layout(1, 8), layout(4, 2), layout(2, 4), layout(8, 1
 METHODS = {
     "data_parallel": Entry(jaxlocal.data_parallel, FLAT, steps=1),
     "data_parallel-average": Entry(
-        lambda g, o: jaxlocal.data_parallel(g, o, "average"), FLAT, steps=1
+        lambda g, o: jaxlocal.data_parallel(g, o, model_state="average"), FLAT, steps=1
     ),
-    "local_sgd": Entry(lambda g, o: jaxlocal.local_sgd(g, o, 4), FLAT),
-    "local_sgd-average": Entry(lambda g, o: jaxlocal.local_sgd(g, o, 4, "average"), FLAT),
-    "local_sgd-reset": Entry(lambda g, o: jaxlocal.local_sgd(g, o, 4, "reset"), FLAT),
-    "post_local_sgd": Entry(lambda g, o: jaxlocal.post_local_sgd(g, o, 2, 4), FLAT),
-    "swap": Entry(lambda g, o: jaxlocal.swap(g, o, 2), FLAT),
-    "mll_sgd": Entry(lambda g, o: jaxlocal.mll_sgd(g, o, matrix("ring", HUBS), 2, 1), HUBS, 2),
+    "local_sgd": Entry(lambda g, o: jaxlocal.local_sgd(g, o, period=4), FLAT),
+    "local_sgd-average": Entry(
+        lambda g, o: jaxlocal.local_sgd(g, o, period=4, optimizer_state="average"), FLAT
+    ),
+    "local_sgd-reset": Entry(
+        lambda g, o: jaxlocal.local_sgd(g, o, period=4, optimizer_state="reset"), FLAT
+    ),
+    "post_local_sgd": Entry(
+        lambda g, o: jaxlocal.post_local_sgd(g, o, switch_step=2, local_steps=4), FLAT
+    ),
+    "swap": Entry(lambda g, o: jaxlocal.swap(g, o, switch_step=2), FLAT),
+    "mll_sgd": Entry(
+        lambda g, o: jaxlocal.mll_sgd(
+            g, o, matrix=matrix("ring", HUBS), local_steps=2, hub_period=1
+        ),
+        HUBS,
+        2,
+    ),
     "mll_sgd-average": Entry(
-        lambda g, o: jaxlocal.mll_sgd(g, o, matrix("star", HUBS), 2, 1, "average"), HUBS, 2
+        lambda g, o: jaxlocal.mll_sgd(
+            g,
+            o,
+            matrix=matrix("star", HUBS),
+            local_steps=2,
+            hub_period=1,
+            optimizer_state="average",
+        ),
+        HUBS,
+        2,
     ),
-    "hl_sgd": Entry(lambda g, o: jaxlocal.hl_sgd(g, o, PAIRS, 1, 4), PAIRS),
+    "hl_sgd": Entry(
+        lambda g, o: jaxlocal.hl_sgd(g, o, layout=PAIRS, local_steps=1, hub_period=4), PAIRS
+    ),
     "cooperative_sgd": Entry(
-        lambda g, o: jaxlocal.cooperative_sgd(g, o, matrix("path", ALONE), 4), ALONE
+        lambda g, o: jaxlocal.cooperative_sgd(g, o, matrix=matrix("path", ALONE), period=4), ALONE
     ),
     "slowmo": Entry(
-        lambda g, o: jaxlocal.slowmo(g, o, lambda t: 0.1 / (1 + t), 4, None, "reset", "average"),
+        lambda g, o: jaxlocal.slowmo(
+            g,
+            o,
+            learning_rate=lambda t: 0.1 / (1 + t),
+            period=4,
+            outer_optimizer=None,
+            optimizer_state="reset",
+            model_state="average",
+        ),
         FLAT,
     ),
-    "diloco": Entry(lambda g, o: jaxlocal.diloco(g, o, 4, optax.adam(0.1), "average"), FLAT),
+    "diloco": Entry(
+        lambda g, o: jaxlocal.diloco(
+            g, o, period=4, outer_optimizer=optax.adam(0.1), optimizer_state="average"
+        ),
+        FLAT,
+    ),
     "streaming_diloco": Entry(
-        lambda g, o: jaxlocal.streaming_diloco(g, o, 8, None, 2, 2, model_state="average"), FLAT
+        lambda g, o: jaxlocal.streaming_diloco(
+            g, o, period=8, outer_optimizer=None, fragments=2, delay_steps=2, model_state="average"
+        ),
+        FLAT,
     ),
     "data_parallel-qsgd": Entry(
         lambda g, o: jaxlocal.data_parallel(g, o, compressor=parse("qsgd:4")), FLAT, steps=1
     ),
-    "ef_sgd": Entry(lambda g, o: jaxlocal.ef_sgd(g, o, parse("sign")), FLAT, steps=1),
+    "ef_sgd": Entry(lambda g, o: jaxlocal.ef_sgd(g, o, compressor=parse("sign")), FLAT, steps=1),
     "qsparse_local_sgd": Entry(
-        lambda g, o: jaxlocal.qsparse_local_sgd(g, o, parse("powersgd:1"), 4, "average"), FLAT
+        lambda g, o: jaxlocal.qsparse_local_sgd(
+            g, o, compressor=parse("powersgd:1"), period=4, optimizer_state="average"
+        ),
+        FLAT,
     ),
     "cser": Entry(
-        lambda g, o: jaxlocal.cser(g, o, parse("top_k:3"), parse("int8"), 4), FLAT, half=False
+        lambda g, o: jaxlocal.cser(
+            g, o, gradient_compressor=parse("top_k:3"), reset_compressor=parse("int8"), period=4
+        ),
+        FLAT,
+        half=False,
     ),
     "cser-powersgd": Entry(
-        lambda g, o: jaxlocal.cser(g, o, parse("powersgd:1"), parse("powersgd:1"), 4),
+        lambda g, o: jaxlocal.cser(
+            g,
+            o,
+            gradient_compressor=parse("powersgd:1"),
+            reset_compressor=parse("powersgd:1"),
+            period=4,
+        ),
         FLAT,
         half=False,
     ),
     "cser-2": Entry(
-        lambda g, o: jaxlocal.cser(g, o, parse("grbs:2"), parse("random_k:2"), 4, 2), FLAT
+        lambda g, o: jaxlocal.cser(
+            g,
+            o,
+            gradient_compressor=parse("grbs:2"),
+            reset_compressor=parse("random_k:2"),
+            period=4,
+            implementation=2,
+        ),
+        FLAT,
     ),
     "csea": Entry(
-        lambda g, o: jaxlocal.csea(g, o, parse("grbs:2"), "average"), FLAT, steps=1, half=False
+        lambda g, o: jaxlocal.csea(g, o, reset_compressor=parse("grbs:2"), model_state="average"),
+        FLAT,
+        steps=1,
+        half=False,
     ),
     "cser_pl": Entry(
-        lambda g, o: jaxlocal.cser_pl(g, o, parse("grbs:2+bfloat16"), 4), FLAT, half=False
+        lambda g, o: jaxlocal.cser_pl(g, o, reset_compressor=parse("grbs:2+bfloat16"), period=4),
+        FLAT,
+        half=False,
     ),
     "sparse_loco": Entry(
-        lambda g, o: jaxlocal.sparse_loco(g, o, parse("top_k:2+qsgd:2"), 4, optax.adam(0.1)), FLAT
+        lambda g, o: jaxlocal.sparse_loco(
+            g, o, compressor=parse("top_k:2+qsgd:2"), period=4, outer_optimizer=optax.adam(0.1)
+        ),
+        FLAT,
     ),
     "mll_sgd-grbs": Entry(
         lambda g, o: jaxlocal.mll_sgd(
-            g, o, matrix("ring", HUBS), 2, 1, "reset", "average", parse("grbs:2")
+            g,
+            o,
+            matrix=matrix("ring", HUBS),
+            local_steps=2,
+            hub_period=1,
+            optimizer_state="reset",
+            model_state="average",
+            compressor=parse("grbs:2"),
         ),
         HUBS,
         2,
     ),
     "hl_sgd-top_k": Entry(
-        lambda g, o: jaxlocal.hl_sgd(g, o, PAIRS, 1, 4, compressor=parse("top_k:2:model")), PAIRS
+        lambda g, o: jaxlocal.hl_sgd(
+            g, o, layout=PAIRS, local_steps=1, hub_period=4, compressor=parse("top_k:2:model")
+        ),
+        PAIRS,
     ),
 }
 OPTIMIZERS = {

@@ -37,21 +37,29 @@ IRREGULAR = np.array([[0, 1, 1, 1], [1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], b
 
 def _on_hubs(adjacency):
     matrix = topology.mixing_matrix(adjacency, HUBS.hub_weight)
-    return jaxlocal.mll_sgd(problem.grad_fn, SGD, matrix, 2, 1)
+    return jaxlocal.mll_sgd(problem.grad_fn, SGD, matrix=matrix, local_steps=2, hub_period=1)
 
 
 def _cser(reset):
-    return jaxlocal.cser(problem.grad_fn, SGD, parse("grbs:4"), parse(reset), 4)
+    return jaxlocal.cser(
+        problem.grad_fn,
+        SGD,
+        gradient_compressor=parse("grbs:4"),
+        reset_compressor=parse(reset),
+        period=4,
+    )
 
 
 METHODS = {
-    "local_sgd": (lambda: jaxlocal.local_sgd(problem.grad_fn, SGD, 4), FLAT),
+    "local_sgd": (lambda: jaxlocal.local_sgd(problem.grad_fn, SGD, period=4), FLAT),
     "ring": (lambda: _on_hubs(topology.hub_graph("ring", 4)), HUBS),
     "irregular": (lambda: _on_hubs(IRREGULAR), HUBS),
     "cser_grbs": (lambda: _cser("grbs:2"), FLAT),
     "cser_top_k": (lambda: _cser("top_k:4"), FLAT),
     "diloco": (
-        lambda: jaxlocal.diloco(problem.grad_fn, SGD, 4, optax.sgd(0.7, 0.9, nesterov=True)),
+        lambda: jaxlocal.diloco(
+            problem.grad_fn, SGD, period=4, outer_optimizer=optax.sgd(0.7, 0.9, nesterov=True)
+        ),
         FLAT,
     ),
 }

@@ -48,7 +48,7 @@ def test_rounds_make_up_the_run_and_none_is_empty(period, total):
 def test_the_floor_is_exact(exponent, coefficient, rate, base):
     ratio = Fraction(coefficient / rate)
     expected = max(base, int(ratio**exponent))
-    period = periods.power(rate, coefficient, base, exponent)
+    period = periods.power(rate, coefficient=coefficient, base=base, exponent=exponent)
     got = period.length(0, 10**18)
     # Powers of up to 1e12 have 1e-4 as their last digit in float64: next to a whole number either
     # neighbour is right.
@@ -56,40 +56,42 @@ def test_the_floor_is_exact(exponent, coefficient, rate, base):
 
 
 def test_a_period_is_at_least_the_base_and_at_most_what_remains():
-    rule = periods.quadratic(0.1, 0.5, base=4)
+    rule = periods.qsr(0.1, coefficient=0.5, base=4)
     assert rule.length(0, 1000) == 25
     assert rule.length(0, 25) == 25 and rule.length(0, 24) == 24 and rule.length(0, 1) == 1
-    assert periods.quadratic(0.1, 0.5, base=26).length(0, 1000) == 26
-    assert periods.quadratic(0.1, 0.5, base=26).length(0, 3) == 3
+    assert periods.qsr(0.1, coefficient=0.5, base=26).length(0, 1000) == 26
+    assert periods.qsr(0.1, coefficient=0.5, base=26).length(0, 3) == 3
 
 
 def test_rules_are_the_powers_that_their_names_say():
-    for rule, expected in [(periods.linear, 4), (periods.quadratic, 16), (periods.cubic, 64)]:
+    for rule, expected in [(periods.linear, 4), (periods.qsr, 16), (periods.cubic, 64)]:
         assert rule(0.25, 1.0, 1).length(0, 1000) == expected
         assert rule.__name__ in rule(0.25, 1.0, 1).description
 
 
 def test_a_rate_of_zero_lasts_to_the_end_unless_the_coefficient_is_zero_too():
-    assert periods.quadratic(0.0, 0.1, 4).length(7, 93) == 93
-    assert periods.quadratic(0.0, 0.0, 4).length(7, 93) == 4
-    assert periods.cubic(1e-300, 0.1, 4).length(7, 93) == 93  # its cube is more than a float holds
+    assert periods.qsr(0.0, coefficient=0.1, base=4).length(7, 93) == 93
+    assert periods.qsr(0.0, coefficient=0.0, base=4).length(7, 93) == 4
+    assert (
+        periods.cubic(1e-300, coefficient=0.1, base=4).length(7, 93) == 93
+    )  # its cube is more than a float holds
 
 
 def test_warmup_takes_the_rate_right_after_it():
     schedule = optax.warmup_cosine_decay_schedule(1e-6, 0.1, 10, 100)
-    rule = periods.quadratic(schedule, 0.35, 1, warmup_steps=10)
+    rule = periods.qsr(schedule, coefficient=0.35, base=1, warmup_steps=10)
     assert [rule.length(step, 1000) for step in range(11)] == [12] * 11  # ⌊3.5²⌋
     assert rule.length(60, 1000) > 12
-    without = periods.quadratic(schedule, 0.35, 1)
+    without = periods.qsr(schedule, coefficient=0.35, base=1)
     assert without.length(0, 1000) == 1000 and without.length(5, 1000) == 48  # ⌊6.9999²⌋
 
 
 def test_on_hubs_a_period_is_a_multiple_of_the_steps_between_hub_averages():
-    rule = periods.quadratic(lambda step: 0.5 / (1 + step), 1.0, base=8, multiple=4)
+    rule = periods.qsr(lambda step: 0.5 / (1 + step), coefficient=1.0, base=8, multiple=4)
     rounds = list(lengths(rule, 400))
     # At step 8 the rule says (9 / 0.5)² = 324.
     assert rounds == [8, 324, 68]
-    at = lambda rate: periods.linear(rate, 1.0, base=8, multiple=4).length(0, 1000)
+    at = lambda rate: periods.linear(rate, coefficient=1.0, base=8, multiple=4).length(0, 1000)
     assert [at(1 / 11.5), at(1 / 12.5), at(1 / 15.5), at(1 / 16.5)] == [8, 12, 12, 16]
 
 
@@ -111,7 +113,7 @@ def test_schedules_are_read_in_float64_while_training_is_in_float32():
     schedules = [lambda step: jnp.asarray(0.1), lambda step: 0.1, optax.constant_schedule(0.1), 0.1]
     for schedule in schedules:
         assert rates(schedule)(3) == 0.1
-        assert periods.quadratic(schedule, 0.2, 1).length(3, 100) == 4
+        assert periods.qsr(schedule, coefficient=0.2, base=1).length(3, 100) == 4
     # The cosine near its end: what float32 would leave of it is not a tenth of a percent right.
     cosine = optax.cosine_decay_schedule(1.0, 100_000)
     expected = (1 + np.cos(np.pi * 99_990 / 100_000)) / 2
@@ -133,7 +135,7 @@ def test_schedules_are_evaluated_many_steps_at_once():
         traced.append(step)
         return 0.1 / (1 + step)
 
-    rule = periods.quadratic(schedule, 0.2, 1)
+    rule = periods.qsr(schedule, coefficient=0.2, base=1)
     assert not traced  # a rule costs nothing before it is asked
     for step in range(9000):
         rule.length(step, 10)
@@ -142,8 +144,14 @@ def test_schedules_are_evaluated_many_steps_at_once():
 
 def test_descriptions_tell_the_rule():
     assert periods.constant(4).description == "constant, H = 4"
-    assert periods.quadratic(0.1, 0.0175, 4).description == "quadratic, H = max(4, ⌊(0.0175/η)^2⌋)"
-    assert periods.power(0.1, 1, 2, 5).description == "power 5, H = max(2, ⌊(1/η)^5⌋)"
+    assert (
+        periods.qsr(0.1, coefficient=0.0175, base=4).description
+        == "quadratic, H = max(4, ⌊(0.0175/η)^2⌋)"
+    )
+    assert (
+        periods.power(0.1, coefficient=1, base=2, exponent=5).description
+        == "power 5, H = max(2, ⌊(1/η)^5⌋)"
+    )
     assert "until step 7, then 3" in periods.post_local(7, 3).description
     assert "until step 7, then one" in periods.swap(7).description
 
@@ -156,12 +164,12 @@ def test_rules_that_make_no_sense_are_refused():
     with refused("a period must be an integer of at least 1 step, got 2.5"):
         periods.constant(2.5)
     with refused("H_base must be an integer of at least 1 step, got 0"):
-        periods.quadratic(0.1, 0.2, 0)
+        periods.qsr(0.1, coefficient=0.2, base=0)
     for wrong in (-0.5, float("nan"), float("inf")):
         with refused(f"the period's coefficient must be a number ≥ 0, got {wrong:g}"):
-            periods.linear(0.1, wrong, 4)
+            periods.linear(0.1, coefficient=wrong, base=4)
     with refused("H_base = 6 steps is not a multiple of the 4 steps between hub averages"):
-        periods.cubic(0.1, 0.2, 6, multiple=4)
+        periods.cubic(0.1, coefficient=0.2, base=6, multiple=4)
     for make in (lambda: periods.post_local(-1, 4), lambda: periods.swap(-1)):
         with refused("the switch to local steps must be at a step ≥ 0, got -1"):
             make()
@@ -170,10 +178,10 @@ def test_rules_that_make_no_sense_are_refused():
 @pytest.mark.parametrize("rate", [-0.1, float("nan")])
 def test_a_rule_refuses_a_rate_that_is_no_rate(rate):
     with pytest.raises(ConfigurationError, match=r"learning rate must be ≥ 0.*step 0"):
-        list(lengths(periods.quadratic(lambda step: rate + 0 * step, 0.1, 4), 10))
+        list(lengths(periods.qsr(lambda step: rate + 0 * step, coefficient=0.1, base=4), 10))
 
 
 @pytest.mark.parametrize("options", [{"multiple": 0}, {"exponent": 0}])
 def test_a_rule_refuses_an_empty_multiple_and_a_flat_exponent(options):
     with pytest.raises(ConfigurationError, match="got 0"):
-        periods.power(0.1, 0.1, 4, **{"exponent": 2, **options})
+        periods.power(0.1, coefficient=0.1, base=4, **{"exponent": 2, **options})

@@ -1,4 +1,4 @@
-"""What a payload costs: the bits of the formula, in arrays of the types that cross the wire."""
+"""Payloads have the bits of their formula, in arrays of the dtypes that cross the wire."""
 
 import math
 
@@ -16,10 +16,12 @@ def ceil(a, b):
     return math.ceil(a / b)
 
 
-# Bits of n values of some width. Buckets share a float32: 64 values in qsgd, 1024 in int8.
+# Bits of n values of some width. Buckets share a float32: 64 values in qsgd, 1024 in int8. A
+# payload of two_bit has four levels.
 VALUE_BITS = {
     "": lambda n, width: n * width,
     "sign": lambda n, width: 8 * ceil(n, 8) + 32,
+    "two_bit": lambda n, width: 8 * ceil(2 * n, 8) + 4 * 32,
     "qsgd:2": lambda n, width: 8 * ceil(2 * n, 8) + 32 * ceil(n, 64),
     "qsgd:4": lambda n, width: 8 * ceil(4 * n, 8) + 32 * ceil(n, 64),
     "qsgd:5": lambda n, width: 8 * ceil(5 * n, 8) + 32 * ceil(n, 64),
@@ -44,7 +46,7 @@ def expected_bits(spec: str) -> int:
     if spec in VALUE_BITS:
         return INTEGERS + sum(min(VALUE_BITS[spec](n, w), n * w) for n, w in FLOATS)
     ratio = float(options[0])
-    if options[1:] == ["model"]:  # promoted to float32; 5367 places need 16 bits
+    if options[1:] == ["model"]:  # promoted to float32; indices below 5367 need 16 bits
         k = ceil(sum(n for n, _ in FLOATS), ratio)
         return INTEGERS + values(k, 32) + 16 * k
     total = INTEGERS
@@ -76,26 +78,28 @@ def test_bits_are_those_of_the_formula(spec):
         ("random_k:8", {"float32"}),
         ("top_k:8", {"float32", "uint16"}),
         ("sign", {"uint8", "float32"}),
+        ("two_bit", {"uint8", "float32"}),
         ("qsgd:4", {"uint8", "float32"}),
         ("int8", {"int8", "float32"}),
         ("bfloat16", {"bfloat16"}),
         ("top_k:8+int8", {"int8", "float32", "uint16"}),
+        ("top_k:8+two_bit", {"uint8", "float32", "uint16"}),
         ("grbs:8+bfloat16", {"bfloat16"}),
     ],
 )
-def test_the_payload_has_its_real_types(spec, dtypes):
+def test_the_payload_has_the_dtypes_that_are_counted(spec, dtypes):
     payload = jax.eval_shape(lambda x: parse(spec).encode(x, (), KEY), jnp.ones(5000))
     assert {str(x.dtype) for x in jax.tree.leaves(payload)} == dtypes
 
 
 @pytest.mark.parametrize("n, dtype", [(256, "uint8"), (257, "uint16"), (65536, "uint16")])
-def test_indices_have_the_smallest_type_that_fits(n, dtype):
+def test_indices_have_the_smallest_dtype_that_fits(n, dtype):
     code = parse("top_k:16:tensor")
     payload = jax.eval_shape(lambda x: code.encode(x, (), KEY), jnp.zeros(n))
     assert payload[0].index.dtype == dtype
 
 
-def test_values_have_the_type_of_their_leaf():
+def test_values_have_the_dtype_of_their_leaf():
     half = parse("grbs:2").encode(jnp.ones(64, jnp.bfloat16), (), KEY)
     assert jax.tree.leaves(half)[0].dtype == jnp.bfloat16
 
@@ -114,7 +118,7 @@ SHAPES = st.lists(st.lists(st.integers(0, 20), max_size=3), max_size=3)
 
 
 @given(ARGUMENTS, SHAPES, st.sampled_from(["float32", "bfloat16"]))
-def test_no_tree_costs_more_than_plain(spec, shapes, dtype):
+def test_no_tree_takes_more_bits_than_uncompressed(spec, shapes, dtype):
     code = parse(spec)._replace(init=lambda like: _any_memory(spec, like))
     like = [jax.ShapeDtypeStruct(tuple(shape), dtype) for shape in shapes]
     assert payload_bits(code, like) <= 8 * tree_bytes(like)
@@ -122,7 +126,7 @@ def test_no_tree_costs_more_than_plain(spec, shapes, dtype):
 
 
 def _any_memory(spec, like):
-    """The memory of a compressor also where its `init` would refuse the tree."""
+    """The memory of a compressor, also where its `init` refuses the tree."""
     wide = jnp.zeros((99, 99)) if spec.startswith("powersgd") else jnp.zeros(99)
     memory = parse(spec).init([*like, wide])
     return memory and memory[:-1]

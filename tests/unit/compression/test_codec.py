@@ -1,4 +1,4 @@
-"""What arrives of a tree of mixed leaves: conservation, types, keys, averages."""
+"""What is decoded of a tree of mixed leaves: conservation, dtypes, keys, averages."""
 
 import math
 
@@ -11,38 +11,38 @@ from mixed_trees import (
     SPARSE,
     SPECS,
     as_float64,
+    decoded,
     decoder,
     differs,
-    heard,
+    encoder,
     mixed,
-    said,
-    speaker,
     tree_bytes,
+    whole_payload,
 )
 
 from jaxlocal.compression import identity, parse, payload_bits, zero
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_sent_and_residual_are_the_whole(spec):
+def test_sent_part_and_residual_sum_to_the_tree(spec):
     tree = mixed()
-    payload = speaker(spec)(tree, KEY)
-    residual, sent = decoder(spec)(payload, KEY, tree, -1.0), heard(spec, payload, KEY, tree)
+    payload = encoder(spec)(tree, KEY)
+    residual, sent = decoder(spec)(payload, KEY, tree, -1.0), decoded(spec, payload, KEY, tree)
     for name, x in tree.items():
         assert residual[name].dtype == x.dtype and residual[name].shape == x.shape
         whole = np.float64(sent[name]) + np.float64(residual[name])
         if spec in SPARSE or spec in ("identity", "zero"):
             np.testing.assert_array_equal(whole, np.float64(x))
             assert not (np.float64(residual[name]) * np.float64(sent[name])).any()
-        else:  # one rounding in the leaf's type, of a residual of a few units
+        else:  # one rounding in the leaf's dtype, of a residual of a few units
             rounding = 0 if x.dtype == np.int32 else 8 * float(jnp.finfo(x.dtype).eps)
             np.testing.assert_allclose(whole, np.float64(x), rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_small_and_integer_leaves_arrive_exactly(spec):
+def test_small_and_integer_leaves_are_sent_exactly(spec):
     tree = mixed()
-    sent = heard(spec, speaker(spec)(tree, KEY), KEY, tree)
+    sent = decoded(spec, encoder(spec)(tree, KEY), KEY, tree)
     if spec != "zero":
         np.testing.assert_array_equal(sent["count"], tree["count"])
     if spec != "zero" and "bfloat16" not in spec and "model" not in spec:
@@ -50,39 +50,40 @@ def test_small_and_integer_leaves_arrive_exactly(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_message_is_a_function_of_its_key(spec):
+def test_a_payload_is_a_function_of_its_key(spec):
     tree, code, other_key = mixed(), parse(spec), jax.random.key(8)
-    one, other = speaker(spec)(tree, KEY), speaker(spec)(tree, other_key)
-    assert not differs(one, speaker(spec)(tree, KEY))
-    sent = heard(spec, one, KEY, tree), heard(spec, other, other_key, tree)
+    one, other = encoder(spec)(tree, KEY), encoder(spec)(tree, other_key)
+    assert not differs(one, encoder(spec)(tree, KEY))
+    sent = decoded(spec, one, KEY, tree), decoded(spec, other, other_key, tree)
     assert differs(*sent) == any(name in spec for name in ("grbs", "random_k", "qsgd"))
     if not code.shared_mask:  # the decoder's key is not the encoder's
-        assert not differs(sent[0], heard(spec, one, other_key, tree))
+        assert not differs(sent[0], decoded(spec, one, other_key, tree))
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_nothing_is_said_as_nothing(spec):
+def test_zeros_are_decoded_as_zeros(spec):
     tree = mixed()
-    payload = speaker(spec)(jax.tree.map(jnp.zeros_like, tree), KEY)
+    payload = encoder(spec)(jax.tree.map(jnp.zeros_like, tree), KEY)
     assert not differs(decoder(spec)(payload, KEY, tree, 1.0), tree)
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if parse(spec).averageable])
-def test_the_average_of_messages_is_a_message_of_the_average(spec):
+def test_the_average_of_payloads_is_the_payload_of_the_average(spec):
     code, trees = parse(spec), [mixed(seed) for seed in range(3)]
     mean = lambda trees: jax.tree.map(lambda *x: sum(x) / len(x), *trees)
-    payloads = [speaker(spec)(tree, KEY) for tree in trees]
+    payloads = [encoder(spec)(tree, KEY) for tree in trees]
     if code.second:
         first = mean([code.encode(tree, code.init(tree), KEY) for tree in trees])
-        payloads = [said(code, tree, code.init(tree), KEY, lambda own: first) for tree in trees]
-    sent = mean([as_float64(heard(spec, payload, KEY, trees[0])) for payload in payloads])
-    average = heard(spec, mean(payloads), KEY, trees[0])
+        of_all = lambda payload: first
+        payloads = [whole_payload(code, tree, code.init(tree), KEY, of_all) for tree in trees]
+    sent = mean([as_float64(decoded(spec, payload, KEY, trees[0])) for payload in payloads])
+    average = decoded(spec, mean(payloads), KEY, trees[0])
     for name, x in trees[0].items():  # an average of bfloat16s is rounded to one
         rounding = 4 * float(jnp.finfo(x.dtype).eps) if x.dtype != np.int32 else 1e-6
         np.testing.assert_allclose(average[name], sent[name], rtol=0, atol=rounding)
 
 
-def test_which_may_be_averaged_and_which_masks_are_shared():
+def test_which_payloads_are_averaged_and_which_masks_are_shared():
     assert [s for s in SPECS if parse(s).averageable] == [
         *("identity", "zero", "grbs:8", "random_k:8", "random_k:2.5", "powersgd:2")
     ]
@@ -98,10 +99,10 @@ def test_which_may_be_averaged_and_which_masks_are_shared():
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_trees_of_nothing(spec):
+def test_empty_trees_and_trees_without_floating_values(spec):
     code = parse(spec)
     for tree in ({}, {"a": jnp.zeros((0, 3))}, {"a": jnp.arange(4)}):
-        payload = said(code, tree, code.init(tree), KEY)
+        payload = whole_payload(code, tree, code.init(tree), KEY)
         doubled = jax.tree.map(lambda x: x if spec == "zero" else 2 * x, tree)
         assert not differs(code.decode(payload, KEY, tree, 1.0), doubled)
         assert payload_bits(code, tree) == (0 if spec == "zero" else 8 * tree_bytes(tree))
@@ -109,10 +110,10 @@ def test_trees_of_nothing(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_message_is_read_onto_leaves_of_any_type(spec):
+def test_a_payload_is_decoded_onto_leaves_of_any_dtype(spec):
     tree = mixed()
-    payload = speaker(spec)(tree, KEY)
-    sent = heard(spec, payload, KEY, tree)
+    payload = encoder(spec)(tree, KEY)
+    sent = decoded(spec, payload, KEY, tree)
     other = {"half": jnp.float16, "long": jnp.float16, "matrix": jnp.bfloat16}
     onto = {k: jnp.ones(x.shape, other.get(k, jnp.float32)) for k, x in tree.items()}
     result = decoder(spec)(payload, KEY, onto, 2.0)
@@ -124,7 +125,7 @@ def test_a_message_is_read_onto_leaves_of_any_type(spec):
 
 def test_identity_and_zero():
     tree = mixed()
-    assert not differs(heard("identity", identity().encode(tree, (), KEY), KEY, tree), tree)
+    assert not differs(decoded("identity", identity().encode(tree, (), KEY), KEY, tree), tree)
     assert jax.tree.leaves(zero().encode(tree, (), KEY)) == []
     assert identity().delta(tree) == 1.0 and zero().delta(tree) == 0.0
     assert math.isinf(zero().ratio) and identity().ratio == 1.0

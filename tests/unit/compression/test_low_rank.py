@@ -1,4 +1,4 @@
-"""PowerSGD: a projection, its warm start and what it sends."""
+"""PowerSGD: its projection, its warm start and its payload."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ KEY = jax.random.key(0)
 
 
 def message(code, trees, memory, key=KEY):
-    """One exchange of workers of equal weight: the average, and what is remembered."""
+    """One exchange between workers of equal weight: the decoded average and the new memory."""
     mean = lambda trees: jax.tree.map(lambda *x: sum(x) / len(x), *trees)
     known = code.second.settle(mean([code.encode(tree, memory, None) for tree in trees]))
-    said = [code.second.encode(tree, known, None) for tree in trees]
-    payload = {**known, **mean(said)}
+    second = [code.second.encode(tree, known, None) for tree in trees]
+    payload = {**known, **mean(second)}
     zeros = jax.tree.map(jnp.zeros_like, trees[0])
     return code.decode(payload, None, zeros, 1.0), code.second.remember(memory, payload, key)
 
@@ -29,6 +29,7 @@ def matrix(rows, columns, singular_values, seed=0):
 
 
 def best(x, rank):
+    """The best approximation of a matrix of this rank."""
     left, values, right = np.linalg.svd(np.float64(x), full_matrices=False)
     return (left[:, :rank] * values[:rank]) @ right[:rank]
 
@@ -45,7 +46,7 @@ def test_a_message_is_the_projection_of_the_average_onto_its_sketch():
     average, after = message(code, trees, memory)
     np.testing.assert_allclose(average["w"], basis @ basis.T @ mean, atol=1e-6)
     np.testing.assert_array_equal(average["b"], np.full(4, 0.5))
-    # Q is M^T times some orthonormal basis of the same space.
+    # Q is Mᵀ times an orthonormal basis of the same space.
     right = np.float64(next(q for q in after if q is not None))
     np.testing.assert_allclose(right @ right.T, mean.T @ basis @ basis.T @ mean, atol=1e-6)
 
@@ -54,7 +55,7 @@ def test_the_warm_start_reaches_the_best_approximation():
     code, values = powersgd(2), 2.0 ** -np.arange(8)
     x = {"w": matrix(20, 12, values)}
     memory = code.init(x)
-    for _ in range(15):  # the error shrinks by (1/2)² a message
+    for _ in range(15):  # every message multiplies the error by (1/2)²
         sent, memory = message(code, [x], memory)
     np.testing.assert_allclose(sent["w"], best(x["w"], 2), atol=1e-5)
 
@@ -65,10 +66,10 @@ def test_kernels_are_matrices_of_their_last_dimension():
     np.testing.assert_allclose(sent.reshape(36, 8), x, atol=1e-6)
 
 
-@pytest.mark.parametrize("silent_rows", [0, 6])
-def test_it_recovers_from_a_message_of_zeros(silent_rows):
+@pytest.mark.parametrize("zero_rows", [0, 6])
+def test_it_recovers_from_a_message_of_zeros(zero_rows):
     code = powersgd(2)
-    x = {"w": matrix(20, 12, 2.0 ** -np.arange(8)).at[:silent_rows].set(0)}
+    x = {"w": matrix(20, 12, 2.0 ** -np.arange(8)).at[:zero_rows].set(0)}
     memory = code.init(x)
     sent, memory = message(code, [jax.tree.map(jnp.zeros_like, x)], memory)
     assert not np.asarray(sent["w"]).any()
@@ -89,8 +90,8 @@ def test_it_recovers_from_a_matrix_of_lower_rank():
 
 @pytest.mark.parametrize("values", [np.ones(10), 0.5 ** np.arange(10), np.eye(10)[0]])
 def test_the_contraction_of_a_first_message(values):
-    """Random turns of the matrix stand for random starts: a Gaussian Q looks the same from every
-    side."""
+    """Random rotations of the matrix stand for random starts, since a Gaussian Q is invariant under
+    rotations."""
     code, count = powersgd(2), 200
     xs = jnp.stack([matrix(14, 10, values, seed) for seed in range(count)])
     memory = code.init(xs[0])
@@ -106,11 +107,11 @@ def test_the_contraction_of_a_first_message(values):
     margin = 4 * shares.std() / np.sqrt(count) + 1e-6
     assert code.delta(xs[0]) == 2 / 10
     assert shares.mean() <= 1 - 2 / 10 + margin
-    if (values == 1).all():  # nothing leans anywhere, and the bound is reached
+    if (values == 1).all():  # no direction is larger than another, and the bound is reached
         assert shares.mean() >= 1 - 2 / 10 - margin
 
 
-def test_what_would_not_be_smaller_goes_plain():
+def test_tensors_that_would_not_be_smaller_are_sent_uncompressed():
     code = powersgd(2)
     # 2 · (4 + 4) factors are as many values as the 4 · 4 of the matrix.
     assert payload_bits(code, [jnp.zeros((4, 4)), jnp.zeros((9, 9))]) == 32 * (16 + 36)
@@ -121,8 +122,8 @@ def test_what_would_not_be_smaller_goes_plain():
     assert code.delta([jnp.zeros((4, 4)), jnp.zeros(5)]) == 1.0
 
 
-def test_what_the_first_messages_had_nothing_of_is_found_later():
-    """Start and first gradients span one direction, at a right angle to what comes then."""
+def test_a_direction_that_was_zero_in_the_first_messages_is_found_later():
+    """The first gradients have one direction, orthogonal to that of the later ones."""
     code = powersgd(1)
     first, later = (jnp.zeros((8, 8)).at[i, i].set(1.0) for i in (0, 7))
     memory = code.init(first)
@@ -146,11 +147,11 @@ def test_a_rank_above_every_matrix_is_an_error():
     tree = {"w": jnp.zeros((30, 7)), "b": jnp.zeros(99)}
     with pytest.raises(ConfigurationError) as error:
         powersgd(8).init(tree)
-    expected = "powersgd:8 needs a matrix of 8 rows and columns or more, and the largest has 7"
+    expected = "powersgd:8 needs a matrix of at least 8 rows and columns, but the largest has 7"
     assert str(error.value) == expected
     with pytest.raises(
         ConfigurationError, match="the largest, 30 × 7, have 222 values for its 210"
     ):
         powersgd(6).init(tree)
-    with pytest.raises(ConfigurationError, match="rows and columns or more, and there is none"):
+    with pytest.raises(ConfigurationError, match="1 rows and columns, but the tree has no matrix"):
         powersgd(1).init({"b": jnp.zeros(99)})

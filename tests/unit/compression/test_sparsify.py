@@ -1,4 +1,4 @@
-"""Sparsifiers against slow loops, and how often they keep what."""
+"""Sparsifiers against slow loops, and how often they keep each value."""
 
 import math
 
@@ -25,7 +25,7 @@ def grbs_mask(n: int, ratio: float, word: int) -> np.ndarray:
 
 
 def random_k_mask(n: int, ratio: float, drawn: list[int]) -> np.ndarray:
-    """The first n mod k runs are longer by one."""
+    """The mask of random_k, whose first n mod k runs have one value more."""
     k = math.ceil(n / ratio)
     mask, start = np.zeros(n, bool), 0
     for run in range(k):
@@ -48,56 +48,56 @@ def normal(n, seed=0):
     return np.random.default_rng(seed).normal(size=n).astype(np.float32)
 
 
-def kept(code, tree, key=KEY):
+def decoded(code, tree, key=KEY):
     payload = code.encode(tree, (), key)
     return code.decode(payload, key, jax.tree.map(jnp.zeros_like, tree), 1.0)
 
 
 @pytest.mark.parametrize("ratio", [1.5, 8, 100])
-def test_grbs_is_its_loop(ratio):
+def test_grbs_equals_its_loop(ratio):
     xs = [normal(5), normal(64), normal(301)]
     drawn = words(KEY, 3)  # one word for each tensor, of one call
-    for x, sent, word in zip(xs, kept(grbs(ratio), xs), drawn, strict=True):
+    for x, sent, word in zip(xs, decoded(grbs(ratio), xs), drawn, strict=True):
         mask = grbs_mask(len(x), ratio, word)
         np.testing.assert_array_equal(sent, np.where(mask, x, 0))
 
 
 @pytest.mark.parametrize("ratio", [1.5, 8, 100])
-def test_random_k_is_its_loop(ratio):
+def test_random_k_equals_its_loop(ratio):
     xs = [normal(5), normal(64), normal(301)]
     drawn = words(KEY, sum(math.ceil(len(x) / ratio) for x in xs))
-    for x, sent in zip(xs, kept(random_k(ratio), xs), strict=True):
+    for x, sent in zip(xs, decoded(random_k(ratio), xs), strict=True):
         mask = random_k_mask(len(x), ratio, drawn)
         drawn = drawn[mask.sum() :]
         np.testing.assert_array_equal(sent, np.where(mask, x, 0))
 
 
 @pytest.mark.parametrize("ratio", [1.5, 8, 100])
-def test_top_k_is_its_loop(ratio):
+def test_top_k_equals_its_loop(ratio):
     xs = [normal(5), normal(301), normal(9001)]  # 9001 values are chunks of 3001, 3001 and 2999
-    for x, sent in zip(xs, kept(top_k(ratio), xs), strict=True):
+    for x, sent in zip(xs, decoded(top_k(ratio), xs), strict=True):
         mask = top_k_mask(x, ratio, min(len(x), 3001))
-        plain = (40 if len(x) <= 256 else 48) * mask.sum() >= 32 * len(x)
-        np.testing.assert_array_equal(sent, np.where(mask | plain, x, 0))
-    for x, sent in zip(xs, kept(top_k(ratio, "tensor"), xs), strict=True):
+        uncompressed = (40 if len(x) <= 256 else 48) * mask.sum() >= 32 * len(x)
+        np.testing.assert_array_equal(sent, np.where(mask | uncompressed, x, 0))
+    for x, sent in zip(xs, decoded(top_k(ratio, "tensor"), xs), strict=True):
         mask = top_k_mask(x, ratio, len(x))
-        plain = (40 if len(x) <= 256 else 48) * mask.sum() >= 32 * len(x)
-        np.testing.assert_array_equal(sent, np.where(mask | plain, x, 0))
+        uncompressed = (40 if len(x) <= 256 else 48) * mask.sum() >= 32 * len(x)
+        np.testing.assert_array_equal(sent, np.where(mask | uncompressed, x, 0))
     whole = np.concatenate(xs)
-    sent = np.concatenate(kept(top_k(ratio, "model"), xs))
-    plain = 48 * math.ceil(len(whole) / ratio) >= 32 * len(whole)
-    mask = top_k_mask(whole, ratio, len(whole)) | plain
+    sent = np.concatenate(decoded(top_k(ratio, "model"), xs))
+    uncompressed = 48 * math.ceil(len(whole) / ratio) >= 32 * len(whole)
+    mask = top_k_mask(whole, ratio, len(whole)) | uncompressed
     np.testing.assert_array_equal(sent, np.where(mask, whole, 0))
 
 
-def test_top_k_takes_the_first_of_equals_and_nothing_of_the_padding():
-    sent = kept(top_k(4096), jnp.ones(4097))  # chunks of 2049 and 2048
+def test_top_k_keeps_the_first_of_equals_and_no_padding():
+    sent = decoded(top_k(4096), jnp.ones(4097))  # chunks of 2049 and 2048
     assert np.flatnonzero(sent).tolist() == [0, 2049]
 
 
-def test_top_k_of_a_model_of_several_types():
+def test_top_k_of_a_model_of_several_dtypes():
     tree = {"a": jnp.array([1.0, 5.0, 2.0] * 5), "b": jnp.full(9, 4.0, jnp.bfloat16)}
-    sent = kept(top_k(3, "model"), {**tree, "c": jnp.arange(2)})
+    sent = decoded(top_k(3, "model"), {**tree, "c": jnp.arange(2)})
     assert sent["b"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(sent["a"], np.where(tree["a"] == 5, tree["a"], 0))
     np.testing.assert_array_equal(np.float32(sent["b"]), [4.0] * 3 + [0.0] * 6)
@@ -127,16 +127,16 @@ def test_random_k_keeps_one_of_each_run(code, n):
     expected = np.concatenate([[1 / length] * length for length in lengths])
     np.testing.assert_allclose(frequency(code, n), expected, atol=5 * np.sqrt(0.25 / 4000))
     assert code.delta(jnp.zeros(n)) == pytest.approx(expected.min())
-    assert np.count_nonzero(kept(code, jnp.ones(n))) == k
+    assert np.count_nonzero(decoded(code, jnp.ones(n))) == k
 
 
-def test_all_tensors_draw_their_own_block():
-    sent = kept(grbs(16), [jnp.ones(160)] * 8)
+def test_every_tensor_draws_its_own_block():
+    sent = decoded(grbs(16), [jnp.ones(160)] * 8)
     assert len({int(np.flatnonzero(x)[0]) for x in sent}) > 1
 
 
-def test_grbs_touches_the_block_alone():
-    """No operation but the two slices sees the tensor, and nothing is sorted."""
+def test_grbs_touches_only_the_block():
+    """Only slices take the whole tensor, and nothing is sorted."""
     code, x = grbs(64), jnp.zeros(64 * 1024)
     for fn in (
         lambda x: code.encode(x, (), KEY),
@@ -172,7 +172,7 @@ def test_a_ratio_above_every_tensor_is_an_error(make):
     assert make(12).init(tree) == ()
 
 
-def test_with_model_the_ratio_is_of_the_model():
+def test_granularity_model_needs_as_many_values_in_the_model():
     tree = {"w": jnp.zeros((3, 4)), "b": jnp.zeros(4)}
     assert top_k(16, "model").init(tree) == ()
     with pytest.raises(ConfigurationError) as error:

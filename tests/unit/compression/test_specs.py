@@ -1,4 +1,4 @@
-"""Words for compressors, there and back, and every sentence about a wrong one."""
+"""Spec strings of compressors, there and back, and every error about a wrong one."""
 
 import math
 
@@ -8,26 +8,27 @@ from jaxlocal.compression import COMPRESSORS, parse
 from jaxlocal.errors import ConfigurationError
 
 NAMES = [
-    *("identity", "zero", "sign", "int8", "bfloat16", "qsgd:2", "qsgd:8", "powersgd:3"),
+    *("identity", "zero", "sign", "two_bit", "int8", "bfloat16", "qsgd:2", "qsgd:8", "powersgd:3"),
     *("grbs:64", "grbs:2.5", "random_k:8", "top_k:64", "top_k:8:tensor", "top_k:8:model"),
     *("grbs:8+int8", "random_k:8+qsgd:4", "top_k:64+bfloat16", "top_k:8:model+sign"),
+    "top_k:64+two_bit",
 ]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_read_back(name):
+def test_a_name_is_parsed_to_its_compressor(name):
     code = parse(name)
     assert code.name == name
     assert parse(code.name)._replace(**_functions(code)) == code._replace(**_functions(code))
 
 
 def _functions(code):
-    """The fields that are functions, as something that compares equal; so is a ratio of nan."""
+    """Replacements that compare equal, for the fields that are functions and for a ratio of nan."""
     functions = {name: None for name, value in code._asdict().items() if callable(value)}
     return {**functions, "second": None, **({"ratio": 0} if math.isnan(code.ratio) else {})}
 
 
-def test_every_compressor_has_a_name():
+def test_every_compressor_is_among_the_names():
     assert {name.split(":")[0].split("+")[0] for name in NAMES} == set(COMPRESSORS)
 
 
@@ -35,12 +36,13 @@ def test_every_compressor_has_a_name():
     "spec, name",
     [("grbs:64.0", "grbs:64"), ("top_k:1e3", "top_k:1000"), ("top_k:8:chunk", "top_k:8")],
 )
-def test_what_means_the_same_has_one_name(spec, name):
+def test_spec_strings_of_one_compressor_have_one_name(spec, name):
     assert parse(spec).name == name
 
 
 def test_ratios_and_granularities():
     ratios = {"top_k:64+int8": 256, "grbs:8+qsgd:4": 64, "zero": math.inf, "identity": 1}
+    ratios["top_k:64+two_bit"] = 1024
     assert {spec: parse(spec).ratio for spec in ratios} == ratios
     assert math.isnan(parse("powersgd:2").ratio)
     granularities = {
@@ -48,6 +50,7 @@ def test_ratios_and_granularities():
         "bfloat16": "value",
         "grbs:8": "tensor",
         "sign": "tensor",
+        "two_bit": "tensor",
         "powersgd:2": "tensor",
         "top_k:8": "chunk",
         "int8": "chunk",
@@ -76,8 +79,8 @@ def test_ratios_and_granularities():
         ("top_k:8+qsgd", "qsgd needs a number of bits, as in qsgd:4, got 'qsgd'"),
         (
             "sign+int8",
-            "sign keeps no values that could be said by 'int8', got 'sign+int8': only grbs, "
-            "random_k, top_k do",
+            "sign is not a sparsifier whose kept values 'int8' could code, got 'sign+int8'; the "
+            "sparsifiers are grbs, random_k, top_k",
         ),
         (
             "gbrs:64",
@@ -87,16 +90,17 @@ def test_ratios_and_granularities():
             "topk:64+int8",
             "unknown compressor 'topk'; did you mean 'top_k'? known: " + ", ".join(COMPRESSORS),
         ),
-        ("grbs:8+int", "unknown value coder 'int'; did you mean 'int8'? known: sign, qsgd, int8, "
-         "bfloat16"),
-        ("grbs:8+", "unknown value coder ''; known: sign, qsgd, int8, bfloat16"),
+        ("two_bit:2", "two_bit takes no argument, got 'two_bit:2'"),
+        ("grbs:8+int", "unknown value coder 'int'; did you mean 'int8'? known: sign, two_bit, "
+         "qsgd, int8, bfloat16"),
+        ("grbs:8+", "unknown value coder ''; known: sign, two_bit, qsgd, int8, bfloat16"),
         (
             "top_k:8:block",
             "unknown granularity of top_k 'block'; known: chunk, tensor, model",
         ),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_in_a_sentence(spec, sentence):
+def test_a_wrong_spec_string_is_an_error_of_one_sentence(spec, sentence):
     with pytest.raises(ConfigurationError) as error:
         parse(spec)
     assert str(error.value) == sentence

@@ -7,22 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from mixed_trees import KEY, assert_close, mixed, said
+from mixed_trees import KEY, assert_close, mixed, whole_payload
 
 from jaxlocal.compression import parse
 
 
 @pytest.mark.parametrize(
-    "spec", ["identity", "zero", "grbs:8", "random_k:8", "top_k:8:model", "qsgd:5", "powersgd:2"]
+    "spec",
+    [
+        *("identity", "zero", "grbs:8", "random_k:8", "top_k:8:model", "two_bit", "qsgd:5"),
+        "powersgd:2",
+    ],
 )
-def test_compiled_and_batched_it_is_the_same(spec):
+def test_compiled_and_batched_it_gives_the_same(spec):
     code, scale = parse(spec), -0.5
     trees = [{k: mixed(seed)[k] for k in ("bias", "matrix")} for seed in range(2)]
     memory = code.init(trees[0])
 
     @jax.jit
     def together(stacked, scale):
-        payload = jax.vmap(lambda tree: said(code, tree, memory, KEY))(stacked)
+        payload = jax.vmap(lambda tree: whole_payload(code, tree, memory, KEY))(stacked)
         own = jax.vmap(lambda p, x: code.decode(p, KEY, x, scale))(payload, stacked)
         first_payload, first = jax.tree.map(lambda x: x[0], (payload, stacked))
         one_payload = jax.vmap(lambda x: code.decode(first_payload, KEY, x, scale))(stacked)
@@ -31,7 +35,7 @@ def test_compiled_and_batched_it_is_the_same(spec):
         return own, one_payload, jax.vmap(lambda p: code.decode(p, KEY, first, scale))(payload)
 
     results = together(jax.tree.map(lambda *x: jnp.stack(x), *trees), scale)
-    payloads = [said(code, tree, memory, KEY) for tree in trees]
+    payloads = [whole_payload(code, tree, memory, KEY) for tree in trees]
     for i in range(2):
         pairs = [(payloads[i], trees[i]), (payloads[0], trees[i]), (payloads[i], trees[0])]
         for result, (payload, onto) in zip(results, pairs, strict=False):
@@ -45,7 +49,7 @@ def test_inside_a_scan_on_a_mesh(spec):
     mesh = jax.make_mesh((2,), ("workers",), (jax.sharding.AxisType.Auto,))
 
     def residual(x):
-        return code.decode(said(code, x, code.init(x), KEY), KEY, x, -1.0)
+        return code.decode(whole_payload(code, x, code.init(x), KEY), KEY, x, -1.0)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("workers"), out_specs=P("workers"))
     def twice(stacked):
@@ -57,7 +61,9 @@ def test_inside_a_scan_on_a_mesh(spec):
     assert_close(jax.tree.map(lambda x: x[0], result), residual(residual(tree)), atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", ["grbs:8", "top_k:8", "sign", "qsgd:4", "int8", "powersgd:2"])
+@pytest.mark.parametrize(
+    "spec", ["grbs:8", "top_k:8", "sign", "two_bit", "qsgd:4", "int8", "powersgd:2"]
+)
 def test_float64_is_computed_in_float64(spec):
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 30)))
@@ -65,7 +71,7 @@ def test_float64_is_computed_in_float64(spec):
 
         @jax.jit
         def both(x):
-            payload = said(code, x, code.init(x), KEY)
+            payload = whole_payload(code, x, code.init(x), KEY)
             zeros = jnp.zeros_like(x)
             return code.decode(payload, KEY, zeros, 1.0), code.decode(payload, KEY, x, -1.0)
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models import MODELS, build, outputs_for
-from jaxlocal.models.mll_cnn import mll_cnn
+from jaxlocal.models.cnn import mll_cnn
 from jaxlocal.models.resnet import Block, resnet18, small_resnet
 
 KEY = jax.random.key(0)

@@ -13,7 +13,7 @@ from jaxlocal.models import build, from_functions, from_linen, from_nnx, in_prec
 from jaxlocal.models.layers import BatchNorm
 from jaxlocal.models.resnet import small_resnet
 from jaxlocal.models.supervised import training_loss
-from jaxlocal.models.transformer import transformer
+from jaxlocal.models.transformers import transformer
 from jaxlocal.nn import conv_general_dilated
 
 KEY = jax.random.key(0)
@@ -186,7 +186,7 @@ class Small(nnx.Module):
 def test_workers_train_in_half_precision():
     model = in_precision(from_nnx(Small), jnp.bfloat16)
     grad_fn = jaxlocal.gradients(training_loss(model, lambda x: x, 2), stateful=True)
-    method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.2), 16)
+    method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.2), period=16)
     round_fn = jaxlocal.RoundFn(method, jaxlocal.Layout(workers_per_hub=2))
     params, model_state = jax.jit(model.init)(KEY)
     state = round_fn.init(params, KEY, model_state)

@@ -12,7 +12,7 @@ import jaxlocal
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models import build
 from jaxlocal.models.supervised import training_loss
-from jaxlocal.models.transformer import transformer
+from jaxlocal.models.transformers import transformer
 
 KEY = jax.random.key(0)
 LENGTH, VOCABULARY, LAYERS, WIDTH, HEADS = 5, 11, 2, 8, 2
@@ -161,7 +161,7 @@ def test_workers_learn_alike_under_vmap_and_map():
     start = jax.tree.map(lambda leaf: 0.1 * leaf, drawn(model))
     losses = []
     for worker_map in ("vmap", "map"):
-        method = jaxlocal.local_sgd(grad_fn, optax.adam(0.02), 16, worker_map=worker_map)
+        method = jaxlocal.local_sgd(grad_fn, optax.adam(0.02), period=16, worker_map=worker_map)
         round_fn = jaxlocal.RoundFn(method, jaxlocal.Layout(workers_per_hub=2))
         state, info = round_fn(round_fn.init(start, KEY), batches)
         losses.append(np.asarray(info.worker["loss"]))

@@ -72,11 +72,18 @@ def ring():
 
 
 METHODS = {
-    "local_sgd": lambda g, o, **k: jaxlocal.local_sgd(g, o, 4, **k),
-    "mll_sgd": lambda g, o, **k: jaxlocal.mll_sgd(g, o, ring(), 2, 2, **k),
-    "diloco": lambda g, o, **k: jaxlocal.diloco(g, o, 4, **k),
+    "local_sgd": lambda g, o, **k: jaxlocal.local_sgd(g, o, period=4, **k),
+    "mll_sgd": lambda g, o, **k: jaxlocal.mll_sgd(
+        g, o, matrix=ring(), local_steps=2, hub_period=2, **k
+    ),
+    "diloco": lambda g, o, **k: jaxlocal.diloco(g, o, period=4, **k),
     "cser": lambda g, o, **k: jaxlocal.cser(
-        g, o, compression.parse("grbs:4"), compression.parse("grbs:2"), 4, **k
+        g,
+        o,
+        gradient_compressor=compression.parse("grbs:4"),
+        reset_compressor=compression.parse("grbs:2"),
+        period=4,
+        **k,
     ),
 }
 
@@ -290,7 +297,9 @@ def test_a_loss_may_gather_its_parameters_itself():
         first, second = (sharding.unshard(params[name]) for name in ("first", "second"))
         return jnp.square(jax.nn.relu(batch @ first + params["bias"]) @ second - 1).mean()
 
-    rounds = jaxlocal.local_sgd(jaxlocal.gradients(loss, gathered=False), optax.sgd(0.1, 0.9), 4)
+    rounds = jaxlocal.local_sgd(
+        jaxlocal.gradients(loss, gathered=False), optax.sgd(0.1, 0.9), period=4
+    )
     round_fn = RoundFn(rounds, FLAT, make_mesh(FLAT, shape=(1, 2, 2)))
     _, losses = trained(round_fn, perceptron)
     assert_close(losses, trained_whole("local_sgd", perceptron)[1])

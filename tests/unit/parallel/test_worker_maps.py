@@ -94,7 +94,7 @@ def test_local_sgd_in_blocks_is_that_in_turn(rates):
     batches = problems.make_batches(layout, 4)
 
     def run(mode):
-        method = jaxlocal.local_sgd(problems.grad_fn, optax.adam(0.1), 4, worker_map=mode)
+        method = jaxlocal.local_sgd(problems.grad_fn, optax.adam(0.1), period=4, worker_map=mode)
         round_fn = problems.on_one_device(method, layout)
         state, info = round_fn(round_fn.init(problems.START, jax.random.key(0)), batches)
         return problems.vectors(state.params), np.asarray(info.worker["active"])

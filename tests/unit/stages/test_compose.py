@@ -8,8 +8,7 @@ import pytest
 from jaxlocal import ConfigurationError, Layout
 from jaxlocal.communication import mixing
 from jaxlocal.communication.accounting import message_bits
-from jaxlocal.stages.compose import in_turn, repeat, sequence
-from jaxlocal.stages.sync import NOTHING
+from jaxlocal.stages.compose import NOTHING, in_turn, repeat, sequence
 from jaxlocal.types import Info, Memory, Message, MessageBits, Stage
 
 LAYOUT = Layout(1, 2)

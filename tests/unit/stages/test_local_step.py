@@ -15,10 +15,11 @@ from jaxlocal.communication import mixing
 from jaxlocal.communication.accounting import message_bits, model_bits
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.pool import fetch
+from jaxlocal.stages.averaged_gradients import averaged_gradients
+from jaxlocal.stages.compose import NOTHING
 from jaxlocal.stages.gradient import gradients
 from jaxlocal.stages.local_step import local_step
 from jaxlocal.stages.optimizers import scale_by_step
-from jaxlocal.stages.sync import NOTHING
 from jaxlocal.types import MessageBits, Method
 
 MODES = pytest.mark.parametrize("mode", ["vmap", "map"])
@@ -157,8 +158,9 @@ def test_a_skipping_worker_contributes_a_zero_to_the_averaged_gradient(mode):
 def test_any_mixer_may_average_the_gradients():
     layout = Layout(2, 2, weights=[1, 3, 2, 2])
     optimizer = optax.sgd(1.0)
-    options = {"gradient_mixer": mixing.hub_mean()}
-    round_fn = steps_only(gradients(constant_gradient), optimizer, layout, (2, 2), **options)
+    step = averaged_gradients(gradients(constant_gradient), optimizer, mixing.hub_mean())
+    method = Method(step, NOTHING, optimizer, periods.constant(1))
+    round_fn = RoundFn(method, layout, make_mesh(layout, shape=(2, 2)))
     state = round_fn.init(jnp.zeros(2), jax.random.key(0))
     batches = np.random.default_rng(0).normal(size=(1, 2, 2, 2)).astype(np.float32)
     state, _ = round_fn(state, batches)
@@ -223,7 +225,7 @@ def test_local_steps_say_nothing_and_averaged_ones_their_gradient():
     state = steps_only(problems.grad_fn, optax.sgd(0.1), HALF).shapes(problems.START)
     silent = local_step(problems.grad_fn, optax.sgd(0.1))
     assert silent.steps == 1 and silent.communication(state) == []
-    loud = local_step(problems.grad_fn, optax.sgd(0.1), gradient_mixer=mixing.mean())
+    loud = averaged_gradients(problems.grad_fn, optax.sgd(0.1), mixing.mean())
     assert message_bits(loud.communication(state), HALF) == MessageBits(workers=4 * 32, hubs=4 * 32)
 
 

@@ -42,7 +42,14 @@ def run(method, layout=GRID, mesh=(1, 1)):
 def test_slowmo(at_sync, mesh, alpha, beta):
     outer = optax.sgd(alpha, momentum=beta)
     with jax.enable_x64(True):
-        method = jaxlocal.slowmo(problems.grad_fn, heavy_ball(), decaying, 5, outer, at_sync)
+        method = jaxlocal.slowmo(
+            problems.grad_fn,
+            heavy_ball(),
+            learning_rate=decaying,
+            period=5,
+            outer_optimizer=outer,
+            optimizer_state=at_sync,
+        )
         models, batches, lengths = run(method, mesh=mesh)
     expected = reference_outer.slowmo(
         problems.numpy_gradient(batches), START, decaying, lengths, GRID.weight.reshape(-1),
@@ -60,7 +67,13 @@ def test_diloco(at_sync, mesh, alpha, beta):
     outer = optax.sgd(alpha, momentum=beta, nesterov=True)
     with jax.enable_x64(True):
         rule = periods.post_local(6, 5)
-        method = jaxlocal.diloco(problems.grad_fn, heavy_ball(), rule, outer, at_sync)
+        method = jaxlocal.diloco(
+            problems.grad_fn,
+            heavy_ball(),
+            period=rule,
+            outer_optimizer=outer,
+            optimizer_state=at_sync,
+        )
         models, batches, lengths = run(method, mesh=mesh)
     expected = reference_outer.diloco(
         problems.numpy_gradient(batches), START, decaying, lengths, GRID.weight.reshape(-1),
@@ -71,8 +84,10 @@ def test_diloco(at_sync, mesh, alpha, beta):
 
 def test_the_defaults_are_the_papers():
     with jax.enable_x64(True):
-        slow, batches, lengths = run(jaxlocal.slowmo(problems.grad_fn, heavy_ball(), decaying, 6))
-        outer, _, _ = run(jaxlocal.diloco(problems.grad_fn, heavy_ball(), 6))
+        slow, batches, lengths = run(
+            jaxlocal.slowmo(problems.grad_fn, heavy_ball(), learning_rate=decaying, period=6)
+        )
+        outer, _, _ = run(jaxlocal.diloco(problems.grad_fn, heavy_ball(), period=6))
     loop = (problems.numpy_gradient(batches), START, decaying, lengths, GRID.weight.reshape(-1))
     np.testing.assert_allclose(slow, reference_outer.slowmo(*loop, 0.8, 1.0, 0.7, "keep"), **CLOSE)
     np.testing.assert_allclose(outer, reference_outer.diloco(*loop, 0.8, 0.7, 0.9), **CLOSE)
@@ -83,11 +98,24 @@ def test_the_defaults_are_the_papers():
 def test_an_outer_step_of_one_is_local_sgd(make, at_sync):
     plain = optax.sgd(1.0)
     with jax.enable_x64(True):
-        expected, _, _ = run(jaxlocal.local_sgd(problems.grad_fn, heavy_ball(), 5, at_sync))
+        expected, _, _ = run(
+            jaxlocal.local_sgd(problems.grad_fn, heavy_ball(), period=5, optimizer_state=at_sync)
+        )
         method = {
-            "diloco": lambda: jaxlocal.diloco(problems.grad_fn, heavy_ball(), 5, plain, at_sync),
+            "diloco": lambda: jaxlocal.diloco(
+                problems.grad_fn,
+                heavy_ball(),
+                period=5,
+                outer_optimizer=plain,
+                optimizer_state=at_sync,
+            ),
             "slowmo": lambda: jaxlocal.slowmo(
-                problems.grad_fn, heavy_ball(), decaying, 5, plain, at_sync
+                problems.grad_fn,
+                heavy_ball(),
+                learning_rate=decaying,
+                period=5,
+                outer_optimizer=plain,
+                optimizer_state=at_sync,
             ),
         }[make]()
         models, _, _ = run(method)
@@ -98,14 +126,18 @@ def test_slowmo_at_a_constant_rate_is_diloco_with_heavy_ball():
     """(y − x̄)/η in a linear buffer and αη outside: η cancels where it does not change."""
     outer, inner = optax.sgd(0.9, momentum=0.6), optax.sgd(0.05)
     with jax.enable_x64(True):
-        slow, _, _ = run(jaxlocal.slowmo(problems.grad_fn, inner, 0.05, 4, outer))
-        other, _, _ = run(jaxlocal.diloco(problems.grad_fn, inner, 4, outer))
+        slow, _, _ = run(
+            jaxlocal.slowmo(
+                problems.grad_fn, inner, learning_rate=0.05, period=4, outer_optimizer=outer
+            )
+        )
+        other, _, _ = run(jaxlocal.diloco(problems.grad_fn, inner, period=4, outer_optimizer=outer))
     np.testing.assert_allclose(slow, other, **CLOSE)
 
 
 def test_the_outer_optimizer_may_follow_the_steps_of_the_run():
     by_step = jaxlocal.scale_by_step(lambda step: jnp.where(step == 3, 1.0, 0.0))
-    method = jaxlocal.diloco(problems.grad_fn, optax.sgd(0.1), 4, by_step)
+    method = jaxlocal.diloco(problems.grad_fn, optax.sgd(0.1), period=4, outer_optimizer=by_step)
     models, _, _ = run(method)
     assert not np.array_equal(models[4], models[0])  # the last step of the first round is step 3
     for later in range(8, STEPS + 1, 4):
@@ -113,7 +145,7 @@ def test_the_outer_optimizer_may_follow_the_steps_of_the_run():
 
 
 def test_all_workers_restart_from_the_anchor_and_it_is_one():
-    method = jaxlocal.diloco(problems.grad_fn, optax.sgd(0.1), 4)
+    method = jaxlocal.diloco(problems.grad_fn, optax.sgd(0.1), period=4)
     round_fn = RoundFn(method, GRID)
     state = round_fn.init(problems.START, jax.random.key(0))
     state, _ = round_fn(state, problems.make_batches(GRID, 4))
@@ -125,7 +157,9 @@ def test_all_workers_restart_from_the_anchor_and_it_is_one():
 def test_the_anchor_of_half_precision_parameters_is_float32():
     """A step of 2⁻¹⁰ at 1 is lost in bfloat16, whose neighbours are 2⁻⁸ apart, and adds up here."""
     grad_fn = jaxlocal.gradients(lambda w, batch, key: (w.astype(jnp.float32) * batch).sum())
-    method = jaxlocal.diloco(grad_fn, optax.sgd(2.0**-6), 1, optax.sgd(2.0**-4))
+    method = jaxlocal.diloco(
+        grad_fn, optax.sgd(2.0**-6), period=1, outer_optimizer=optax.sgd(2.0**-4)
+    )
     round_fn = problems.on_one_device(method, Layout(1, 2))
     state = round_fn.init(jnp.ones((), jnp.bfloat16), jax.random.key(0))
     for _ in range(3):
@@ -141,8 +175,8 @@ def test_workers_that_do_not_move_leave_the_anchor_where_it_is(make, dtype):
     rate = optax.warmup_cosine_decay_schedule(0.0, 0.1, 10, 40)
     grad_fn = jaxlocal.gradients(lambda w, batch, key: (0 * w * batch.astype(w.dtype)).sum())
     method = {
-        "diloco": lambda: jaxlocal.diloco(grad_fn, optax.sgd(rate), 3),
-        "slowmo": lambda: jaxlocal.slowmo(grad_fn, optax.sgd(rate), rate, 1),
+        "diloco": lambda: jaxlocal.diloco(grad_fn, optax.sgd(rate), period=3),
+        "slowmo": lambda: jaxlocal.slowmo(grad_fn, optax.sgd(rate), learning_rate=rate, period=1),
     }[make]()
     round_fn = problems.on_one_device(method, Layout(1, 3, weights=[1, 2, 4]))
     begin = jnp.asarray(np.random.default_rng(0).normal(size=50), dtype)
@@ -163,8 +197,12 @@ def test_slow_momentum_survives_warm_restarts():
     rate = lambda step: jnp.where(step % 12 == 11, 0.0, cosine(step))
     inner = jaxlocal.scale_by_step(rate)
     outer = optax.sgd(1.0, momentum=0.7)
-    models, _, _ = run(jaxlocal.slowmo(problems.grad_fn, inner, rate, 4, outer))
-    local, _, _ = run(jaxlocal.local_sgd(problems.grad_fn, inner, 4))
+    models, _, _ = run(
+        jaxlocal.slowmo(
+            problems.grad_fn, inner, learning_rate=rate, period=4, outer_optimizer=outer
+        )
+    )
+    local, _, _ = run(jaxlocal.local_sgd(problems.grad_fn, inner, period=4))
     spread_of = lambda x: np.abs(x[-1] - np.mean(x[-1], axis=0)).max() + np.abs(x[-1]).max()
     assert spread_of(models) < 3 * spread_of(local)
 
@@ -172,7 +210,13 @@ def test_slow_momentum_survives_warm_restarts():
 def test_what_is_said():
     model = 32 * len(START)
     for option, factor in [("keep", 1), ("average", 2), ("reset", 1)]:
-        method = jaxlocal.diloco(problems.grad_fn, optax.sgd(0.1, momentum=0.9), 4, None, option)
+        method = jaxlocal.diloco(
+            problems.grad_fn,
+            optax.sgd(0.1, momentum=0.9),
+            period=4,
+            outer_optimizer=None,
+            optimizer_state=option,
+        )
         round_fn = problems.on_one_device(method, Layout(1, 4))
         inner, outer = round_fn.stage_bits(
             round_fn.shapes(jax.tree.map(jnp.float32, problems.START))
@@ -189,6 +233,10 @@ def test_a_learning_rate_of_zero_at_the_end_of_a_round_loses_nothing():
     rate = lambda step: jnp.where(step % 4 == 3, 0.0, 0.1)
     inner = jaxlocal.scale_by_step(rate)
     outer = optax.sgd(1.0)
-    slow, _, _ = run(jaxlocal.slowmo(problems.grad_fn, inner, rate, 4, outer))
-    local, _, _ = run(jaxlocal.local_sgd(problems.grad_fn, inner, 4))
+    slow, _, _ = run(
+        jaxlocal.slowmo(
+            problems.grad_fn, inner, learning_rate=rate, period=4, outer_optimizer=outer
+        )
+    )
+    local, _, _ = run(jaxlocal.local_sgd(problems.grad_fn, inner, period=4))
     np.testing.assert_allclose(slow, local, rtol=2e-6, atol=2e-6)  # float32 rounds at 6e-8

@@ -92,7 +92,13 @@ def test_streaming_diloco(fragments, delay, factor, layout, mesh):
     outer = optax.sgd(0.7, momentum=0.9, nesterov=True)
     with jax.enable_x64(True):
         method = jaxlocal.streaming_diloco(
-            grad_fn, heavy_ball(), 4 * fragments, outer, fragments, delay, factor
+            grad_fn,
+            heavy_ball(),
+            period=4 * fragments,
+            outer_optimizer=outer,
+            fragments=fragments,
+            delay_steps=delay,
+            mixing_factor=factor,
         )
         if delay >= 2:  # the last round of two steps joins the one before
             lengths[-2:] = [6]
@@ -110,8 +116,16 @@ def test_streaming_diloco(fragments, delay, factor, layout, mesh):
 def test_one_fragment_without_delay_is_diloco_to_the_bit():
     ends = []
     for method in (
-        jaxlocal.diloco(grad_fn, optax.adam(0.1), 3),
-        jaxlocal.streaming_diloco(grad_fn, optax.adam(0.1), 3, None, 1, 0, 0.0),
+        jaxlocal.diloco(grad_fn, optax.adam(0.1), period=3),
+        jaxlocal.streaming_diloco(
+            grad_fn,
+            optax.adam(0.1),
+            period=3,
+            outer_optimizer=None,
+            fragments=1,
+            delay_steps=0,
+            mixing_factor=0.0,
+        ),
     ):
         models, _, state = run(method, [3, 3, 3])
         ends.append((models, state.params, state.anchor, state.opt_state))
@@ -120,9 +134,17 @@ def test_one_fragment_without_delay_is_diloco_to_the_bit():
 
 def test_an_outer_step_of_one_without_delay_is_local_sgd():
     with jax.enable_x64(True):
-        local, _, _ = run(jaxlocal.local_sgd(grad_fn, heavy_ball(), 5), [5, 5])
+        local, _, _ = run(jaxlocal.local_sgd(grad_fn, heavy_ball(), period=5), [5, 5])
         plain = optax.sgd(1.0)
-        method = jaxlocal.streaming_diloco(grad_fn, heavy_ball(), 5, plain, 1, 0, 0.0)
+        method = jaxlocal.streaming_diloco(
+            grad_fn,
+            heavy_ball(),
+            period=5,
+            outer_optimizer=plain,
+            fragments=1,
+            delay_steps=0,
+            mixing_factor=0.0,
+        )
         models, _, _ = run(method, [5, 5])
     for now in local:
         np.testing.assert_allclose(models[now], local[now], **CLOSE)
@@ -130,7 +152,15 @@ def test_an_outer_step_of_one_without_delay_is_local_sgd():
 
 def test_fragments_take_turns_and_leave_the_others_alone():
     """Rounds 0, 3 are of the fragment of a and d, rounds 1, 4 of b, rounds 2, 5 of c."""
-    method = jaxlocal.streaming_diloco(grad_fn, optax.sgd(0.1), 9, None, 3, 1, 0.5)
+    method = jaxlocal.streaming_diloco(
+        grad_fn,
+        optax.sgd(0.1),
+        period=9,
+        outer_optimizer=None,
+        fragments=3,
+        delay_steps=1,
+        mixing_factor=0.5,
+    )
     round_fn = problems.on_one_device(method, GRID)
     state = round_fn.init(FOUR, jax.random.key(0))
     batches = problems.make_batches(GRID, 18)
@@ -154,7 +184,9 @@ def test_fragments_take_turns_and_leave_the_others_alone():
 
 
 def test_the_average_and_the_steps_beside_it_do_not_wait_for_each_other():
-    method = jaxlocal.streaming_diloco(grad_fn, optax.sgd(0.1), 6, None, 2, 2)
+    method = jaxlocal.streaming_diloco(
+        grad_fn, optax.sgd(0.1), period=6, outer_optimizer=None, fragments=2, delay_steps=2
+    )
     round_fn = RoundFn(method, GRID, make_mesh(GRID, shape=(2, 4)))
     state = round_fn.shapes(FOUR)
     batches = jax.tree.map(lambda b: b[:2], problems.make_batches(GRID, 2))
@@ -226,7 +258,15 @@ def test_fragments_are_sized_in_bytes():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_workers_that_do_not_move_leave_the_anchor_where_it_is(dtype):
     still = jaxlocal.gradients(lambda w, batch, key: (0 * w * batch.astype(w.dtype)).sum())
-    method = jaxlocal.streaming_diloco(still, optax.sgd(0.1), 2, None, 1, 1, 0.25)
+    method = jaxlocal.streaming_diloco(
+        still,
+        optax.sgd(0.1),
+        period=2,
+        outer_optimizer=None,
+        fragments=1,
+        delay_steps=1,
+        mixing_factor=0.25,
+    )
     round_fn = problems.on_one_device(method, Layout(1, 3, weights=[1, 2, 4]))
     begin = jnp.asarray(np.random.default_rng(0).normal(size=50), dtype)
     state = round_fn.init(begin, jax.random.key(0))

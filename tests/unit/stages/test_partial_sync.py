@@ -17,12 +17,11 @@ from jaxlocal.communication.accounting import by_kind
 from jaxlocal.communication.audit import audit
 from jaxlocal.communication.topology import hub_graph, mixing_matrix
 from jaxlocal.parallel.collectives import broadcast_to_workers
-from jaxlocal.parallel.layout import STACKED
+from jaxlocal.parallel.layout import CONTEXT, STACKED
 from jaxlocal.stages.error_feedback import error_feedback
 from jaxlocal.stages.error_reset import error_reset, partial_average
-from jaxlocal.stages.local_step import local_step
 from jaxlocal.stages.partial_sync import partial_sync
-from jaxlocal.training.round import CONTEXT
+from jaxlocal.stages.synced_updates import synced_updates
 from jaxlocal.types import MessageBits
 
 KEY = jax.random.key(3)
@@ -169,10 +168,27 @@ def test_messages_are_the_payload():
     block_bits = (100 + 3) * 32
     grad_fn = problems.grad_fn
     for method, inner, outer in [
-        (jaxlocal.cser(grad_fn, optimizer, blocks, top, 4), block_bits, top_bits),
-        (jaxlocal.cser(grad_fn, optimizer, blocks, blocks, 4, 2), block_bits, block_bits),
-        (jaxlocal.qsparse_local_sgd(grad_fn, optimizer, top, 4), 0, top_bits),
-        (jaxlocal.csea(grad_fn, optimizer, blocks), 0, block_bits),
+        (
+            jaxlocal.cser(
+                grad_fn, optimizer, gradient_compressor=blocks, reset_compressor=top, period=4
+            ),
+            block_bits,
+            top_bits,
+        ),
+        (
+            jaxlocal.cser(
+                grad_fn,
+                optimizer,
+                gradient_compressor=blocks,
+                reset_compressor=blocks,
+                period=4,
+                implementation=2,
+            ),
+            block_bits,
+            block_bits,
+        ),
+        (jaxlocal.qsparse_local_sgd(grad_fn, optimizer, compressor=top, period=4), 0, top_bits),
+        (jaxlocal.csea(grad_fn, optimizer, reset_compressor=blocks), 0, block_bits),
         (jaxlocal.data_parallel(grad_fn, optimizer, compressor=blocks), block_bits, 0),
     ]:
         round_fn = problems.on_one_device(method, layout)
@@ -186,7 +202,9 @@ def test_a_hub_says_all_payloads_that_cannot_be_averaged():
     params, layout = {"w": jnp.zeros(256)}, Layout(3, 4)
     for word, payloads in (("grbs:4", 1), ("top_k:4", 4)):
         compressor = compression.parse(word)
-        method = jaxlocal.qsparse_local_sgd(problems.grad_fn, optax.sgd(0.1), compressor, 2)
+        method = jaxlocal.qsparse_local_sgd(
+            problems.grad_fn, optax.sgd(0.1), compressor=compressor, period=2
+        )
         round_fn = problems.on_one_device(method, layout)
         bits = compression.payload_bits(compressor, params)
         said = round_fn.stage_bits(round_fn.shapes(params))[1]
@@ -202,7 +220,9 @@ def test_empty_tensors_and_none_at_all(word):
 
 
 def test_errors_of_half_precision_are_sent_as_float32():
-    method = jaxlocal.qsparse_local_sgd(problems.grad_fn, optax.sgd(0.1), compression.grbs(4), 2)
+    method = jaxlocal.qsparse_local_sgd(
+        problems.grad_fn, optax.sgd(0.1), compressor=compression.grbs(4), period=2
+    )
     round_fn = problems.on_one_device(method, Layout(1, 2))
     shapes = round_fn.shapes({"w": jnp.zeros(40, jnp.bfloat16)})
     assert round_fn.stage_bits(shapes)[1].workers == 32 * 10
@@ -217,11 +237,8 @@ NOTHING_SHARED = compression.top_k(2)
     [
         (lambda: error_reset(mixing.hub_mean(), compression.grbs(2)), "error reset.*all workers"),
         (
-            lambda: local_step(
-                problems.grad_fn,
-                optax.sgd(0.1),
-                update_mixer=mixing.hub_mean(),
-                compressor=compression.grbs(2),
+            lambda: synced_updates(
+                problems.grad_fn, optax.sgd(0.1), mixing.hub_mean(), compression.grbs(2)
             ),
             "updates.*all workers",
         ),
@@ -239,13 +256,23 @@ NOTHING_SHARED = compression.top_k(2)
         ),
         (
             lambda: jaxlocal.cser(
-                problems.grad_fn, optax.sgd(0.1), NOTHING_SHARED, compression.grbs(2), 2, 2
+                problems.grad_fn,
+                optax.sgd(0.1),
+                gradient_compressor=NOTHING_SHARED,
+                reset_compressor=compression.grbs(2),
+                period=2,
+                implementation=2,
             ),
             "implementation 2.*top_k:2 keeps differs",
         ),
         (
             lambda: jaxlocal.cser(
-                problems.grad_fn, optax.sgd(0.1), NOTHING_SHARED, compression.grbs(2), 2, 3
+                problems.grad_fn,
+                optax.sgd(0.1),
+                gradient_compressor=NOTHING_SHARED,
+                reset_compressor=compression.grbs(2),
+                period=2,
+                implementation=3,
             ),
             "implementations 1 and 2, got 3",
         ),
@@ -254,8 +281,10 @@ NOTHING_SHARED = compression.top_k(2)
             r"decay of errors must be in \[0, 1\], got 1.5",
         ),
         (
-            lambda: local_step(problems.grad_fn, optax.sgd(0.1), compressor=compression.grbs(2)),
-            "a compressor needs a mixer.*grbs:2 has none",
+            lambda: jaxlocal.local_sgd(
+                problems.grad_fn, optax.sgd(0.1), compressor=compression.grbs(2)
+            ),
+            "unknown argument of local_sgd 'compressor'",
         ),
     ],
 )
@@ -265,14 +294,16 @@ def test_what_does_not_fit_is_told_when_it_is_built(build, sentence):
 
 
 def test_an_error_reset_needs_whole_precision():
-    method = jaxlocal.cser_pl(problems.grad_fn, optax.sgd(0.1), compression.grbs(2), 2)
+    method = jaxlocal.cser_pl(
+        problems.grad_fn, optax.sgd(0.1), reset_compressor=compression.grbs(2), period=2
+    )
     round_fn = problems.on_one_device(method, Layout(1, 2))
     with pytest.raises(ConfigurationError, match="bfloat16 is too coarse"):
         round_fn.init({"w": jnp.zeros(8, jnp.bfloat16)}, jax.random.key(0))
 
 
 def test_a_ratio_above_every_tensor_is_told_when_the_state_is_made():
-    method = jaxlocal.ef_sgd(problems.grad_fn, optax.sgd(0.1), compression.grbs(50))
+    method = jaxlocal.ef_sgd(problems.grad_fn, optax.sgd(0.1), compressor=compression.grbs(50))
     round_fn = problems.on_one_device(method, Layout(1, 2))
     with pytest.raises(ConfigurationError, match="50.*40"):
         round_fn.init({"w": jnp.zeros(40)}, jax.random.key(0))

@@ -13,8 +13,8 @@ from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh, periods
 from jaxlocal.communication import mixing
 from jaxlocal.communication.accounting import message_bits, model_bits
 from jaxlocal.communication.topology import hub_graph, mixing_matrix
+from jaxlocal.stages.compose import NOTHING, sync
 from jaxlocal.stages.local_step import local_step
-from jaxlocal.stages.sync import NOTHING, sync
 from jaxlocal.types import MessageBits, Method
 
 GRID = Layout(2, 2, weights=[1, 2, 3, 4])
@@ -23,7 +23,7 @@ ADAMW = optax.adamw(SCHEDULE)
 
 
 def syncing(mixer, optimizer=ADAMW, option="keep", layout=GRID, mesh=(1, 1), anchored=False):
-    stage = sync(mixer, option, optimizer)._replace(anchored=anchored)
+    stage = sync(mixer, optimizer_state=option, optimizer=optimizer)._replace(anchored=anchored)
     rounds = Method(local_step(problems.grad_fn, optimizer), stage, optimizer, periods.constant(3))
     return RoundFn(rounds, layout, make_mesh(layout, shape=mesh))
 
@@ -176,7 +176,7 @@ def test_nothing_ends_a_round_without_a_change():
 def test_what_is_said_is_the_parameters_and_the_state_that_is_averaged():
     state = syncing(mixing.mean()).shapes(problems.START)
     said = lambda option: message_bits(
-        sync(mixing.mean(), option, ADAMW).communication(state), GRID
+        sync(mixing.mean(), optimizer_state=option, optimizer=ADAMW).communication(state), GRID
     )
     model = (problems.FEATURES + 1) * 32
     assert model_bits(state.params) == model
@@ -189,9 +189,9 @@ def test_what_is_said_is_the_parameters_and_the_state_that_is_averaged():
 def test_an_unknown_treatment_of_optimizer_state_is_refused():
     message = "unknown optimizer state option 'avarage'; did you mean 'average'"
     with pytest.raises(ConfigurationError, match=re.escape(message)):
-        sync(mixing.mean(), "avarage")
+        sync(mixing.mean(), optimizer_state="avarage")
 
 
 def test_a_reset_without_the_optimizer_is_told_at_build_time():
     with pytest.raises(ConfigurationError, match="needs the optimizer"):
-        sync(mixing.mean(), "reset")
+        sync(mixing.mean(), optimizer_state="reset")

@@ -16,7 +16,7 @@ grad_fn = jaxlocal.gradients(lambda w, batch, key: jnp.square(jnp.tanh(w) - batc
 
 
 def plain(layout=Layout(), period=3, optimizer=None):  # noqa: B008
-    method = jaxlocal.local_sgd(grad_fn, optimizer or optax.sgd(0.1), period)
+    method = jaxlocal.local_sgd(grad_fn, optimizer or optax.sgd(0.1), period=period)
     return RoundFn(method, layout)
 
 
@@ -31,7 +31,9 @@ def test_parameters_that_are_python_numbers_compile_no_more_programs():
 
 def test_rounds_that_are_no_multiple_of_tau_are_refused():
     matrix = np.full((2, 2), 0.5)
-    method = jaxlocal.mll_sgd(grad_fn, optax.sgd(0.1), matrix, 2, periods.constant(5))
+    method = jaxlocal.mll_sgd(
+        grad_fn, optax.sgd(0.1), matrix=matrix, local_steps=2, hub_period=periods.constant(5)
+    )
     with pytest.raises(ConfigurationError, match="5 steps .* the 2 steps"):
         list(dispatches(RoundFn(method, Layout(2, 2)), 10))
 

@@ -76,7 +76,7 @@ def normed(momentum=0.9):
 
 
 def trained(model, grad_fn, devices, **options):
-    method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.05), 4, **options)
+    method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.05), period=4, **options)
     round_fn = RoundFn(method, LAYOUT, make_mesh(LAYOUT, jax.devices()[:devices]))
     params, model_state = model.init(jax.random.key(0))
     state = round_fn.init(params, jax.random.key(0), model_state)

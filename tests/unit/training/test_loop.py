@@ -95,7 +95,9 @@ def test_dispatches_cover_every_step_once_and_are_cut_where_measurements_are_due
 
 
 def test_steps_that_do_not_divide_are_refused_with_what_would():
-    rounds = jaxlocal.mll_sgd(grad_fn, optax.sgd(0.1), np.full((2, 2), 0.5), 4, 1)
+    rounds = jaxlocal.mll_sgd(
+        grad_fn, optax.sgd(0.1), matrix=np.full((2, 2), 0.5), local_steps=4, hub_period=1
+    )
     with pytest.raises(ConfigurationError, match="10 steps .* the 4 steps .* 8 or 12 would"):
         training.schedule(rounds, 10)
     with pytest.raises(ConfigurationError, match="3 steps .* the 4 steps .* 4 or 8 would"):
@@ -105,7 +107,9 @@ def test_steps_that_do_not_divide_are_refused_with_what_would():
 
 
 def test_a_last_round_too_short_for_its_own_end_joins_the_one_before():
-    make = lambda delay: jaxlocal.streaming_diloco(grad_fn, SGD, 4, None, 1, delay)
+    make = lambda delay: jaxlocal.streaming_diloco(
+        grad_fn, SGD, period=4, outer_optimizer=None, fragments=1, delay_steps=delay
+    )
     assert list(training.schedule(make(1), 10)) == [4, 4, 2]
     assert list(training.schedule(make(2), 10)) == [4, 6]
     assert list(training.schedule(make(2), 6)) == [6]
@@ -119,7 +123,9 @@ def test_a_last_round_too_short_for_its_own_end_joins_the_one_before():
 @pytest.mark.parametrize("measure_every", [0, 1, 3])
 def test_a_run_whose_rounds_end_in_steps_stops_anywhere_and_goes_on(measure_every):
     layout = Layout(workers_per_hub=2)
-    method = jaxlocal.streaming_diloco(grad_fn, optax.adam(0.1), 10, None, 2, 2)
+    method = jaxlocal.streaming_diloco(
+        grad_fn, optax.adam(0.1), period=10, outer_optimizer=None, fragments=2, delay_steps=2
+    )
     round_fn, batches = one_device(method, layout), batches_of(layout)
     seen_progress, ends = [], {}
     for progress in training.run(round_fn, start(round_fn), batches, 17, measure_every):
@@ -149,7 +155,7 @@ def test_a_run_whose_rounds_end_in_steps_stops_anywhere_and_goes_on(measure_ever
 
 def test_a_run_asks_for_every_batch_once_and_only_when_a_step_is_wanted():
     layout, asked = Layout(workers_per_hub=2), []
-    round_fn = one_device(jaxlocal.local_sgd(grad_fn, SGD, 5), layout)
+    round_fn = one_device(jaxlocal.local_sgd(grad_fn, SGD, period=5), layout)
 
     def batches(start, steps):
         asked.append((start, steps))
@@ -182,7 +188,7 @@ def poisoned(layout, value, *places):
 
 @functools.cache
 def four_steps_of_eight_workers() -> RoundFn:
-    return one_device(jaxlocal.local_sgd(grad_fn, SGD, 4), Layout(2, 4))
+    return one_device(jaxlocal.local_sgd(grad_fn, SGD, period=4), Layout(2, 4))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -208,7 +214,7 @@ def test_divergence_names_step_and_worker_and_comes_before_any_measurement_of_it
 
 def test_divergence_is_known_two_dispatches_later_where_nothing_is_measured():
     layout = Layout(2, 4)
-    round_fn = one_device(jaxlocal.local_sgd(grad_fn, SGD, 16), layout, max_chunk=1)
+    round_fn = one_device(jaxlocal.local_sgd(grad_fn, SGD, period=16), layout, max_chunk=1)
     seen = []
     with pytest.raises(Diverged):
         for progress in training.run(
@@ -221,7 +227,7 @@ def test_divergence_is_known_two_dispatches_later_where_nothing_is_measured():
 
 def test_the_consensus_distance_is_that_of_the_workers_before_they_synchronise():
     layout = Layout(2, 4, weights=np.arange(1, 9))
-    rounds = jaxlocal.local_sgd(grad_fn, SGD, 4)
+    rounds = jaxlocal.local_sgd(grad_fn, SGD, period=4)
     round_fn, batches = RoundFn(rounds, layout), batches_of(layout)
     single = jax.tree.map(lambda x: x.astype(np.float32), PARAMS)
     first = round_fn.init(single, jax.random.key(0))
@@ -245,7 +251,7 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_workers_that_took_their_st
     rounds = jaxlocal.local_sgd(
         jaxlocal.gradients(lambda params, batch, key: batch.sum() + 0 * params["weight"].sum()),
         SGD,
-        4,
+        period=4,
     )
     round_fn, batches = one_device(rounds, layout), batches_of(layout)
     seen_progress = list(training.run(round_fn, start(round_fn), batches, 8))
@@ -258,7 +264,7 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_workers_that_took_their_st
 
 def test_measuring_changes_no_bit_of_the_run():
     layout = Layout(workers_per_hub=8, rates=0.7)
-    round_fn, ends = RoundFn(jaxlocal.local_sgd(grad_fn, ADAM, 6), layout), []
+    round_fn, ends = RoundFn(jaxlocal.local_sgd(grad_fn, ADAM, period=6), layout), []
     for measure_every in (0, 1, 5):
         seen_progress = training.run(
             round_fn, start(round_fn), batches_of(layout), 20, measure_every
@@ -278,7 +284,7 @@ def eight_workers_apart(devices: int):
         return loss(params, batch, key), ({"shift": model_state["shift"] + batch[0]}, {})
 
     layout = Layout(workers_per_hub=8, weights=np.arange(1, 9))
-    rounds = jaxlocal.local_sgd(jaxlocal.gradients(stateful, stateful=True), SGD, 1)
+    rounds = jaxlocal.local_sgd(jaxlocal.gradients(stateful, stateful=True), SGD, period=1)
     round_fn = RoundFn(rounds, layout, jaxlocal.make_mesh(layout, jax.devices()[:devices]))
     state = round_fn.init(PARAMS, jax.random.key(0), {"shift": jnp.zeros(())})
     return round_fn, round_fn.local_steps(state, batches_of(layout)(0, 1))[0]
@@ -316,7 +322,9 @@ def test_an_evaluation_is_the_plain_mean_of_the_average_model(devices, examples,
 
 def test_an_evaluation_takes_the_pool_of_the_rounds_by_default():
     pool = np.arange(10, dtype=np.float32)
-    round_fn = RoundFn(jaxlocal.local_sgd(grad_fn, SGD, 1), Layout(workers_per_hub=8), data=pool)
+    round_fn = RoundFn(
+        jaxlocal.local_sgd(grad_fn, SGD, period=1), Layout(workers_per_hub=8), data=pool
+    )
     evaluation = Evaluation(round_fn, lambda params, model_state, batch: {"mean": batch})
     assert evaluation(start(round_fn)) == {"mean": 4.5}
 
@@ -326,7 +334,7 @@ def test_a_state_that_is_to_be_saved_is_finite():
     grad_fn = jaxlocal.gradients(lambda w, batch, key: (w * 0 + 1).sum())
     progress = jaxlocal.scale_by_step(lambda step: jnp.where(step == 3, jnp.inf, 0.1))
     layout = Layout(1, 2)
-    round_fn = one_device(jaxlocal.local_sgd(grad_fn, progress, 2), layout)
+    round_fn = one_device(jaxlocal.local_sgd(grad_fn, progress, period=2), layout)
     state = round_fn.init(jnp.zeros(()), jax.random.key(0))
     batches = lambda start, steps: np.zeros((steps, 1, 2, 1), np.float32)
     seen_progress = training.run(round_fn, state, batches, 8, measure_every=8, save_every=2)

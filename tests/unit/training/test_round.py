@@ -36,7 +36,11 @@ def one_device(rounds: Method, layout: Layout, **options) -> RoundFn:
 @pytest.mark.parametrize(
     ("rule", "total_steps", "distinct"),
     [
-        (periods.quadratic(optax.cosine_decay_schedule(0.1, 400), 0.2, base=1), 400, 14),
+        (
+            periods.qsr(optax.cosine_decay_schedule(0.1, 400), coefficient=0.2, base=1),
+            400,
+            14,
+        ),
         (periods.constant(1), 3, 1),
         (periods.constant(7), 30, 2),  # 7, 7, 7, 7, 2
         (periods.constant(63), 100, 2),
@@ -64,7 +68,9 @@ def test_a_run_compiles_one_program_for_each_power_of_four_and_one_for_the_end(
 
 def test_on_hubs_the_programs_are_counted_in_hub_averages():
     layout = Layout(2, 2)
-    rounds = jaxlocal.mll_sgd(grad_fn, optax.sgd(0.1), np.full((2, 2), 0.5), 3, 7)
+    rounds = jaxlocal.mll_sgd(
+        grad_fn, optax.sgd(0.1), matrix=np.full((2, 2), 0.5), local_steps=3, hub_period=7
+    )
     round_fn = RoundFn(rounds, layout)
     state = round_fn.init(jnp.zeros(2), jax.random.key(0))
     with compilations.counted() as compiled:
@@ -116,7 +122,9 @@ def test_however_a_round_is_cut_the_bits_and_the_report_are_the_same(max_chunk):
     ids=str,
 )
 def test_batches_of_a_wrong_leading_shape_are_refused_with_both_values(shape, said):
-    rounds = jaxlocal.mll_sgd(grad_fn, optax.sgd(0.1), np.full((2, 2), 0.5), 2, 1)
+    rounds = jaxlocal.mll_sgd(
+        grad_fn, optax.sgd(0.1), matrix=np.full((2, 2), 0.5), local_steps=2, hub_period=1
+    )
     round_fn = RoundFn(rounds, Layout(2, 4))
     state = round_fn.init(jnp.zeros(()), jax.random.key(0))
     with pytest.raises(ConfigurationError, match=said):
@@ -137,7 +145,9 @@ def test_a_raw_key_is_refused():
 
 
 def test_a_mixer_that_does_not_fit_the_layout_is_refused_before_anything_is_allocated():
-    rounds = jaxlocal.cooperative_sgd(grad_fn, optax.sgd(0.1), np.full((3, 3), 1 / 3), 1)
+    rounds = jaxlocal.cooperative_sgd(
+        grad_fn, optax.sgd(0.1), matrix=np.full((3, 3), 1 / 3), period=1
+    )
     with pytest.raises(ConfigurationError, match="3 hubs does not fit 4 hubs"):
         RoundFn(rounds, Layout(hubs=4)).init(jnp.zeros(()), jax.random.key(0))
 
@@ -155,7 +165,7 @@ def classify(params, batch, key):
 
 @pytest.mark.parametrize("layout", [Layout(workers_per_hub=8), Layout(2, 3)], ids=lambda x: x.shape)
 def test_indices_into_a_pool_give_the_bits_that_the_examples_give(layout):
-    rounds = jaxlocal.local_sgd(jaxlocal.gradients(classify), optax.adam(0.1), 4)
+    rounds = jaxlocal.local_sgd(jaxlocal.gradients(classify), optax.adam(0.1), period=4)
     indices = np.random.default_rng(3).integers(0, 50, (2, 4, *layout.shape, 5))
     ends = []
     for pool in (POOL, ()):
@@ -191,7 +201,7 @@ def test_a_pool_and_its_indices_are_checked():
 
 def test_a_pool_of_bytes_stays_bytes_on_every_device():
     layout = Layout(workers_per_hub=8)
-    rounds = jaxlocal.local_sgd(jaxlocal.gradients(classify), optax.adam(0.1), 4)
+    rounds = jaxlocal.local_sgd(jaxlocal.gradients(classify), optax.adam(0.1), period=4)
     round_fn = RoundFn(rounds, layout, data=POOL)
     image = round_fn.context.data["image"]
     assert image.dtype == np.uint8 and image.is_fully_replicated
@@ -207,7 +217,7 @@ def test_the_mean_of_the_workers_is_weighted_in_parameters_and_model_state():
         return (params * batch).sum(), ({"sum": model_state["sum"] + batch}, {})
 
     layout = Layout(2, 4, weights=np.arange(1, 9))
-    rounds = jaxlocal.local_sgd(jaxlocal.gradients(loss, stateful=True), optax.sgd(1.0), 2)
+    rounds = jaxlocal.local_sgd(jaxlocal.gradients(loss, stateful=True), optax.sgd(1.0), period=2)
     round_fn = RoundFn(rounds, layout)
     state = round_fn.init(jnp.zeros(3), jax.random.key(0), {"sum": jnp.zeros(3)})
     batches = np.random.default_rng(0).normal(size=(2, 2, 4, 3)).astype(np.float32)
@@ -222,7 +232,7 @@ def test_the_mean_of_the_workers_is_weighted_in_parameters_and_model_state():
 def test_an_inner_stage_that_takes_turns_is_refused_unless_they_are_all_in_it():
     stage = sync(mixing.mean())
     turns = in_turn(stage, stage)
-    rounds = jaxlocal.local_sgd(problems.grad_fn, optax.sgd(0.1), 2)
+    rounds = jaxlocal.local_sgd(problems.grad_fn, optax.sgd(0.1), period=2)
     with pytest.raises(ConfigurationError, match="something else in each of 2 turns"):
         RoundFn(rounds._replace(inner=sequence(rounds.inner, turns)), Layout())
     whole = repeat(sequence(rounds.inner, turns), 2)

@@ -1,0 +1,147 @@
+"""Fields that are also flags, and the flags of the method and of compression."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from jaxlocal.methods import METHODS
+
+
+def flag(group: str, default: Any, text: str, identity: bool = True) -> Any:
+    """Field of a dataclass that is also a flag.
+
+    Args:
+      group: under which `--help` lists it.
+      default: None where the default depends on other flags.
+      text: for `--help`.
+      identity: whether another value makes another run.
+    """
+    metadata = {"group": group, "help": " ".join(text.split()), "identity": identity}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_method = functools.partial(flag, "method")
+_compression = functools.partial(flag, "compression")
+
+
+def _other_periods() -> str:
+    """The methods whose rule for the period is another one by default, for help texts."""
+    rules = {name: spec.period for name, spec in METHODS.items() if spec.period != "constant"}
+    return ", ".join(f"{rule} in {name}" for name, rule in rules.items())
+
+
+def _outer(fact: str) -> str:
+    """A fact of every method's default outer optimizer."""
+    defaults = {name: spec.outer_optimizer for name, spec in METHODS.items()}
+    return ", ".join(f"{getattr(d, fact)} in {name}" for name, d in defaults.items() if d)
+
+
+def _compressed(what: str) -> str:
+    """The default compressors of the methods that have one for this."""
+    specs = {n: s.compressors[what] for n, s in METHODS.items() if what in s.compressors}
+    return ", ".join(f"{spec or 'uncompressed'} in {name}" for name, spec in specs.items())
+
+
+def _owners(flag: str) -> str:
+    """The methods that have an option, and its default."""
+    owners = {name: spec for name, spec in METHODS.items() if flag in spec.own_options}
+    return ", ".join(
+        f"{name} (by default {spec.default(spec.own_options[flag])})"
+        for name, spec in owners.items()
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodFlags:
+    """The flags that choose a method and its options."""
+
+    method: str = _method(
+        "local_sgd",
+        f"{', '.join(METHODS)}.",
+    )
+    local_steps: int = _method(
+        4,
+        """Steps between averages: H_base of the period; in mll_sgd and hl_sgd τ, the steps between
+        hub averages.""",
+    )
+    hub_period: int = _method(
+        1, "q: hub averages between two mixings of the hubs, in mll_sgd and hl_sgd."
+    )
+    period: str | None = _method(
+        None,
+        f"""Rule for H, the number of steps in a round: constant, quadratic (QSR), linear, cubic,
+        post_local or swap. By default constant, but {_other_periods()}.""",
+    )
+    period_coefficient: float | None = _method(
+        None,
+        """α of the quadratic (linear, cubic) rule H = max(H_base, ⌊(α/η)²⌋). By default the value
+        with which H = H_base at the peak learning rate.""",
+    )
+    switch_step: int | None = _method(
+        None, "For post_local and swap: the step until which H = 1. By default half of the run."
+    )
+    optimizer_state: str = _method(
+        "keep", "What an average does to the workers' optimizer states: keep, average or reset."
+    )
+    model_state: str = _method(
+        "keep",
+        """Model state, such as batch statistics: keep (every worker keeps its state, and the
+        average model is evaluated with the mean of these), average (with every average of models)
+        or reestimate (keep, and estimate it on the average model before every evaluation).""",
+    )
+    outer_optimizer: str | None = _method(
+        None,
+        f"""Outer optimizer, which takes the change of the average model in a round as its
+        gradient; one of those of --optimizer. Methods that have one, and its default:
+        {_outer("name")}.""",
+    )
+    outer_learning_rate: float | None = _method(
+        None, f"Learning rate of the outer optimizer. By default {_outer('learning_rate')}."
+    )
+    outer_momentum: float | None = _method(
+        None, f"Momentum of the outer optimizer. By default {_outer('momentum')}."
+    )
+    fragments: int | None = _method(
+        None,
+        f"""P of {_owners("fragments")}: fragments of the model, which are synchronised in turn,
+        each once in H steps.""",
+    )
+    delay_steps: int | None = _method(
+        None, f"τ of {_owners('delay_steps')}: steps that overlap with a synchronisation."
+    )
+    mixing_factor: float | None = _method(
+        None,
+        f"""α of {_owners("mixing_factor")}: weight of a worker's own model where it is mixed with
+        the synchronised one.""",
+    )
+    accumulation: int = _method(
+        1,
+        """Parts into which a worker's batch is divided; their gradients are computed one after
+        another, which saves memory.""",
+    )
+    gradient_compressor: str | None = _compression(
+        None,
+        f"""Compressor of gradients and updates, which are sent at every step: identity, zero,
+        grbs:RATIO, random_k:RATIO, top_k:RATIO[:chunk|tensor|model], sign, qsgd:BITS, int8,
+        bfloat16 or powersgd:RANK; the values of a sparse one may be coded too, as in
+        top_k:64+int8. By default {_compressed("gradient")}.""",
+    )
+    reset_compressor: str | None = _compression(
+        None,
+        f"""Compressor C1 of the residuals, which are sent at an error reset. By default
+        {_compressed("reset")}.""",
+    )
+    sync_compressor: str | None = _compression(
+        None,
+        f"""Compressor of a model's change since the last synchronisation; in methods with hubs, of
+        the messages to the hub. By default {_compressed("sync")}.""",
+    )
+    cser_implementation: int | None = _compression(
+        None,
+        f"""Implementation of {_owners("cser_implementation")}: 1 resets the errors, 2 averages the
+        selected part of the models.""",
+    )
+    error_decay: float | None = _compression(
+        None,
+        f"Of {_owners('error_decay')}: factor by which a round shrinks the residual.",
+    )

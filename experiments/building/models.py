@@ -1,0 +1,100 @@
+"""From flags to a model, its gradients and its metrics on a dataset."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxlocal
+from experiments.building.config import Config
+from jaxlocal import ConfigurationError
+from jaxlocal.data import CropFlip, Dataset, crop_and_flip
+from jaxlocal.errors import lookup
+from jaxlocal.models import Model, build, in_precision, outputs_for
+from jaxlocal.models.supervised import evaluation_metrics, training_loss
+from jaxlocal.stages.gradient import GradFn
+from jaxlocal.types import Tree
+
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def build_model(config: Config, dataset: Dataset) -> Model:
+    """The model for a dataset, with the initial parameters that the dataset defines, if any.
+
+    Raises:
+      ConfigurationError: an unknown model, or one that does not fit the dataset.
+    """
+    outputs = outputs_for(dataset.classes) if dataset.classes else 1
+    if config.model == "linear" and dataset.classes:
+        raise ConfigurationError(
+            f"linear is a regression, and {config.dataset} has {dataset.classes} classes"
+        )
+    model = build(config.model, dataset.input_shape, outputs)
+    precision = lookup("precision", config.precision, PRECISIONS)
+    if precision != jnp.float32:
+        model = in_precision(model, precision)
+    if dataset.start is None:
+        return model
+    if config.model != "linear":
+        raise ConfigurationError(
+            f"{config.dataset} defines the initial parameters of a linear model, got "
+            f"--model={config.model}"
+        )
+    return _starting_at(jnp.asarray(dataset.start), model)
+
+
+def _starting_at(start: jax.Array, model: Model) -> Model:
+    def init(key):
+        params, model_state = model.init(key)
+        return jax.tree.map(lambda x: start.reshape(x.shape).astype(x.dtype), params), model_state
+
+    return model._replace(init=init)
+
+
+def make_gradients(
+    config: Config, dataset: Dataset, model: Model, augmentation: CropFlip | None
+) -> GradFn:
+    """The gradient of the loss on a worker's batch.
+
+    Examples of the resident pool are augmented here; those of a stream are augmented where they are
+    read.
+
+    Raises:
+      ConfigurationError: an augmentation of examples that are not images.
+    """
+    loss = training_loss(model, dataset.normalize, dataset.classes)
+    if augmentation is not None and len(dataset.input_shape) != 3:
+        raise ConfigurationError(
+            f"--augment={config.augment} is for images; the examples of {config.dataset} have "
+            f"shape {dataset.input_shape}"
+        )
+
+    def augmented(params, model_state, batch, key):
+        inputs = crop_and_flip(batch["inputs"], batch["shift"], batch["flip"])
+        return loss(params, model_state, {**batch, "inputs": inputs}, key)
+
+    resident = augmentation is not None and not config.stream
+    grad_fn = jaxlocal.gradients(augmented if resident else loss, stateful=True)
+    return jaxlocal.accumulate(grad_fn, config.accumulation)
+
+
+def make_metrics(
+    config: Config, dataset: Dataset, model: Model, shapes: tuple[Tree, Tree], example: Tree
+) -> Any:
+    """The metrics of the model on examples, `metrics(params, model_state, batch)`.
+
+    Args:
+      shapes: of the model's parameters and state.
+      example: of the dataset.
+
+    Raises:
+      ConfigurationError: the outputs of the model do not fit the targets of the dataset.
+    """
+    metrics = evaluation_metrics(model, dataset.normalize, dataset.classes)
+    batch = jax.tree.map(lambda x: np.asarray(x)[None], example)
+    try:
+        jax.eval_shape(metrics, *shapes, batch)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{config.model} does not fit {config.dataset}: {error}") from None
+    return metrics

@@ -1,0 +1,130 @@
+"""A step of data parallelism: gradients are averaged before the optimizer."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlocal.parallel.collectives import broadcast_to_workers, vary, worker_shapes
+from jaxlocal.parallel.keys import GRADIENT, STEP_MESSAGE, stream_key
+from jaxlocal.parallel.pool import fetch
+from jaxlocal.parallel.worker_maps import over_workers
+from jaxlocal.stages.gradient import GradFn
+from jaxlocal.stages.partial_sync import (
+    check_exchange,
+    compressor_memory,
+    partial_sync,
+    partial_sync_messages,
+)
+from jaxlocal.stages.worker_step import (
+    advance,
+    at_rate,
+    check_worker_map,
+    choose_worker_map,
+    reported,
+    zeros,
+)
+from jaxlocal.types import Compressor, Memory, Message, Mixer, Stage
+
+
+def averaged_gradients(
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    mixer: Mixer,
+    *,
+    compressor: Compressor | None = None,
+    worker_map: str | None = None,
+) -> Stage:
+    """Average the gradients of all workers, and take the same optimizer step on each.
+
+        g ← Σ_j W_ji C(g_j);  x_i ← optimizer_i(x_i, g)
+
+    A worker that skips the step by its rate contributes a gradient of zero, and takes the step with
+    the average.
+
+    Args:
+      grad_fn, optimizer, worker_map: as in `local_step`.
+      mixer: W, usually `mixing.mean()`.
+      compressor: C, without error feedback; by default gradients are sent uncompressed. What a
+        biased compressor leaves out of them is lost, which warns.
+
+    Returns:
+      A stage of one step. It reports what `local_step` reports.
+
+    Raises:
+      ConfigurationError: the mixer cannot carry the payload of the compressor, or the worker map is
+        unknown.
+
+    >>> import jaxlocal
+    >>> grad_fn = jaxlocal.gradients(lambda w, batch, key: (w - batch) ** 2)
+    >>> averaged_gradients(grad_fn, optax.sgd(0.1), jaxlocal.mixing.mean()).steps
+    1
+    """
+    check_worker_map(worker_map)
+    if compressor is not None:
+        _check_compressor(mixer, compressor)
+    update = optax.with_extra_args_support(optimizer).update
+
+    def init(state):
+        if compressor is None:
+            return ()
+        return Memory(stacked=compressor_memory(compressor, state.params))
+
+    def average(state, memory, grads, loss, context):
+        """The averages, given back to every worker, and the memory of the compressor."""
+        if compressor is None:
+            return broadcast_to_workers(
+                mixer.average((grads, loss), context), (grads, loss)
+            ), memory
+        key = stream_key(state.key, STEP_MESSAGE, state.step)
+        synced = partial_sync(mixer, compressor, grads, memory.stacked, key, context)
+        nothing = jax.tree.map(lambda x: jnp.zeros_like(x[:1, :1]), grads)
+        means = (
+            broadcast_to_workers(synced.add(nothing), grads),
+            broadcast_to_workers(mixer.average(loss, context), loss),
+        )
+        return means, Memory(stacked=synced.memory)
+
+    def apply(state, memory, batches, context):
+        batch = jax.tree.map(lambda b: b[0], batches)
+        mode = choose_worker_map(worker_map, grad_fn, state, batch, context)
+
+        def gradient(params, model_state, batch, worker, rate):
+            key = stream_key(state.key, GRADIENT, state.step, worker)
+            examples = fetch(context.data, batch)
+            grads, model_state, metrics = grad_fn(params, model_state, examples, key)
+            return vary((grads, model_state, reported(metrics)))
+
+        def step(params, opt_state, grads, loss):
+            known = {"step": state.step, "value": loss, "grad": grads}
+            updates, opt_state = update(grads, opt_state, params, **known)
+            return optax.apply_updates(params, updates), opt_state
+
+        # Gradients, their average, updates: three passes, since no collective may be in a cond.
+        stay = lambda shapes, params, model_state, *_: (zeros(shapes[0]), model_state)
+        workers = (state.params, state.model_state, batch, context.worker, context.rate)
+        masked = at_rate(gradient, stay, state, context, mode)
+        grads, model_state, metrics = over_workers(masked, mode)(*workers)
+        (grads, loss), memory = average(state, memory, grads, metrics.get("loss"), context)
+        params, opt_state = over_workers(step, mode, in_place=2)(
+            state.params, state.opt_state, grads, loss
+        )
+        return advance(state, memory, params, opt_state, model_state, metrics)
+
+    def communication(state, number=0):
+        if compressor is None:
+            return [Message(mixer, worker_shapes(state.params))]
+        return partial_sync_messages(mixer, compressor, state.params)
+
+    return Stage(init, apply, 1, communication)
+
+
+def _check_compressor(mixer: Mixer, compressor: Compressor) -> None:
+    check_exchange(mixer, compressor)
+    if not compressor.unbiased:
+        warnings.warn(
+            f"{compressor.name} is biased, and without error feedback what it leaves out of the "
+            f"gradients is lost: such a run may stall or diverge where ef_sgd and cser converge",
+            stacklevel=5,
+        )

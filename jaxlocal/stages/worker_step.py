@@ -1,0 +1,87 @@
+"""What the stages of one step share: which workers take the step, and what they report."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlocal.parallel.collectives import vary
+from jaxlocal.parallel.keys import RATE, stream_key
+from jaxlocal.parallel.pool import fetch
+from jaxlocal.parallel.worker_maps import block_size, worker_map_for
+from jaxlocal.stages.gradient import GradFn
+from jaxlocal.types import Context, Info, TrainState, Tree
+
+
+def at_rate(step: Callable, stay: Callable, state: TrainState, context: Context, mode: str):
+    """The step of one worker, which it takes with probability p_i; otherwise it stays as it is.
+
+    Args:
+      step: `step(*trees, worker, rate)` → (..., metrics), of one worker.
+      stay: `stay(shapes, *trees, worker, rate)` → the same without metrics; `shapes` are those of
+        what `step` gives.
+      mode: the worker map that runs it.
+    """
+    if context.rate is None:
+        return step
+
+    def either(*trees):
+        *_, worker, rate = trees
+        key = stream_key(state.key, RATE, state.step, worker)
+        active = jax.random.uniform(key, dtype=rate.dtype) < rate
+        if block_size(mode) == 1:
+            return lax.cond(active, step, stayed, *trees)
+        # Under vmap a cond runs both branches anyway.
+        return jax.tree.map(lambda a, b: jnp.where(active, a, b), step(*trees), stayed(*trees))
+
+    def stayed(*trees):
+        shapes = jax.eval_shape(step, *trees)
+        return vary((*stay(shapes, *trees), zeros(shapes[-1])))
+
+    return either
+
+
+def reported(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of a worker that takes its step."""
+    return {**metrics, "active": jnp.ones(())}
+
+
+def choose_worker_map(
+    chosen: str | None, grad_fn: GradFn, state: TrainState, batch: Tree, context: Context
+) -> str:
+    """The worker map that the user has chosen, or the fastest one for the gradient."""
+    if chosen is not None:
+        return chosen
+    gradient = lambda params, model_state, batch: grad_fn(
+        params, model_state, fetch(context.data, batch), state.key
+    )
+    one = jax.tree.map(lambda x: x[0, 0], (state.params, state.model_state, batch))
+    return worker_map_for(gradient, *one)
+
+
+def check_worker_map(chosen: str | None) -> None:
+    """Raises ConfigurationError where the name of a worker map is unknown."""
+    if chosen is not None:
+        block_size(chosen)
+
+
+def advance(
+    state: TrainState,
+    memory: Tree,
+    params: Tree,
+    opt_state: Tree,
+    model_state: Tree,
+    metrics: dict[str, Any],
+) -> tuple[TrainState, Tree, Info]:
+    """The state after one step, and the report of it."""
+    state = state._replace(
+        params=params, opt_state=opt_state, model_state=model_state, step=state.step + 1
+    )
+    return state, memory, Info(worker={name: value[None] for name, value in metrics.items()})
+
+
+def zeros(tree: Tree) -> Tree:
+    """Zeros of the shapes and types of a tree."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)

@@ -1,0 +1,54 @@
+"""Whether a method, its rounds and its batches fit together."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxlocal.errors import ConfigurationError
+from jaxlocal.parallel.layout import Layout
+from jaxlocal.types import Method, Tree
+
+
+def check_method(method: Method) -> None:
+    """Raise ConfigurationError where the stages of a method do not make a round."""
+    inner, outer = method.inner, method.outer
+    if outer.steps % inner.steps:
+        raise ConfigurationError(
+            f"the end of a round takes {outer.steps} steps, which is no multiple of the "
+            f"{inner.steps} of the inner stage"
+        )
+    if inner.turns > 1:
+        raise ConfigurationError(
+            f"an inner stage must send the same messages at every application, and this one takes "
+            f"{inner.turns} turns; repeat it {inner.turns} times, or let it end rounds"
+        )
+
+
+def check_length(method: Method, steps: int) -> None:
+    """Raise ConfigurationError where a round has no steps before its end begins."""
+    if steps <= method.outer.steps:
+        raise ConfigurationError(
+            f"a round of H = {steps} is too short for a synchronisation that is overlapped with "
+            f"its last τ = {method.outer.steps} steps"
+        )
+
+
+def steps_of(batches: Tree, method: Method, layout: Layout) -> int:
+    """The steps of some batches, whose leaves must be [steps, hubs, workers_per_hub, ...].
+
+    Raises:
+      ConfigurationError: other leading sizes, or a number of steps that is no positive multiple of
+        those of the inner stage.
+    """
+    leading = {jnp.shape(x)[:3] for x in jax.tree.leaves(batches)}
+    if len(leading) != 1 or next(iter(leading))[1:] != layout.shape:
+        raise ConfigurationError(
+            f"batches must lead with [steps, {layout.hubs} hubs, {layout.workers_per_hub} workers],"
+            f" got leading shapes {sorted(leading)}"
+        )
+    steps = next(iter(leading))[0]
+    if steps % method.inner.steps or not steps:
+        raise ConfigurationError(
+            f"a round of {steps} steps is not a positive multiple of the {method.inner.steps} of "
+            f"its inner stage"
+        )
+    return steps
