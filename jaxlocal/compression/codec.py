@@ -1,8 +1,8 @@
-"""From what is done to one vector to a compressor of a tree.
+"""Compressors of trees from codecs of vectors.
 
-A codec is a *selection*, which of a tensor's values are said at all, and a *coder*, how they are
-said. A tensor that would not take fewer bits so goes as it is, and so does one that is not floating
-point.
+A codec is a *selection*, which of a vector's values are sent, and a *coder*, how these values are
+encoded. A tensor is sent uncompressed if the codec would not make it smaller or if it is not
+floating point.
 """
 
 import functools
@@ -20,11 +20,12 @@ from jaxlocal.types import Compressor, Leaf, Tree
 class Selection(NamedTuple):
     """Which k of a vector's n values are kept.
 
-    Words are random bits, uint32: a mask that follows from them alone needs no index on the wire.
+    Words are random bits, uint32, that all workers can draw: a mask that follows from them needs no
+    index in the payload.
     """
 
     kept: Callable[[int], int]  # n -> k
-    words: Callable[[int], int]  # n -> how many words it draws
+    words: Callable[[int], int]  # n -> the number of words it draws
     encode: Callable[[Leaf, Leaf], tuple[Leaf, Tree]]  # (x [n], words) -> values [k], index
     # (x [n], index, words, change) -> x with the kept values v [k] replaced by change(v)
     update: Callable[[Leaf, Tree, Leaf, Callable[[Leaf], Leaf]], Leaf]
@@ -32,14 +33,14 @@ class Selection(NamedTuple):
 
 
 class Coder(NamedTuple):
-    """How k values are said; V(v) is what is heard."""
+    """How the k kept values v are encoded; V(v) is what the decoder makes of them."""
 
-    name: str
-    words: Callable[[int], int]  # k -> how many words it draws
+    name: str  # its spec string
+    words: Callable[[int], int]  # k -> the number of words it draws
     encode: Callable[[Leaf, Leaf], Tree]  # (v [k], words) -> payload
     decode: Callable[[Tree, int], Leaf]  # (payload, k) -> V(v) [k]
     delta: Callable[[int], float]  # k -> δ: E‖V(v) − v‖² ≤ (1 − δ)‖v‖²
-    ratio: float  # of float32 values
+    ratio: float  # bits of float32 values over bits of codes, without scales
     unbiased: bool
 
 
@@ -50,7 +51,7 @@ EVERYTHING = Selection(
     update=lambda x, index, words, change: change(x),
     delta=lambda n: 1.0,
 )
-AS_THEY_ARE = Coder(
+UNCODED = Coder(
     name="",
     words=lambda k: 0,
     encode=lambda values, words: values,
@@ -62,15 +63,15 @@ AS_THEY_ARE = Coder(
 
 
 class Codec(NamedTuple):
-    """What is done to each tensor, or with granularity "model" to all values as one vector."""
+    """What is done to each tensor or, with granularity "model", to all values as one vector."""
 
     selection: Selection
     coder: Coder
     granularity: str
 
 
-class Message(NamedTuple):
-    """The payload of a vector."""
+class VectorPayload(NamedTuple):
+    """The payload of one vector."""
 
     values: Tree
     index: Tree
@@ -85,11 +86,15 @@ def compressor(
     unbiased: bool,
     check: Callable[[Tree], None] = lambda like: None,
 ) -> Compressor:
-    """A codec as a compressor of trees.
+    """Make a compressor of trees from a codec of vectors.
 
     Args:
       name, ratio, shared_mask, unbiased: as in `types.Compressor`.
+      codec: the selection and the coder, and to which vectors they apply.
       check: raises ConfigurationError on a tree that the compressor does not fit.
+
+    Returns:
+      A compressor without memory.
     """
 
     def init(like):
@@ -103,7 +108,7 @@ def compressor(
         decode=functools.partial(_decode, codec),
         delta=functools.partial(_delta, codec),
         ratio=ratio,
-        averageable=shared_mask and codec.coder is AS_THEY_ARE,
+        averageable=shared_mask and codec.coder is UNCODED,
         shared_mask=shared_mask,
         unbiased=unbiased,
         granularity=codec.granularity,
@@ -111,18 +116,26 @@ def compressor(
 
 
 def identity() -> Compressor:
-    """Everything, as it is: C(x) = x, δ = 1.
+    """Send everything uncompressed: C(x) = x, δ = 1.
 
+    Returns:
+      The compressor `identity`.
+
+    >>> from jaxlocal.compression import payload_bits
     >>> payload_bits(identity(), {"w": jnp.zeros((3, 4))})
     384
     """
-    codec = Codec(EVERYTHING, AS_THEY_ARE, "value")  # never fewer bits, so that all goes as it is
+    codec = Codec(EVERYTHING, UNCODED, "value")  # it makes no tensor smaller
     return compressor("identity", codec, ratio=1.0, shared_mask=True, unbiased=True)
 
 
 def zero() -> Compressor:
-    """Nothing: C(x) = 0, δ = 0, not a bit.
+    """Send nothing: C(x) = 0, δ = 0, no bits.
 
+    Returns:
+      The compressor `zero`.
+
+    >>> from jaxlocal.compression import payload_bits
     >>> payload_bits(zero(), {"w": jnp.zeros((3, 4))})
     0
     """
@@ -140,31 +153,8 @@ def zero() -> Compressor:
     )
 
 
-def payload_bits(compressor: Compressor, like: Tree) -> int:
-    """The bits that one worker says of a tree, in both messages where there are two.
-
-    Args:
-      like: arrays, or their shapes.
-
-    Raises:
-      ConfigurationError: the compressor does not fit the tree.
-    """
-    return tree_bits(payload_shapes(compressor, like))
-
-
-def payload_shapes(compressor: Compressor, like: Tree) -> list[Tree]:
-    """The shapes of a worker's payload, or of its two."""
-
-    def said(tree):
-        key, second = jax.random.key(0), compressor.second
-        first = compressor.encode(tree, compressor.init(tree), key)
-        return [first, second.encode(tree, second.settle(first), key)] if second else [first]
-
-    return jax.eval_shape(said, like)
-
-
 def groups(leaves: Sequence[Leaf], granularity: str) -> list[list[int]]:
-    """The numbers of the leaves that are compressed together."""
+    """Group the indices of the leaves that are compressed as one vector."""
     if granularity != "model":
         return [[i] for i in range(len(leaves))]
     floating = [i for i, x in enumerate(leaves) if is_floating(x)]
@@ -173,61 +163,70 @@ def groups(leaves: Sequence[Leaf], granularity: str) -> list[list[int]]:
 
 
 def _encode(codec: Codec, tree: Tree, key: Leaf) -> Tree:
-    """For every leaf the leaf itself, or what is said of it: for leaves that are compressed
-    together, at the first of them, and None for the others."""
+    """The payload of a tree, a list with an item for each leaf.
+
+    An item is the leaf itself if it is sent uncompressed, the VectorPayload of the group at its
+    first leaf, and None at the other leaves of the group.
+    """
     payload = jax.tree.leaves(tree)
-    places = groups(payload, codec.granularity)
-    places = [place for place in places if _compresses(codec, [payload[i] for i in place])]
-    parts = [flat([payload[i] for i in place]) for place in places]
-    masks = random_words(key, [codec.selection.words(x.size) for x in parts])
-    counts = [codec.coder.words(codec.selection.kept(x.size)) for x in parts]
-    # The mask has the message's own key, which is all that a decoder knows.
+    compressed = [
+        group
+        for group in groups(payload, codec.granularity)
+        if _compresses(codec, [payload[i] for i in group])
+    ]
+    vectors = [flat([payload[i] for i in group]) for group in compressed]
+    masks = random_words(key, [codec.selection.words(x.size) for x in vectors])
+    counts = [codec.coder.words(codec.selection.kept(x.size)) for x in vectors]
+    # Masks are drawn from the message's own key, because the decoder has no other.
     noises = random_words(jax.random.fold_in(key, 1) if sum(counts) else key, counts)
-    for place, x, mask, noise in zip(places, parts, masks, noises, strict=True):
-        payload = [None if i in place else said for i, said in enumerate(payload)]
-        payload[place[0]] = _say(codec, x, mask, noise)
+    for group, x, mask, noise in zip(compressed, vectors, masks, noises, strict=True):
+        payload = [None if i in group else item for i, item in enumerate(payload)]
+        payload[group[0]] = _encode_vector(codec, x, mask, noise)
     return payload
 
 
 def _decode(codec: Codec, payload: Tree, key: Leaf, onto: Tree, scale: Any) -> Tree:
-    # What was compressed is read off the payload: onto may have other types than what was said.
-    whole = lambda said: said is not None and not isinstance(said, Message)
+    # The payload shows which leaves were compressed: `onto` may have other dtypes than the sender's
+    # tree, for which `_compresses` could decide otherwise.
+    uncompressed = lambda item: item is not None and not isinstance(item, VectorPayload)
     leaves, structure = jax.tree.flatten(onto)
     pairs = zip(leaves, payload, strict=True)
-    leaves = [add(x, said, scale) if whole(said) else x for x, said in pairs]
-    others = [i for i, said in enumerate(payload) if said is None]
-    places = [[i, *others] for i, said in enumerate(payload) if isinstance(said, Message)]
-    sizes = [sum(leaves[i].size for i in place) for place in places]
+    leaves = [add(x, item, scale) if uncompressed(item) else x for x, item in pairs]
+    others = [i for i, item in enumerate(payload) if item is None]
+    compressed = [[i, *others] for i, item in enumerate(payload) if isinstance(item, VectorPayload)]
+    sizes = [sum(leaves[i].size for i in group) for group in compressed]
     masks = random_words(key, [codec.selection.words(n) for n in sizes])
-    for place, mask in zip(places, masks, strict=True):
-        added = _add(codec, payload[place[0]], mask, [leaves[i] for i in place], scale)
-        for i, x in zip(place, added, strict=True):
+    for group, mask in zip(compressed, masks, strict=True):
+        added = _add_vector(codec, payload[group[0]], mask, [leaves[i] for i in group], scale)
+        for i, x in zip(group, added, strict=True):
             leaves[i] = x
     return jax.tree.unflatten(structure, leaves)
 
 
 def _delta(codec: Codec, like: Tree) -> float:
     leaves = jax.tree.leaves(like)
-    parts = [[leaves[i] for i in place] for place in groups(leaves, codec.granularity)]
+    parts = [[leaves[i] for i in group] for group in groups(leaves, codec.granularity)]
     sizes = [sum(x.size for x in part) for part in parts if _compresses(codec, part)]
     selection, coder = codec.selection, codec.coder
     return min((selection.delta(n) * coder.delta(selection.kept(n)) for n in sizes), default=1.0)
 
 
-def _say(codec: Codec, x: Leaf, mask: Leaf, noise: Leaf) -> Message:
+def _encode_vector(codec: Codec, x: Leaf, mask: Leaf, noise: Leaf) -> VectorPayload:
     values, index = codec.selection.encode(x, mask)
-    return Message(codec.coder.encode(values, noise), index)
+    return VectorPayload(codec.coder.encode(values, noise), index)
 
 
-def _add(codec: Codec, said: Message, mask: Leaf, onto: list[Leaf], scale: Any) -> list[Leaf]:
+def _add_vector(
+    codec: Codec, payload: VectorPayload, mask: Leaf, onto: list[Leaf], scale: Any
+) -> list[Leaf]:
     def change(values):
-        return add(values, codec.coder.decode(said.values, values.size), scale)
+        return add(values, codec.coder.decode(payload.values, values.size), scale)
 
-    return split(codec.selection.update(flat(onto), said.index, mask, change), onto)
+    return split(codec.selection.update(flat(onto), payload.index, mask, change), onto)
 
 
 def _compresses(codec: Codec, part: Sequence[Leaf]) -> bool:
-    """Whether the part takes fewer bits compressed."""
+    """Whether the codec makes these leaves, taken as one vector, smaller."""
     n = sum(x.size for x in part)
     if not n or not all(map(is_floating, part)):
         return False
@@ -236,10 +235,10 @@ def _compresses(codec: Codec, part: Sequence[Leaf]) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _bits(codec: Codec, n: int, dtype: Any) -> int:
-    """The bits of n values compressed."""
+    """The bits of the payload of n values."""
     shapes = [
         jax.ShapeDtypeStruct((n,), dtype),
         jax.ShapeDtypeStruct((codec.selection.words(n),), jnp.uint32),
         jax.ShapeDtypeStruct((codec.coder.words(codec.selection.kept(n)),), jnp.uint32),
     ]
-    return tree_bits(jax.eval_shape(functools.partial(_say, codec), *shapes))
+    return tree_bits(jax.eval_shape(functools.partial(_encode_vector, codec), *shapes))

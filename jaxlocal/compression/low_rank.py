@@ -1,4 +1,4 @@
-"""PowerSGD: a matrix is said as two thin ones."""
+"""PowerSGD: a matrix is sent as two low-rank factors."""
 
 import math
 import numbers
@@ -13,29 +13,34 @@ from jaxlocal.types import Compressor, Leaf, SecondMessage, Tree
 
 
 def powersgd(rank: int) -> Compressor:
-    """Matrices by one step of a power iteration that starts where the last message ended.
+    """Compress matrices to rank r by one warm-started step of a power iteration, as PowerSGD does.
 
-        first message:   P ← M Q;   P ← orthonormal basis of the average of P's columns
+        first message:   P ← M Q;   P ← orthonormal basis of the columns of the average of P
         second message:  R ← Mᵀ P
-        C(M) = P Rᵀ, a projection;  Q ← the average of R, drawn anew where that is zero
+        C(M) = P Rᵀ, a projection of M;  Q ← the average of R
 
-    A tensor of two dimensions or more is a matrix M [n, m], m its last dimension; one that would
-    not take fewer bits as P [n, r] and R [m, r] goes as it is, in the second message. Q starts
-    Gaussian, the same on all workers and in all runs. C is linear in M once P is known, so that
-    averages are those of decoded messages.
+    A tensor of two dimensions or more is a matrix M [n, m], where m is its last dimension. A tensor
+    that P [n, r] and R [m, r] would not make smaller is sent uncompressed, in the second message. Q
+    starts Gaussian, the same on all workers and in all runs; a column of Q in which the average of
+    R is zero is drawn again. C is linear in M once P is known, so that the average of payloads is
+    the payload of the average.
 
-    δ = r / min(n, m) at a first message, in expectation over Q, where all workers have the same M.
-    With M = U Σ Vᵀ, the share of the i-th singular direction that is kept is the leverage of row i
-    of Σ VᵀQ. It grows with σ_i and falls with the other σ_j, and the rows of VᵀQ are alike: the
-    larger σ_i, the larger its expectation w_i. Leverages sum to r, hence
-    E‖C(M)‖² = Σ w_i σ_i² ≥ r / min(n, m) · Σ σ_i², by Chebyshev's sum inequality. Where the
-    workers' M differ, that holds of their average.
+    δ = r / min(n, m) for a first message, in expectation over Q, if all workers have the same M.
+    Proof: with M = U Σ Vᵀ, the share of the i-th singular direction that is kept is the leverage of
+    row i of Σ VᵀQ. It grows with σ_i and falls with the other σ_j, and the rows of VᵀQ have the
+    same distribution: the larger σ_i, the larger its expectation w_i. Leverages sum to r, hence
+    E‖C(M)‖² = Σ w_i σ_i² ≥ r / min(n, m) · Σ σ_i², by Chebyshev's sum inequality. If the workers'
+    M differ, the bound holds for their average.
 
     Args:
       rank: r ≥ 1.
 
+    Returns:
+      The compressor `powersgd:RANK`. Its memory is Q, and it sends two messages.
+
     Raises:
-      ConfigurationError: a rank below 1; at init, one larger than every matrix of the tree.
+      ConfigurationError: a rank below 1; at init, a rank above every matrix of the tree, or one at
+        which no matrix becomes smaller.
 
     >>> from jaxlocal.compression import payload_bits
     >>> payload_bits(powersgd(2), {"w": jnp.zeros((30, 20)), "b": jnp.zeros(20)})
@@ -73,20 +78,20 @@ def powersgd(rank: int) -> Compressor:
     )
 
 
-def _settle(heard: Tree) -> Tree:
+def _settle(average: Tree) -> Tree:
     # Householder's Q is orthonormal whatever the rank, 0 included.
-    return jax.tree.map(lambda left: jnp.linalg.qr(left)[0], heard)
+    return jax.tree.map(lambda left: jnp.linalg.qr(left)[0], average)
 
 
 def _encode_right(tree: Tree, known: Tree, key: Leaf) -> Tree:
     leaves = jax.tree.leaves(tree)
-    plain = [x if left is None else None for x, left in zip(leaves, known["left"], strict=True)]
-    return {"right": _pairs(_right, tree, known["left"]), "plain": plain}
+    pairs = zip(leaves, known["left"], strict=True)
+    uncompressed = [x if left is None else None for x, left in pairs]
+    return {"right": _pairs(_right, tree, known["left"]), "uncompressed": uncompressed}
 
 
 def _remember(memory: Tree, payload: Tree, key: Leaf) -> Tree:
-    """Q ← R; a direction in which there was nothing is drawn anew, or nothing would be found
-    outside of the others for good."""
+    """Q ← R, with new random columns where R is zero: from a zero column nothing would be found."""
 
     def one(number, right):
         fresh = jax.random.normal(jax.random.fold_in(key, number), right.shape, right.dtype)
@@ -97,16 +102,16 @@ def _remember(memory: Tree, payload: Tree, key: Leaf) -> Tree:
 
 def _decode(payload: Tree, key: Leaf, onto: Tree, scale: float) -> Tree:
     leaves, structure = jax.tree.flatten(onto)
-    said = zip(leaves, payload["left"], payload["right"], payload["plain"], strict=True)
+    items = zip(leaves, payload["left"], payload["right"], payload["uncompressed"], strict=True)
     added = [
-        add(x, plain if left is None else _dot(left, right.T).reshape(x.shape), scale)
-        for x, left, right, plain in said
+        add(x, whole if left is None else _dot(left, right.T).reshape(x.shape), scale)
+        for x, left, right, whole in items
     ]
     return jax.tree.unflatten(structure, added)
 
 
 def _pairs(product, tree: Tree, factors: list) -> list:
-    """product(matrix, factor) of every leaf that has a factor."""
+    """product(matrix, factor) for every leaf that has a factor, None for the others."""
     pairs = zip(jax.tree.leaves(tree), factors, strict=True)
     return [None if f is None else product(_matrix(x), f) for x, f in pairs]
 
@@ -124,7 +129,7 @@ def _dot(a: Leaf, b: Leaf) -> Leaf:
 
 
 def _shape(x: Leaf) -> tuple[int, int]:
-    """Of the matrix that a tensor is."""
+    """The shape of the matrix that a tensor is."""
     return math.prod(x.shape[:-1]), x.shape[-1]
 
 
@@ -138,7 +143,7 @@ def _start(number: int, x: Leaf, rank: int) -> Leaf:
 
 
 def _fits(x: Leaf, rank: int) -> bool:
-    """Whether a tensor takes fewer bits as two factors."""
+    """Whether two factors take fewer bits than the tensor."""
     if not is_floating(x) or len(x.shape) < 2:
         return False
     factors = jax.ShapeDtypeStruct((sum(_shape(x)), rank), wide(x.dtype))
@@ -149,9 +154,9 @@ def _check(rank: int, leaves: list) -> None:
     floating = [x for x in leaves if is_floating(x) and x.size]
     sides = [min(_shape(x)) for x in floating if len(x.shape) > 1]
     if floating and max(sides, default=0) < rank:
-        has = f"the largest has {max(sides)}" if sides else "there is none"
+        has = f"the largest has {max(sides)}" if sides else "the tree has no matrix"
         raise ConfigurationError(
-            f"powersgd:{rank} needs a matrix of {rank} rows and columns or more, and {has}"
+            f"powersgd:{rank} needs a matrix of at least {rank} rows and columns, but {has}"
         )
     if floating and not any(_fits(x, rank) for x in floating):
         n, m = max((_shape(x) for x in floating if len(x.shape) > 1), key=min)

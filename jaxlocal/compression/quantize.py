@@ -1,4 +1,7 @@
-"""Quantisers: every value is said, in fewer bits."""
+"""Quantisers: every value is sent, in fewer bits.
+
+Each is a compressor of whole tensors, and a coder of the values that a sparsifier keeps.
+"""
 
 import math
 import numbers
@@ -6,21 +9,26 @@ import numbers
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlocal.compression.arrays import rows, wide
-from jaxlocal.compression.grammar import Argument, Entry, call
+from jaxlocal.compression.arrays import pack, rows, unpack, wide
 from jaxlocal.compression.codec import EVERYTHING, Codec, Coder, compressor
+from jaxlocal.compression.grammar import Argument, Entry, build
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Compressor, Leaf
 
 QSGD_BUCKET, INT8_BUCKET = 64, 1024  # values that share a scale
+BIN_WIDTH = 1.5  # of `two_bit`, in standard deviations: 4 bins over a range of 6
 
 
 def sign() -> Compressor:
-    """One bit a value, and the mean magnitude of each tensor.
+    """Quantise every value to its sign, one bit, times the mean magnitude of its tensor.
 
-    C(x) = sign(x) · ‖x‖₁ / n of a tensor of n values. ‖x − C(x)‖² = ‖x‖² − ‖x‖₁² / n and ‖x‖₁ ≥ ‖x‖
-    give δ = 1 / n: reached by a single value among zeros, while a Gaussian has 2 / π. Biased: SGD
-    goes astray without error feedback.
+        C(x) = sign(x) · ‖x‖₁ / n of a tensor of n values
+
+    ‖x − C(x)‖² = ‖x‖² − ‖x‖₁² / n and ‖x‖₁ ≥ ‖x‖ give δ = 1 / n. A single value among zeros
+    reaches it; a Gaussian tensor has 2 / π. C is biased: SGD needs error feedback with it.
+
+    Returns:
+      The compressor `sign`. A tensor takes n bits and a float32 scale.
 
     >>> code, x = sign(), jnp.array([3.0, -1.0, 2.0] * 9)
     >>> code.decode(code.encode(x, (), None), None, jnp.zeros(27), 1.0)[:3]
@@ -32,19 +40,60 @@ def sign() -> Compressor:
     return _dense(_sign())
 
 
-def qsgd(bits: int) -> Compressor:
-    """Stochastic rounding to signed levels of a bucket's norm.
+def two_bit() -> Compressor:
+    """Quantise every value to the mean of its bin, one of four: the 2-bit code of SparseLoCo.
 
-    In buckets of d = 64 values with s = 2^(bits − 1) − 1 levels on either side, x becomes
-    ‖bucket‖ / s · l, where l is s · x / ‖bucket‖ rounded up or down at random so that its mean is
-    right. Its variance is at most ω‖x‖² with ω = min(d / s², √d / s). What is read again is that
-    over 1 + ω, which makes it a contraction: E C(x) = x / (1 + ω), δ = 1 / (1 + ω).
+        bin(x) = round((x − μ) / (1.5 σ) + 2), clipped to 0, 1, 2, 3
+        C(x) = the mean of the values in the bin of x
+
+    μ and σ are the mean and the standard deviation (over n − 1) of the n values of a tensor, or of
+    those that a sparsifier keeps of it. The bins are not symmetric: their borders are μ − 2.25 σ,
+    μ − 0.75 σ and μ + 0.75 σ. The largest values of a tensor lie near ±σ, in two of the bins, so
+    that the code is close to `sign` on them: of the 64 largest of 4096 Gaussian values both lose
+    1.2 % of ‖x‖², while `qsgd(2)` loses 87 %. Of a whole Gaussian tensor `two_bit` loses 18 % and
+    `sign` 36 %.
+
+    δ = 3 (s − 3/4) / (n − 1) with s = √(7 (n − 1) / 16). Proof: let y = (x − μ) / σ, so that
+    Σ y² = n − 1. Let N values lie outside the bin around the mean, |y| > 3/4, and A = Σ |y| over
+    them. Their Σ y² is at least n − 1 − 9 (n − N) / 16, hence A ≥ 3 (N − 1) / 4 + s, which is
+    reached where N − 1 of them have |y| = 3/4. In each of their bins all y have one sign, hence by
+    Cauchy-Schwarz the means of these bins keep A² / N ≥ 3 (s − 3/4) of Σ y². Up to four values have
+    a bin each, and δ = 1. C is biased: SGD needs error feedback with it.
+
+    Returns:
+      The compressor `two_bit`. A tensor takes 2 n bits and four float32 levels.
+
+    >>> code, x = two_bit(), jnp.array([4.0, -3.0, 3.0, -4.0] * 9)
+    >>> code.decode(code.encode(x, (), None), None, jnp.zeros(36), 1.0)[:4]
+    Array([ 3.5, -3.5,  3.5, -3.5], dtype=float32)
+
+    Source: the quantiser of the released code of Sarfi, Thérien, Lidin, Belilovsky, "Communication
+    Efficient LLM Pre-training with SparseLoCo", 2025, https://arxiv.org/abs/2508.15706, in
+    https://github.com/tplr-ai/CCLoco (`TopKCompressor`, with 4 bins for 2 bits). Differs from it
+    in: a payload has the four means, not μ and the means less μ; up to four values are exact.
+    """
+    return _dense(_two_bit())
+
+
+def qsgd(bits: int) -> Compressor:
+    """Quantise values by stochastic rounding to signed levels of their bucket's norm, as QSGD does.
+
+        C(x) = ‖bucket‖ / s · l / (1 + ω),  s = 2^(bits − 1) − 1
+
+    A bucket has d = 64 values. The level l is s · x / ‖bucket‖, rounded up or down at random so
+    that its mean is right. The variance of ‖bucket‖ / s · l is at most ω‖x‖² with
+    ω = min(d / s², √d / s), and the division by 1 + ω makes C a contraction: E C(x) = x / (1 + ω),
+    δ = 1 / (1 + ω).
 
     Args:
-      bits: of a level, 2 to 8.
+      bits: the bits of a level, 2 to 8.
+
+    Returns:
+      The compressor `qsgd:BITS`. A tensor of n values takes n · bits bits and a float32 norm for
+      every bucket.
 
     Raises:
-      ConfigurationError: other bits.
+      ConfigurationError: `bits` is not an integer from 2 to 8.
 
     >>> qsgd(4).delta(jnp.zeros(5000))  # s = 7, ω = 8 / 7
     0.4666666666666667
@@ -56,10 +105,13 @@ def qsgd(bits: int) -> Compressor:
 
 
 def int8() -> Compressor:
-    """Round to nearest among 255 multiples of a bucket's largest magnitude / 127.
+    """Round every value to the nearest of 255 multiples of its bucket's largest magnitude / 127.
 
-    In buckets of c = min(n, 1024) values. An error is half a multiple at most, hence
-    δ = 1 − c / 254².
+    A bucket has c = min(n, 1024) of the n values of a tensor. An error is at most half a multiple,
+    hence δ = 1 − c / 254².
+
+    Returns:
+      The compressor `int8`. A tensor takes 8 n bits and a float32 scale for every bucket.
 
     >>> int8().ratio, int8().granularity
     (4.0, 'chunk')
@@ -68,9 +120,12 @@ def int8() -> Compressor:
 
 
 def bfloat16() -> Compressor:
-    """Every value rounded to the nearest bfloat16.
+    """Round every value to the nearest bfloat16.
 
-    Its eight bits of precision make a relative error of at most 2⁻⁸: δ = 1 − 2⁻¹⁶.
+    Eight bits of precision give a relative error of at most 2⁻⁸: δ = 1 − 2⁻¹⁶.
+
+    Returns:
+      The compressor `bfloat16`. A tensor of n values takes 16 n bits.
 
     >>> bfloat16().ratio
     2.0
@@ -79,19 +134,29 @@ def bfloat16() -> Compressor:
 
 
 def coder(spec: str) -> Coder:
-    """How the kept values of a sparsifier are said, by its word.
+    """Parse the spec string of a coder, which encodes the values that a sparsifier keeps.
+
+    Args:
+      spec: `sign`, `two_bit`, `qsgd:BITS`, `int8` or `bfloat16`.
+
+    Returns:
+      The coder.
+
+    Raises:
+      ConfigurationError: an unknown name, or an argument that is missing, superfluous or wrong.
 
     >>> coder("qsgd:4").ratio
     8.0
     """
-    return call("value coder", spec, CODERS)
+    return build("value coder", spec, CODERS)
 
 
 def _dense(kind: Coder) -> Compressor:
-    granularity = {"sign": "tensor", "bfloat16": "value"}.get(kind.name, "chunk")
+    """The compressor that sends every value with this coder."""
+    granularity = {"sign": "tensor", "two_bit": "tensor", "bfloat16": "value"}
     return compressor(
         kind.name,
-        Codec(EVERYTHING, kind, granularity),
+        Codec(EVERYTHING, kind, granularity.get(kind.name, "chunk")),
         ratio=kind.ratio,
         shared_mask=False,
         unbiased=kind.unbiased,
@@ -108,6 +173,30 @@ def _sign() -> Coder:
         return jnp.where(negative, -payload["scale"], payload["scale"])
 
     return Coder("sign", lambda k: 0, encode, decode, lambda k: 1 / k, ratio=32.0, unbiased=False)
+
+
+def _two_bit() -> Coder:
+    def encode(x, words):
+        x = x.astype(wide(x.dtype))
+        bins = _bins(x) if x.size > 4 else jnp.arange(x.size)
+        inside = bins == jnp.arange(4)[:, None]
+        levels = jnp.where(inside, x, 0).sum(axis=1) / jnp.maximum(inside.sum(axis=1), 1)
+        return {"bins": pack(bins.astype(jnp.uint8), 2), "levels": levels}
+
+    def decode(payload, k):
+        return payload["levels"][unpack(payload["bins"], 2, k)]
+
+    def delta(k):
+        return 1.0 if k <= 4 else 3 * (math.sqrt(7 * (k - 1) / 16) - 0.75) / (k - 1)
+
+    return Coder("two_bit", lambda k: 0, encode, decode, delta, ratio=16.0, unbiased=False)
+
+
+def _bins(x: Leaf) -> Leaf:
+    """The bin of every value, 0 to 3; 2 is around the mean."""
+    centred = x - x.mean()
+    width = BIN_WIDTH * _norms(centred[None])[0] / math.sqrt(x.size - 1)
+    return jnp.clip(jnp.round(centred / jnp.where(width > 0, width, 1) + 2), 0, 3)
 
 
 def _qsgd(bits: int) -> Coder:
@@ -171,43 +260,24 @@ def _bfloat16() -> Coder:
 BITS = Argument("a number of bits", int, "4")
 CODERS = {
     "sign": Entry(_sign),
+    "two_bit": Entry(_two_bit),
     "qsgd": Entry(_qsgd, (BITS,)),
     "int8": Entry(_int8),
     "bfloat16": Entry(_bfloat16),
 }
 
 
-def pack(values: Leaf, bits: int) -> Leaf:
-    """Values below 2^bits, uint8 [n] → uint8 [⌈n · bits / 8⌉], the first value's highest bit
-    first.
-
-    >>> pack(jnp.array([1, 2, 3, 0], jnp.uint8), 2)
-    Array([108], dtype=uint8)
-    """
-    places = jnp.arange(bits - 1, -1, -1, dtype=jnp.uint8)
-    return jnp.packbits((values[:, None] >> places) & 1)
-
-
-def unpack(packed: Leaf, bits: int, count: int) -> Leaf:
-    """The `count` values that were packed.
-
-    >>> unpack(jnp.array([108], jnp.uint8), 2, 4)
-    Array([1, 2, 3, 0], dtype=uint8)
-    """
-    digits = jnp.unpackbits(packed, count=count * bits).reshape(count, bits)
-    places = jnp.arange(bits - 1, -1, -1, dtype=jnp.uint8)
-    return (digits << places).sum(axis=1, dtype=jnp.uint8)
-
-
 def _chances(words: Leaf) -> Leaf:
-    """Two numbers between 0 and 1, neither included, of every random word: to draw words is most
-    of what stochastic rounding costs."""
+    """Two uniform numbers in (0, 1) from every random word.
+
+    Random words are most of the cost of stochastic rounding, and 16 bits for each chance suffice.
+    """
     halves = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)
     return (halves.astype(jnp.float32) + 0.5) / 2**16
 
 
 def _norms(buckets: Leaf) -> Leaf:
-    """‖row‖ [buckets], of rows too large or too small to square as well."""
+    """The norm of every row, [buckets], also where the squares would overflow or vanish."""
     largest = jnp.abs(buckets).max(axis=1)
     unit = jnp.where(largest > 0, largest, 1)
     return unit * jnp.linalg.norm(buckets / unit[:, None], axis=1)

@@ -1,4 +1,4 @@
-"""Sparsifiers: few of the values are said, and those exactly."""
+"""Sparsifiers: few of the values are sent, exactly or encoded by a quantiser."""
 
 import math
 import numbers
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlocal.compression.arrays import is_floating, rows
+from jaxlocal.compression.codec import UNCODED, Codec, Selection, compressor, groups
 from jaxlocal.compression.quantize import coder
-from jaxlocal.compression.codec import AS_THEY_ARE, Codec, Selection, compressor, groups
 from jaxlocal.errors import ConfigurationError, unknown
 from jaxlocal.types import Compressor, Leaf, Tree
 
@@ -20,28 +20,33 @@ GRANULARITIES = ("chunk", "tensor", "model")
 
 
 def grbs(ratio: float, values: str | None = None) -> Compressor:
-    """The globally randomised blockwise sparsifier: one block of every tensor, the same on all
-    workers.
+    """Keep one random block of every tensor, the same on all workers: CSER's GRBS sparsifier.
 
-    Of a tensor of n values, taken flat, k = ⌈n / R⌉ that lie together are kept: one of the
-    B = ⌈n / k⌉ blocks that cover it, drawn uniformly by the key. All blocks are full: the last may
-    overlap the one before it, and what lies in both is kept twice as often. Every value is kept
-    with probability 1 / B at least: δ = 1 / B ≥ 1 / ⌈R⌉. Cost is that of the block.
+    The globally randomised blockwise sparsifier keeps k = ⌈n / R⌉ consecutive values of a tensor of
+    n values, taken flat: one of the B = ⌈n / k⌉ blocks that cover it, drawn uniformly by the key.
+    All blocks have k values: the last may overlap the one before it, and values in both are kept
+    twice as often. Every value is kept with probability at least 1 / B: δ = 1 / B ≥ 1 / ⌈R⌉. The
+    cost is that of the block, whatever the size of the tensor.
 
     Args:
-      ratio: R ≥ 1.
-      values: how kept values are said: "int8", "qsgd:BITS", "bfloat16" or "sign"; without it, as
-        they are. With "qsgd" the noise is the same on all workers, since it comes with the key.
+      ratio: R ≥ 1, the values of a tensor for each value that is kept.
+      values: the coder of the kept values: "sign", "two_bit", "qsgd:BITS", "int8" or "bfloat16". By
+        default they are sent uncompressed, and payloads can be averaged. With "qsgd" the noise is
+        the same on all workers, since it comes from the key.
+
+    Returns:
+      The compressor `grbs:R` or `grbs:R+VALUES`. Its payload has no indices.
 
     Raises:
-      ConfigurationError: a ratio below 1; at init, one above the size of every tensor.
+      ConfigurationError: a ratio below 1 or an unknown coder; at init, a ratio above the size of
+        every tensor.
 
     >>> grbs(64).name, grbs(64).delta({"w": jnp.zeros((64, 64))})
     ('grbs:64', 0.015625)
 
     Source: Xie, Zheng, Koyejo, Gupta, Li, Lin, "CSER: Communication-efficient SGD with Error
-    Reset", NeurIPS 2020, https://arxiv.org/abs/2007.13221. Differs from the released code: a block
-    is a piece of the flat tensor, and no tensor is left out.
+    Reset", NeurIPS 2020, https://arxiv.org/abs/2007.13221. Differs from the released code in: a
+    block is a piece of the flat tensor, and no tensor is left out.
     """
 
     def kept(n):
@@ -51,7 +56,7 @@ def grbs(ratio: float, values: str | None = None) -> Compressor:
         return -(-n // kept(n))
 
     def start(n, words):
-        # The modulus favours early blocks by B / 2³² at most.
+        # The modulus makes early blocks more probable, by a share of at most B / 2³².
         return jnp.minimum(words[0] % blocks(n) * kept(n), n - kept(n))
 
     def encode(x, words):
@@ -67,18 +72,22 @@ def grbs(ratio: float, values: str | None = None) -> Compressor:
 
 
 def random_k(ratio: float, values: str | None = None) -> Compressor:
-    """One value drawn out of every R in a row, the same on all workers.
+    """Keep one random value of every R consecutive ones, the same on all workers.
 
-    A tensor of n values, taken flat, is cut into k = ⌈n / R⌉ runs whose lengths differ by one at
-    most; the key draws a value of each, uniformly. δ = 1 / ⌈n / k⌉ ≥ 1 / ⌈R⌉. Unlike k values out
-    of all n, this needs no sort.
+    A tensor of n values, taken flat, is cut into k = ⌈n / R⌉ runs whose lengths differ by at most
+    one; the key draws one value of each, uniformly. δ = 1 / ⌈n / k⌉ ≥ 1 / ⌈R⌉. It needs no sort,
+    which a draw of k values out of all n would.
 
     Args:
-      ratio: R ≥ 1.
-      values: as in `grbs`.
+      ratio: R ≥ 1, the values of a tensor for each value that is kept.
+      values: the coder of the kept values, as in `grbs`.
+
+    Returns:
+      The compressor `random_k:R` or `random_k:R+VALUES`. Its payload has no indices.
 
     Raises:
-      ConfigurationError: a ratio below 1; at init, one above the size of every tensor.
+      ConfigurationError: a ratio below 1 or an unknown coder; at init, a ratio above the size of
+        every tensor.
 
     >>> random_k(8).name, random_k(8).delta({"w": jnp.zeros((64, 64))})
     ('random_k:8', 0.125)
@@ -88,7 +97,7 @@ def random_k(ratio: float, values: str | None = None) -> Compressor:
         return math.ceil(n / ratio)
 
     def position(n, words):
-        length, longer = divmod(n, kept(n))  # the first so many runs are longer by one
+        length, longer = divmod(n, kept(n))  # the first `longer` runs have one value more
         run = jnp.arange(kept(n), dtype=jnp.uint32)
         return run * length + jnp.minimum(run, longer) + words % (length + (run < longer))
 
@@ -103,28 +112,34 @@ def random_k(ratio: float, values: str | None = None) -> Compressor:
 
 
 def top_k(ratio: float, granularity: str = "chunk", values: str | None = None) -> Compressor:
-    """The largest values by magnitude, one in R, and where they are.
+    """Keep the largest values by magnitude, one in R, and send them with their indices.
 
-    A vector is cut into chunks of c values; of each the k = ⌈c / R⌉ largest are kept, with their
-    places in the chunk in the smallest unsigned type that fits. δ = k / c, for any x.
+    A vector is cut into chunks of c values. Of each chunk the k = ⌈c / R⌉ largest are kept, with
+    their indices in the chunk in the smallest unsigned dtype that fits. δ = k / c, for any x.
 
     Args:
-      ratio: R ≥ 1, of values: indices come on top.
-      granularity: "chunk": every tensor in equal chunks of at most 4096 values, so that cost is
-        linear. "tensor": every tensor is one chunk. "model": all tensors together are one.
-      values: as in `grbs`.
+      ratio: R ≥ 1, the values of a chunk for each value that is kept. Indices are not counted.
+      granularity: "chunk" cuts every tensor into equal chunks of at most 4096 values, so that the
+        cost is linear; "tensor" makes every tensor one chunk; "model" makes all tensors together
+        one chunk.
+      values: the coder of the kept values, as in `grbs`. It encodes the values of all chunks of a
+        vector together: SparseLoCo's compressor is `top_k(64, values="two_bit")`.
+
+    Returns:
+      The compressor `top_k:R`, `top_k:R:GRANULARITY` or either with `+VALUES`.
 
     Raises:
-      ConfigurationError: a ratio below 1, or an unknown granularity; at init, a ratio above the
-        size of every tensor (of the model with "model").
+      ConfigurationError: a ratio below 1, an unknown granularity or an unknown coder; at init, a
+        ratio above the size of every tensor (with "model", of the model).
 
     >>> w = jnp.array([3.0, 0.1, -4.0, 0.2, 0.3, 0.4])
     >>> code = top_k(3)
     >>> code.decode(code.encode(w, (), None), None, jnp.zeros(6), 1.0)
     Array([ 3.,  0., -4.,  0.,  0.,  0.], dtype=float32)
 
-    Source: of chunks, Sarfi et al., "Communication Efficient LLM Pre-training with SparseLoCo",
-    2025, https://arxiv.org/abs/2508.15706.
+    Source: of chunks, Sarfi, Thérien, Lidin, Belilovsky, "Communication Efficient LLM Pre-training
+    with SparseLoCo", 2025, https://arxiv.org/abs/2508.15706. Differs from the released code in: a
+    chunk is a piece of the flat tensor, not a square block of a matrix.
     """
     if granularity not in GRANULARITIES:
         raise unknown("granularity of top_k", granularity, GRANULARITIES)
@@ -168,11 +183,11 @@ def _sparsifier(
         raise ConfigurationError(
             f"the ratio of {name} must be a finite number of at least 1, got {ratio!r}"
         )
-    kind = AS_THEY_ARE if values is None else coder(values)
-    words = [name, str(int(ratio) if ratio == int(ratio) else float(ratio))]
+    kind = UNCODED if values is None else coder(values)
+    parts = [name, str(int(ratio) if ratio == int(ratio) else float(ratio))]
     if name == "top_k" and granularity != "chunk":
-        words.append(granularity)
-    name = ":".join(words) + (f"+{kind.name}" if kind.name else "")
+        parts.append(granularity)
+    name = ":".join(parts) + (f"+{kind.name}" if kind.name else "")
     return compressor(
         name,
         Codec(selection, kind, granularity),
@@ -184,7 +199,7 @@ def _sparsifier(
 
 
 def _check(name: str, ratio: float, granularity: str, like: Tree) -> None:
-    """That something of a tree has as many values as the ratio asks for."""
+    """Refuse a tree all of whose vectors have fewer values than the ratio."""
     floating = [x for x in jax.tree.leaves(like) if is_floating(x)]
     sizes = [sum(floating[i].size for i in group) for group in groups(floating, granularity)]
     size, what = max(sizes, default=0), "model" if granularity == "model" else "largest tensor"
@@ -193,7 +208,7 @@ def _check(name: str, ratio: float, granularity: str, like: Tree) -> None:
 
 
 def _at(x: Leaf, position: Leaf) -> Leaf:
-    """The values at distinct positions; what would be beyond the end is zero."""
+    """The values at distinct positions, zero for positions beyond the end."""
     return x.at[position].get(mode="fill", fill_value=0, unique_indices=True)
 
 
@@ -203,5 +218,5 @@ def _update(x: Leaf, position: Leaf, change: Callable[[Leaf], Leaf]) -> Leaf:
 
 
 def _index_type(length: int) -> Any:
-    """The smallest unsigned type that tells so many places apart."""
+    """The smallest unsigned dtype that holds indices below `length`."""
     return next(t for t in (jnp.uint8, jnp.uint16, jnp.uint32) if length <= jnp.iinfo(t).max + 1)

@@ -1,10 +1,10 @@
-"""Compressors by their words."""
+"""Compressors by their spec strings, such as `top_k:64+int8`."""
 
-from jaxlocal.compression.low_rank import powersgd
-from jaxlocal.compression.quantize import BITS, bfloat16, int8, qsgd, sign
-from jaxlocal.compression.sparsify import grbs, random_k, top_k
-from jaxlocal.compression.grammar import Argument, Entry, call
 from jaxlocal.compression.codec import identity, zero
+from jaxlocal.compression.grammar import Argument, Entry, build
+from jaxlocal.compression.low_rank import powersgd
+from jaxlocal.compression.quantize import BITS, bfloat16, int8, qsgd, sign, two_bit
+from jaxlocal.compression.sparsify import grbs, random_k, top_k
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Compressor
 
@@ -20,6 +20,7 @@ COMPRESSORS = {
     "zero": Entry(zero),
     **SPARSIFIERS,
     "sign": Entry(sign),
+    "two_bit": Entry(two_bit),
     "qsgd": Entry(qsgd, (BITS,)),
     "int8": Entry(int8),
     "bfloat16": Entry(bfloat16),
@@ -28,12 +29,22 @@ COMPRESSORS = {
 
 
 def parse(spec: str) -> Compressor:
-    """The compressor that a word stands for: NAME[:ARG[:OPTION]][+VALUES].
+    """Parse a compressor's spec string, NAME[:ARGUMENT[:OPTION]][+VALUES].
+
+    | spec string | compressor |
+    |---|---|
+    | `identity`, `zero` | everything or nothing is sent |
+    | `grbs:R`, `random_k:R` | one value in R, the same on all workers |
+    | `top_k:R`, `top_k:R:GRANULARITY` | the largest values of a chunk, tensor or model |
+    | `sign`, `two_bit`, `qsgd:BITS`, `int8`, `bfloat16` | every value in fewer bits |
+    | `powersgd:RANK` | two factors of every matrix |
+    | `top_k:R+VALUES`, … | a sparsifier whose kept values are coded by VALUES, a quantiser |
 
     Args:
-      spec: identity, zero, grbs:R, random_k:R, top_k:R, top_k:R:GRANULARITY (chunk, tensor or
-        model), sign, qsgd:BITS, int8, bfloat16 or powersgd:RANK. After grbs, random_k and top_k,
-        +int8, +qsgd:BITS, +bfloat16 or +sign says how the kept values are said.
+      spec: the spec string.
+
+    Returns:
+      The compressor, whose `name` is the spec string in its shortest form.
 
     Raises:
       ConfigurationError: an unknown name, or an argument that is missing, superfluous or wrong.
@@ -43,11 +54,11 @@ def parse(spec: str) -> Compressor:
     """
     base, plus, values = spec.partition("+")
     if not plus:
-        return call("compressor", spec, COMPRESSORS)
+        return build("compressor", spec, COMPRESSORS)
     name = base.split(":")[0]
     if name in COMPRESSORS and name not in SPARSIFIERS:
         raise ConfigurationError(
-            f"{name} keeps no values that could be said by {values!r}, got {spec!r}: only "
-            f"{', '.join(SPARSIFIERS)} do"
+            f"{name} is not a sparsifier whose kept values {values!r} could code, got {spec!r}; "
+            f"the sparsifiers are {', '.join(SPARSIFIERS)}"
         )
-    return call("compressor", base, COMPRESSORS, values=values)
+    return build("compressor", base, COMPRESSORS, values=values)

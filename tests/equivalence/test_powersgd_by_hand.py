@@ -38,9 +38,12 @@ def powersgd_by_hand(gradients, model, right):
 def test_ef_sgd_with_powersgd_equals_its_loop():
     """40 steps on different gradients for every worker, two workers on each of two devices."""
     random = np.random.default_rng(0)
-    gradients, start = random.normal(size=(STEPS, WORKERS, *SHAPE)), random.normal(size=SHAPE)
+    start = random.normal(size=SHAPE)
+    # Columns that halve keep directions apart: between singular values that cross, a change of
+    # 1e-15 in the gradients changes the models by up to 1e-10.
+    gradients = random.normal(size=(STEPS, WORKERS, *SHAPE)) * 0.5 ** np.arange(SHAPE[1])
     loss = lambda params, batch, key: (params["w"] * batch).sum()  # its gradient is the batch
-    method = jaxlocal.ef_sgd(jaxlocal.gradients(loss), optax.sgd(RATE), powersgd(RANK))
+    method = jaxlocal.ef_sgd(jaxlocal.gradients(loss), optax.sgd(RATE), compressor=powersgd(RANK))
     layout = Layout(1, WORKERS)
     round_fn = RoundFn(method, layout, make_mesh(layout, shape=(1, 2)))
     state, models = round_fn.init({"w": start}, jax.random.key(0)), []
@@ -50,7 +53,7 @@ def test_ef_sgd_with_powersgd_equals_its_loop():
 
     first_right = powersgd(RANK).init({"w": start})[0]
     expected, errors = powersgd_by_hand(gradients, start, np.asarray(first_right))
-    # Float64 rounds at 1e-16; the models have moved by numbers of size one.
+    # Float64 rounds at 1e-16, of numbers of size one.
     for worker in range(WORKERS):
         np.testing.assert_allclose(np.stack(models)[:, 0, worker], expected, rtol=0, atol=1e-12)
     assert np.abs(expected[-1] - start).max() > 0.3
