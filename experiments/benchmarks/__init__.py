@@ -1,1 +1,1 @@
-"""What the library costs on a machine."""
+"""Measure the speed and the costs of the library on a machine: a room for each suite."""

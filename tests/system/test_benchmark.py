@@ -1,81 +1,83 @@
-"""The benchmark measures what it says, on models so small that it takes seconds."""
+"""The benchmark's command, its timings and the suite `compression`, on a model of one layer."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from binaries import call, call_new
 
-from experiments.benchmarks.benchmarking import QUIET, in_turns, peak_bytes, wait_until_idle
-from experiments.benchmarks.compression_costs import make_task, memory, overhead
+from experiments.benchmarks.compression.suite import COMPRESSORS
+from experiments.benchmarks.machine_load import BUSY_SHARE, wait_until_idle
+from experiments.benchmarks.memory import peak_bytes
+from experiments.benchmarks.timing import interleaved_seconds
 
-ROOT = Path(__file__).parents[2]
+SIDE, WORKERS = 16, 4
+PARAMETERS = SIDE * SIDE * 3 * 10 + 10
+TIMED = ["grbs:8", "top_k:8", "sign"]
 
 
-def test_programs_take_turns_and_the_first_does_not_count():
+@pytest.fixture(scope="module")
+def compression(tmp_path_factory):
+    """One run of the suite: what the command printed, and the figures that it wrote."""
+    output = tmp_path_factory.mktemp("benchmark") / "figures.json"
+    called = call(
+        *("benchmark", "--suite=compression", "--wait_idle=0", f"--output={output}"),
+        *("--model=logistic", f"--image={SIDE}", "--batch_size=1", "--repeats=2"),
+        *("--memory_model=logistic", f"--workers={WORKERS}", f"--compressors={','.join(TIMED)}"),
+    )
+    assert called.status == 0, called.error
+    return called.out, json.loads(output.read_text())
+
+
+def test_programs_alternate_and_the_first_run_does_not_count():
     order = []
-    seconds = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, repeats=2)
+    programs = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = interleaved_seconds(programs, repeats=2)
     assert order == list("ababab")
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
 
 
-def test_peak_memory_counts_what_is_held():
+def test_peak_memory_counts_arguments_and_results():
     shape = jax.ShapeDtypeStruct((1000,), np.float32)
     add = lambda x, y: x + y
     assert peak_bytes(add, shape, shape) == 3 * 4000
     assert peak_bytes(add, shape, shape, donate=(0,)) == 2 * 4000
 
 
-def test_waiting_ends(monkeypatch):
-    monkeypatch.setattr("experiments.benchmarks.benchmarking.Others.share", lambda self: 2 * QUIET)
-    assert wait_until_idle(0.0) == 2 * QUIET
+def test_waiting_for_an_idle_machine_ends(monkeypatch):
+    load = "experiments.benchmarks.machine_load.OtherLoad.share"
+    monkeypatch.setattr(load, lambda self: 2 * BUSY_SHARE)
+    assert wait_until_idle(0.0) == 2 * BUSY_SHARE
 
 
-def test_overhead_tells_each_compressor_beside_the_gradient():
-    figures = overhead(
-        make_task("logistic", (4, 4, 3), 2), ["grbs:8", "top_k:8", "sign"], repeats=2
-    )
-    assert figures["parameters"] == 48 * 10 + 10
-    assert figures["gradient"]["least"] > 0
-    assert list(figures["compressors"]) == ["grbs:8", "top_k:8", "sign"]
+def test_each_compressor_is_timed_against_the_gradient(compression):
+    figures = compression[1]["sync_times"]
+    assert figures["parameters"] == PARAMETERS
+    assert figures["gradient"]["min"] > 0
+    assert list(figures["compressors"]) == TIMED
     for row in figures["compressors"].values():
-        assert 0 < row["ratio"]["least"] <= row["ratio"]["median"] <= row["ratio"]["most"]
+        assert 0 < row["ratio"]["min"] <= row["ratio"]["median"] <= row["ratio"]["max"]
         assert 0 < row["bits"] < 32 * figures["parameters"] / 4
 
 
-def test_memory_of_methods_above_local_sgd():
-    """CSER keeps one anchor; error feedback an anchor and an error a worker."""
-    figures = memory(make_task("logistic", (16, 16, 3), 1), workers=4, steps=1)
-    kept = {name: m["kept_above"] for name, m in figures["methods"].items()}
+def test_memory_of_methods_above_local_sgd(compression):
+    """CSER keeps one anchor; error feedback keeps an anchor, and a residual of every worker."""
+    figures = compression[1]["memory"]
+    state = {name: m["state_above"] for name, m in figures["methods"].items()}
     peak = {name: m["peak_above"] for name, m in figures["methods"].items()}
-    assert figures["model_bytes"] == 4 * (16 * 16 * 3 * 10 + 10)
-    assert kept["local_sgd"] == kept["data_parallel"] == peak["local_sgd"] == 0
-    assert kept["cser"] == 1 <= peak["cser"]
-    assert kept["qsparse_local_sgd"] == kept["ef_sgd"] == 1 + 4 <= peak["qsparse_local_sgd"]
+    assert figures["model_bytes"] == 4 * PARAMETERS
+    assert state["local_sgd"] == state["data_parallel"] == peak["local_sgd"] == 0
+    assert state["cser"] == 1 <= peak["cser"]
+    assert state["qsparse_local_sgd"] == state["ef_sgd"] == 1 + WORKERS
+    assert state["qsparse_local_sgd"] <= peak["qsparse_local_sgd"]
 
 
-def test_the_binary_prints_a_table_and_writes_json(tmp_path):
-    output = tmp_path / "figures.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "experiments.benchmark", "--suite=compression"),
-            *("--model=logistic", "--image=8", "--wait_idle=0"),
-            *("--memory_model=logistic", "--workers=2", "--batch_size=2", "--repeats=1"),
-            *("--compressors=grbs:8", f"--output={output}"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "grbs:8" in done.stdout and "peak of a round" in done.stdout
-    figures = json.loads(output.read_text())
-    assert figures["suite"] == "compression" and len(figures["others_during"]) == 1
-    assert set(figures["overhead"]["compressors"]) == {"grbs:8"}
+def test_the_command_prints_a_table_and_writes_json(compression):
+    printed, figures = compression
+    assert "grbs:8" in printed and "peak of a round" in printed
+    assert figures["suite"] == "compression" and len(figures["other_load_during"]) == 1
+    assert set(figures["sync_times"]["compressors"]) == set(TIMED)
 
 
 @pytest.mark.parametrize(
@@ -86,17 +88,19 @@ def test_the_binary_prints_a_table_and_writes_json(tmp_path):
         ("--worker_map=vmp", "unknown worker map 'vmp'"),
         ("--repeats=0", "repeats"),
         ("--output=nowhere/figures.json", "--output=nowhere/figures.json is in a folder"),
-        ("--output=experiments", "--output=experiments is no name for a file"),
+        ("--output=experiments", "--output=experiments is not the name of a file"),
         ("--workloads=", "--workloads= names none; there are logistic"),
     ],
 )
 def test_mistakes_end_in_one_sentence(flag, words):
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmark", "--wait_idle=0", flag],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2 and words in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    called = call("benchmark", "--wait_idle=0", flag)
+    assert called.status == 2 and words in called.error
+    assert called.error.startswith("error: ") and called.error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_command_starts_in_a_new_process():
+    called = call_new("benchmark", "--help")
+    assert called.status == 0, called.error
+    assert "Suite to run: speed, compression, scaling." in called.out
+    assert all(spec in called.out for spec in COMPRESSORS)

@@ -1,27 +1,37 @@
-"""What more devices gain and a slow link costs: figures from given seconds, and from real processes
-on models so small that it takes seconds."""
+"""The suite `scaling`: figures from given seconds, and from processes that train a small model."""
 
 import io
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from binaries import call
 from rich.console import Console
 
-from experiments.benchmarks.scaling import group, link, suite, tables
-from experiments.benchmarks.scaling.contender import LOCAL_STEPS
-from experiments.benchmarks.scaling.group import Answers, Group, Question, Setup
-from experiments.benchmarks.scaling.link import NoLink, check_speed, slow_link
-from experiments.benchmarks.scaling.suite import ALONE, DATA_PARALLEL, METHODS, predicted
-from experiments.benchmarks.speed.turns import Child
-from experiments.benchmarks.speed.workloads import WORKLOADS, Workload
+from experiments.benchmarks.child_process import ChildProcess
+from experiments.benchmarks.scaling import setups, slow_link, tables
+from experiments.benchmarks.scaling.group import Group, GroupTimings, time_groups
+from experiments.benchmarks.scaling.link_costs import (
+    link_rows,
+    measure_over_link,
+    predicted_seconds,
+)
+from experiments.benchmarks.scaling.setups import (
+    ALONE,
+    DATA_PARALLEL,
+    LOCAL_STEPS,
+    METHODS,
+    Request,
+    Setup,
+)
+from experiments.benchmarks.scaling.slow_link import Link, NoLink, check_speed
+from experiments.benchmarks.scaling.speedups import measure_speedups, speedup_row
+from experiments.benchmarks.workloads import WORKLOADS, Workload
 from jaxlocal import ConfigurationError
 
-ROOT = Path(__file__).parents[2]
 TINY = Workload("tiny", "logistic", 2, 3, 4, (28, 28, 1), 10, 20)
 MODEL_BYTES = 4 * (28 * 28 * 10 + 10)
 FEW = (LOCAL_STEPS, "local_sgd", DATA_PARALLEL)
@@ -34,54 +44,56 @@ def shown(show, figures, workload=TINY):
 
 
 def constant(setup_seconds, slow=(False,)):
-    """Answers of two turns that took the same."""
+    """Timings of two repeats that took the same time."""
     seconds = {
-        Question(method, workers, on): [took, took]
+        Request(method, workers, on): [took, took]
         for (method, workers), took in setup_seconds.items()
         for on in slow
     }
-    return Answers(seconds, {question: [] for question in seconds})
+    return GroupTimings(seconds, {request: [] for request in seconds})
 
 
-def test_speed_ups_by_hand():
+def test_speedups_by_hand():
     alone = {(m, 8): 16.0 for m in METHODS} | {(m, 1): 2.0 for m in METHODS}
     four = {(m, 8): 8.0 for m in METHODS} | {(m, 4): 4.0 for m in METHODS}
-    said = {ALONE: constant(alone), Setup(4): constant(four)}
-    strong = suite._gain(Setup(4), {ALONE: 8, Setup(4): 8}, said, steps=4)
-    weak = suite._gain(Setup(4), {ALONE: 1, Setup(4): 4}, said, steps=4)
+    timings = {ALONE: constant(alone), Setup(4): constant(four)}
+    strong = speedup_row(Setup(4), {ALONE: 8, Setup(4): 8}, timings, steps=4)
+    weak = speedup_row(Setup(4), {ALONE: 1, Setup(4): 4}, timings, steps=4)
     assert strong["methods"]["cser"]["seconds"] == [2.0, 2.0]
     assert strong["methods"]["cser"]["speedup"]["median"] == 2.0
-    # Four workers' steps in 4 s beside one's in 2 s.
+    # Four workers step in 4 s, and one worker in 2 s.
     assert weak["methods"]["cser"]["speedup"]["median"] == 2.0 and weak["workers"] == 4
     figures = {"strong": {"4 devices": strong}, "weak": {"4 devices": weak}, "cores": 2}
-    text = shown(tables.show_scaling, {**figures, "failures": {"8 devices": "failed: gone"}})
+    text = shown(tables.show_speedups, {**figures, "failures": {"8 devices": "failed: gone"}})
     assert "2e+03, 2.00×" in text and "8 devices failed: gone" in text and "2 cores" in text
 
 
 def test_the_prediction_by_hand():
     # A ring of two: 2 messages of 1 ms and 10⁶ bytes at 100 Mbit/s, 80 ms; three times in a round
     # of two steps of 10 ms.
-    slow = SimpleNamespace(mbps=100.0, ms=1.0)
+    link = SimpleNamespace(mbps=100.0, ms=1.0)
     collectives = [("all-reduce", 10**6, 2, 3)]
-    assert predicted(0.01, collectives, 2, 2, slow) == pytest.approx((3 * 0.082 + 2 * 0.01) / 2)
-    # Of four: (n − 1)/n of the gathered bytes, and 3 messages; twice, beside what is said to none.
+    assert predicted_seconds(0.01, collectives, 2, 2, link) == pytest.approx(
+        (3 * 0.082 + 2 * 0.01) / 2
+    )
+    # A ring of four: 3 messages, and (n − 1)/n of the gathered bytes, twice in a round.
     gathered = [("all-gather", 10**6, 4, 2)]
-    assert predicted(0.01, gathered, 1, 4, slow) == pytest.approx(2 * (0.003 + 0.06) + 0.01)
-    assert predicted(0.01, [], 16, 4, slow) == pytest.approx(0.01)
+    assert predicted_seconds(0.01, gathered, 1, 4, link) == pytest.approx(2 * (0.003 + 0.06) + 0.01)
+    assert predicted_seconds(0.01, [], 16, 4, link) == pytest.approx(0.01)
 
 
 def test_the_table_of_a_link_by_hand():
     took = {(m, 2): 1.0 for m in METHODS} | {(LOCAL_STEPS, 2): 0.5, (DATA_PARALLEL, 2): 2.0}
-    answers = constant(took, (False, True))
-    speed = SimpleNamespace(mbps=1.0, ms=0.0)
-    rows = suite._beside(answers, Setup(processes=2), TINY, speed)
+    timings = constant(took, (False, True))
+    link = SimpleNamespace(mbps=1.0, ms=0.0)
+    rows = link_rows(timings, Setup(processes=2), TINY, link)
     assert list(rows) == list(METHODS)
-    assert rows["cser"]["model"] == rows["cser"]["overhead"] == 0.125  # seconds a step of four
-    assert rows["cser"]["to_model"]["median"] == 2.0
-    assert rows["cser"]["to_model_and_overhead"]["median"] == 1.0
-    assert rows["cser"]["faster"]["median"] == 2.0
+    assert rows["cser"]["predicted"] == rows["cser"]["overhead"] == 0.125  # half a second, 4 steps
+    assert rows["cser"]["ratio_to_predicted"]["median"] == 2.0
+    assert rows["cser"]["ratio_to_predicted_and_overhead"]["median"] == 1.0
+    assert rows["cser"]["speedup_over_data_parallel"]["median"] == 2.0
     figures = {"mbps": 1.0, "ms": 0.0, "processes": {"2 processes": rows}}
-    text = shown(tables.show_link, {**figures, "failures": {}})
+    text = shown(tables.show_link_costs, {**figures, "failures": {}})
     row = next(line for line in text.splitlines() if line.startswith("cser"))
     figures_in_row = "250 (250–250) 125 2.00× 125 1.00× 2.00×"
     assert " ".join(row.split()[1:]) == figures_in_row
@@ -89,14 +101,13 @@ def test_the_table_of_a_link_by_hand():
 
 
 def test_all_workloads_divide_over_all_setups():
-    for workload in map(suite.sized, WORKLOADS.values()):
-        assert not any(workload.workers % setup.total for setup in suite.SETUPS)
+    for workload in map(setups.sized, WORKLOADS.values()):
+        assert not any(workload.workers % setup.total for setup in setups.SETUPS)
 
 
-def test_devices_and_processes_answer_alike(monkeypatch):
-    monkeypatch.setattr(suite, "METHODS", FEW)
-    setups = (ALONE, Setup(devices=2), Setup(processes=2))
-    figures = suite.scale(TINY, 1, 240.0, setups)
+@pytest.mark.slow
+def test_figures_of_devices_and_of_processes_are_alike():
+    figures = measure_speedups(TINY, 1, 240.0, (ALONE, Setup(devices=2), Setup(processes=2)), FEW)
     assert not figures["failures"] and figures["cores"] >= 1
     for kind, workers in (("strong", [2, 2, 2]), ("weak", [1, 2, 2])):
         rows = list(figures[kind].values())
@@ -109,39 +120,39 @@ def test_devices_and_processes_answer_alike(monkeypatch):
             )
     alone = figures["weak"]["1 device"]["methods"]
     assert all(m["speedup"]["median"] == 1.0 for m in alone.values())
-    text = shown(tables.show_scaling, figures)
-    assert "2 processes" in text and "weak scaling: tiny, of one worker a device" in text
+    text = shown(tables.show_speedups, figures)
+    assert "2 processes" in text and "weak scaling: tiny, one worker per device" in text
 
 
-ANSWERS = """
+REPLIES = """
 import json, sys
 print("{}", flush=True)
 for number, line in enumerate(sys.stdin):
-    assert json.loads(line)[0] != "local_sgd", "no such thing"
+    assert json.loads(line)[0] != "local_sgd", "unknown method"
     print(json.dumps({"seconds": number + NUMBER, "collectives": []}), flush=True)
 """
 
 
-def test_the_last_process_counts_and_who_dies_is_asked_no_more(monkeypatch):
+def test_the_slowest_process_counts_and_a_failed_group_is_left_out(monkeypatch):
     def start(self):
         for number in range(self._setup.processes):
-            code = ANSWERS.replace("NUMBER", str(number))
-            self.children.append(Child([sys.executable, "-c", code], 60))
+            code = REPLIES.replace("NUMBER", str(number))
+            self.children.append(ChildProcess([sys.executable, "-c", code], 60))
 
     monkeypatch.setattr(Group, "start", start)
-    asked = {
-        Setup(processes=2): [Question("cser", 2), Question(DATA_PARALLEL, 2)],
-        ALONE: [Question("cser", 2), Question("local_sgd", 2)],
+    requests = {
+        Setup(processes=2): [Request("cser", 2), Request(DATA_PARALLEL, 2)],
+        ALONE: [Request("cser", 2), Request("local_sgd", 2)],
     }
-    said, others = group.ask_in_turn(TINY, asked, 2, 60)
-    good, bad = said.values()
-    assert good.failure is None and bad.failure == "failed: AssertionError: no such thing"
-    # Answers 2, 3, 4, 5 of each process, of which the second takes one second more.
+    timings, load = time_groups(TINY, requests, 2, 60)
+    good, bad = timings.values()
+    assert good.failure is None and bad.failure == "failed: AssertionError: unknown method"
+    # Replies 2, 3, 4, 5 of each process count; the second process takes one second more.
     assert list(good.seconds.values()) == [[3, 5], [4, 6]]
-    assert others is None or 0 <= others <= 1
+    assert load is None or 0 <= load <= 1
 
 
-def test_who_cannot_have_a_link_is_told_why(monkeypatch):
+def test_why_there_is_no_slow_link(monkeypatch):
     for wrong, words in (
         ((0, 1), "--link_mbps must be a number > 0, got 0"),
         ((1, -1), "≥ 0, got -1"),
@@ -149,36 +160,36 @@ def test_who_cannot_have_a_link_is_told_why(monkeypatch):
         with pytest.raises(ConfigurationError, match=words):
             check_speed(*wrong)
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    with pytest.raises(NoLink, match="need root"), slow_link(2, 1, 0):
+    with pytest.raises(NoLink, match="need root"), slow_link.slow_link(2, 1, 0):
         pass
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    monkeypatch.setattr(link, "_run", lambda *c: link_failure(c))
-    with pytest.raises(NoLink, match="ip netns add"), slow_link(2, 1, 0):
+    monkeypatch.setattr(slow_link, "_run", lambda *command: fail_link(command))
+    with pytest.raises(NoLink, match="ip netns add"), slow_link.slow_link(2, 1, 0):
         pass
 
 
-def link_failure(command):
-    raise NoLink(f"`{' '.join(command)}` said nothing")
+def fail_link(command):
+    raise NoLink(f"`{' '.join(command)}` failed")
 
 
 @pytest.mark.parametrize("kernel_has_netem", [True, False])
-def test_a_delay_is_made_by_netem_where_there_is_one(kernel_has_netem, monkeypatch):
+def test_netem_delays_packets_where_the_kernel_has_it(kernel_has_netem, monkeypatch):
     commands = []
 
     def run(*command):
         commands.append(" ".join(command))
         if "netem" in command and not kernel_has_netem:
-            link_failure(command)
+            fail_link(command)
 
-    monkeypatch.setattr(link, "_run", run)
-    made = link.Link("net", 2, 8.0, 0.5)
+    monkeypatch.setattr(slow_link, "_run", run)
+    link = Link("net", 2, 8.0, 0.5)
     commands.clear()
-    for on in (False, True, True, False):
-        made.slow(on)
+    for slow in (False, True, True, False):
+        link.set_slow(slow)
     rule = "netem rate 8000000bit delay 500us limit 16384"
     if not kernel_has_netem:
         rule = "tbf rate 8000000bit burst 3028 limit 16777216"
-    assert made.ms == (0.5 if kernel_has_netem else 0.0)
+    assert link.ms == (0.5 if kernel_has_netem else 0.0)
     tc = [f"tc -n net-{number} qdisc" for number in range(2)]
     replaced = [f"{start} replace dev eth0 root {rule}" for start in tc]
     assert commands == [*replaced, *(f"{start} del dev eth0 root" for start in tc)]
@@ -192,53 +203,52 @@ def namespaces():
 @pytest.fixture
 def one_megabit():
     try:
-        with slow_link(2, 1.0, 0.0) as made:
-            yield made
+        with slow_link.slow_link(2, 1.0, 0.0) as link:
+            yield link
     except NoLink as reason:
         pytest.skip(str(reason))
 
 
-def test_local_sgd_beats_data_parallel_over_a_slow_link(one_megabit, monkeypatch):
-    monkeypatch.setattr(suite, "METHODS", FEW)
-    figures = suite.over_link(TINY, 1, 240.0, one_megabit, (Setup(processes=2),))
+@pytest.mark.slow
+def test_local_sgd_beats_data_parallel_over_a_slow_link(one_megabit):
+    figures = measure_over_link(TINY, 1, 240.0, one_megabit, (Setup(processes=2),), FEW)
     assert not figures["failures"], figures["failures"]
     rows = figures["processes"]["2 processes"]
     seconds = {method: np.median(row["seconds"]) for method, row in rows.items()}
-    # No link is faster than its rate, but for what its bucket holds; Local SGD says a quarter.
-    said = MODEL_BYTES * 8 / 1e6
-    assert seconds[DATA_PARALLEL] >= 0.9 * said > 0.2
-    assert rows["local_sgd"]["model"] - rows[LOCAL_STEPS]["model"] == pytest.approx(said / 4)
-    assert rows[DATA_PARALLEL]["model"] - rows[LOCAL_STEPS]["model"] == pytest.approx(said)
-    assert rows["local_sgd"]["faster"]["median"] > 1
-    assert "data parallel" in shown(tables.show_link, figures)
+    # No message is faster than the link, but for what its bucket holds; Local SGD sends a quarter.
+    sending = MODEL_BYTES * 8 / 1e6
+    assert seconds[DATA_PARALLEL] >= 0.9 * sending > 0.2
+    assert rows["local_sgd"]["predicted"] - rows[LOCAL_STEPS]["predicted"] == pytest.approx(
+        sending / 4
+    )
+    assert rows[DATA_PARALLEL]["predicted"] - rows[LOCAL_STEPS]["predicted"] == pytest.approx(
+        sending
+    )
+    assert rows["local_sgd"]["speedup_over_data_parallel"]["median"] > 1
+    assert "data parallel" in shown(tables.show_link_costs, figures)
 
 
-def test_a_link_is_gone_afterwards_whatever_happens():
+def test_an_interruption_removes_the_link():
     before = namespaces() if shutil.which("ip") else set()
     try:
-        with slow_link(2, 100.0, 0.0) as made:
+        with slow_link.slow_link(2, 100.0, 0.0) as link:
             inside = namespaces() - before
             assert len(inside) == 3
-            seen = subprocess.run([*made.within(1), "cat", "/etc/hosts"], capture_output=True)
-            assert made.address(1).encode() in seen.stdout
+            command = [*link.command_prefix(1), "cat", "/etc/hosts"]
+            hosts = subprocess.run(command, capture_output=True).stdout
+            assert link.address(1).encode() in hosts
             raise KeyboardInterrupt
     except NoLink as reason:
         pytest.skip(str(reason))
     except KeyboardInterrupt:
         pass
     assert not namespaces() & inside
-    assert not any((link.HOSTS / name).exists() for name in inside)
+    assert not any((slow_link.HOSTS / name).exists() for name in inside)
 
 
-def test_a_link_of_no_speed_ends_in_one_sentence():
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmark", "--suite=scaling", "--link_mbps=0"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (done.returncode, done.stderr) == (
+def test_a_link_without_speed_ends_in_one_sentence():
+    called = call("benchmark", "--suite=scaling", "--link_mbps=0")
+    assert (called.status, called.error) == (
         2,
         "error: --link_mbps must be a number > 0, got 0\n",
     )

@@ -1,5 +1,5 @@
-"""What makes the ratios honest: all contenders train the same numbers, the bound counts what a hand
-counts."""
+"""The ratios of the suite `speed` are fair: all contenders train the same numbers, and the count of
+floating-point operations agrees with one by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 from jax import lax
 
-from experiments.benchmarks.speed import in_jax
-from experiments.benchmarks.speed.arithmetic import bound, count_flops, round_flops
-from experiments.benchmarks.speed.workloads import WORKLOADS, Workload, initial_params, make_indices
+from experiments.benchmarks.speed import jax_contenders
+from experiments.benchmarks.speed.flops import count_flops, flops_timer, round_flops
+from experiments.benchmarks.workloads import WORKLOADS, Workload, initial_params, make_indices
 
 IMAGE = (8, 8, 1)
-TINY = [
+SOFTMAX = Workload("softmax", "logistic", 4, 3, 2, IMAGE, 10, 20)
+QUICK = [
     Workload("logistic", "logistic", 4, 3, 2, IMAGE, 1, 20),
-    Workload("softmax", "logistic", 4, 3, 2, IMAGE, 10, 20),
+    SOFTMAX,
     Workload("mlp", "mlp", 2, 3, 2, IMAGE, 10, 20),
+]
+SLOW = [
     Workload("mll_cnn", "mll_cnn", 2, 3, 2, IMAGE, 6, 20),
     Workload("resnet", "small_resnet_layer_norm", 2, 2, 2, (8, 8, 3), 4, 20),
     Workload("transformer", "small_transformer", 2, 2, 2, (6,), 11, 20),
@@ -23,46 +26,51 @@ TINY = [
 
 
 def losses(run, workload, rounds=2):
-    """Of each step and worker of the first rounds, of which the second begins with an average."""
+    """Losses of the first rounds, [steps, workers]; the second round begins with an average."""
     shape = (workload.steps, workload.workers)
-    made = [np.reshape(run(make_indices(workload, turn)), shape) for turn in range(rounds)]
-    return np.concatenate(made)
+    numbers = range(rounds)
+    return np.concatenate([np.reshape(run(make_indices(workload, n)), shape) for n in numbers])
 
 
-@pytest.mark.parametrize("workload", TINY, ids=lambda w: w.name)
+@pytest.mark.parametrize(
+    "workload",
+    [*QUICK, *(pytest.param(w, marks=pytest.mark.slow) for w in SLOW)],
+    ids=lambda w: w.name,
+)
 def test_all_contenders_train_the_same_numbers(workload):
     params = initial_params(workload)
-    own = losses(in_jax.workers(workload, params), workload)
+    own = losses(jax_contenders.local_sgd_rounds(workload, params), workload)
     assert np.isfinite(own).all() and len(np.unique(own)) > own.size / 2
-    # Sums in another order: float32 rounding, some steps on.
+    # Sums in another order round differently in float32, and later steps amplify the difference.
     close = {"rtol": 1e-3, "atol": 1e-5}
-    np.testing.assert_allclose(losses(in_jax.plain_vmap(workload, params), workload), own, **close)
+    mapped = losses(jax_contenders.vmap_rounds(workload, params), workload)
+    np.testing.assert_allclose(mapped, own, **close)
     pytest.importorskip("torch")
-    from experiments.benchmarks.speed.in_torch import workers_in_turn
+    from experiments.benchmarks.speed.torch_contender import torch_rounds
 
-    np.testing.assert_allclose(losses(workers_in_turn(workload, params), workload), own, **close)
+    np.testing.assert_allclose(losses(torch_rounds(workload, params), workload), own, **close)
 
 
-def test_shared_weights_see_the_examples_of_all_workers():
-    workload = TINY[1]
+def test_a_shared_model_trains_on_the_examples_of_all_workers():
+    workload = SOFTMAX
     params, indices = initial_params(workload), make_indices(workload, 0)
     params["map"]["kernel"] = np.linspace(-1, 1, params["map"]["kernel"].size, dtype=np.float32)
     params["map"]["kernel"] = params["map"]["kernel"].reshape(64, 10)
-    apart = in_jax.workers(workload, params)(indices)
-    together = in_jax.shared(workload, params)(indices)
+    apart = jax_contenders.local_sgd_rounds(workload, params)(indices)
+    together = jax_contenders.shared_model_rounds(workload, params)(indices)
     np.testing.assert_allclose(np.mean(together[0]), np.mean(apart[0]), rtol=1e-5)
 
 
 def test_flops_of_the_mll_cnn_counted_by_hand():
-    # Multiply-adds of an example: pixels × outputs × window × inputs.
+    # Multiply-adds of one example: pixels × outputs × window × inputs.
     first, second = 28 * 28 * 10 * 25 * 1, 14 * 14 * 20 * 25 * 10
     dense = 980 * 100 + 100 * 62
-    # Forward and both gradients; the first layer's input needs none.
+    # The forward pass and both gradients; the input of the first layer needs no gradient.
     example = 2 * (2 * first + 3 * (second + dense))
     assert round_flops(WORKLOADS["mll_cnn"]) == 20 * 32 * 8 * example
 
 
-def test_flops_of_a_strided_convolution_and_its_gradients_are_three_times_the_same():
+def test_a_strided_convolution_and_its_gradients_have_three_times_its_flops():
     image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((2, 2, 3, 5))
     convolve = lambda *xs: lax.conv_general_dilated(
         *xs, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -86,16 +94,16 @@ def test_flops_of_groups_loops_and_branches():
     branch = lambda a: lax.cond(a[0, 0] > 0, lambda: a @ a @ a, lambda: a @ a)
     assert count_flops(jax.make_jaxpr(branch)(matrix)) == 2 * once
     endless = lambda a: lax.while_loop(lambda c: c[0, 0] < 9, lambda c: c @ a, a)
-    with pytest.raises(ValueError, match="not known"):
+    with pytest.raises(ValueError, match="unknown"):
         count_flops(jax.make_jaxpr(endless)(matrix))
 
 
-def test_the_bound_is_time_at_a_rate(monkeypatch):
-    monkeypatch.setattr("experiments.benchmarks.speed.arithmetic.SIZES", {"cpu": (8, 16)})
-    assert 0 < bound(TINY[0])() < 1
+def test_arithmetic_is_timed_at_the_rate_of_a_matrix_product(monkeypatch):
+    monkeypatch.setattr("experiments.benchmarks.speed.flops.SIZES", {"cpu": (8, 16)})
+    assert 0 < flops_timer(QUICK[0])() < 1
 
 
-def test_the_program_of_more_workers_holds_more():
-    few, many = (in_jax.program_bytes(TINY[1]._replace(workers=n)) for n in (2, 8))
+def test_the_program_of_more_workers_needs_more_memory():
+    few, many = (jax_contenders.program_bytes(SOFTMAX._replace(workers=n)) for n in (2, 8))
     model = 4 * (64 * 10 + 10)
     assert few >= 2 * model and many - few >= 6 * model

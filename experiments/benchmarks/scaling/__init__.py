@@ -1,2 +1,2 @@
-"""How rounds scale over devices and processes, and what they take over a slow link: the suite
-`scaling` of `experiments.benchmark`."""
+"""The suite `scaling` of `experiments.benchmark`: steps on more devices and processes, and over a
+slow link."""

@@ -1,8 +1,9 @@
-"""One of the processes that train together, which the benchmark asks for a round at a time.
+"""Run rounds in one of the processes that train together, one for each line on the standard input.
 
-It says on a line of JSON that it has joined the others. Then it answers every line on its standard
-input, a method and a number of workers in JSON, with the seconds of one round, and what it says to
-others: python -m experiments.benchmarks.scaling.contender --workload=mlp --devices=2
+The process writes a line of JSON when it has joined the others. Each line that it reads is a method
+and a number of workers in JSON; it replies with the seconds of one round and its collectives:
+
+    python -m experiments.benchmarks.scaling.contender --workload=mlp --devices=2
 """
 
 import functools
@@ -17,38 +18,45 @@ import optax
 from absl import flags
 from absl.flags import FLAGS
 
-from experiments.benchmarks.compression_costs import methods
-from experiments.benchmarks.speed.contender import parse_workload
-from experiments.benchmarks.speed.in_jax import gradient_of
-from experiments.benchmarks.speed.turns import answers
-from experiments.benchmarks.speed.workloads import (
+from experiments.benchmarks.child_process import open_replies
+from experiments.benchmarks.methods import measured_methods
+from experiments.benchmarks.scaling.setups import LOCAL_STEPS
+from experiments.benchmarks.workloads import (
     LEARNING_RATE,
     Workload,
+    gradient_of,
     initial_params,
     make_indices,
     make_pool,
+    parse_workload,
 )
-from experiments.launching.command_line import run_tool
+from experiments.launching.command_line import run_command
 from experiments.launching.program_cache import keep_programs
 from experiments.launching.starting import be_patient
 from jaxlocal import Layout, RoundFn, make_mesh
 from jaxlocal.types import Tree
 
-LOCAL_STEPS = "local_steps"  # the steps of local_sgd without what ends its rounds
-
 
 class Training:
-    """Rounds of a method, its workers spread over all devices of all processes."""
+    """Rounds of a method whose workers are spread over all devices of all processes.
+
+    Args:
+      round_fn: the method's.
+      workload: what is trained.
+      params: that all workers start from.
+      whole: whether a round is whole, or its local steps alone.
+    """
 
     def __init__(self, round_fn: RoundFn, workload: Workload, params: Tree, whole: bool = True):
-        self._round_fn, self._workload, self._whole, self._turn = round_fn, workload, whole, 0
+        self._round_fn, self._workload, self._whole = round_fn, workload, whole
+        self._rounds = 0
         self._state = round_fn.init(params, jax.random.key(0))
 
-    def seconds(self) -> float:
-        """Of a round; of its steps alone where it is not a whole one."""
-        indices = make_indices(self._workload, self._turn)
+    def run_round(self) -> float:
+        """Run the next round and return its seconds."""
+        indices = make_indices(self._workload, self._rounds)
         batches = indices.reshape(len(indices), *self._round_fn.layout.shape, -1)
-        self._turn += 1
+        self._rounds += 1
         start = time.perf_counter()
         self._state, _ = self._round_fn.local_steps(self._state, batches)
         if self._whole:
@@ -56,8 +64,8 @@ class Training:
         jax.block_until_ready(self._state)
         return time.perf_counter() - start
 
-    def said(self) -> list[tuple[str, int, int, int]]:
-        """The collectives of a round: kind, bytes, devices that take part, how often."""
+    def collectives(self) -> list[tuple[str, int, int, int]]:
+        """The collectives of a round: kind, bytes, devices that take part, number of times."""
         if not self._whole:
             return []
         devices = self._round_fn.mesh.shape
@@ -67,30 +75,44 @@ class Training:
         ]
 
 
-def trainings(workload: Workload) -> Callable[[str, int], Training]:
-    """The training by a method of so many workers, made when it is first asked for."""
+def make_trainings(workload: Workload) -> Callable[[str, int], Training]:
+    """Make the function from a method and a number of workers to its training.
+
+    A training is built when it is first requested.
+    """
     params, pool = initial_params(workload), make_pool(workload)
-    named = methods(gradient_of(workload), optax.sgd(LEARNING_RATE), workload.steps)
+    methods = measured_methods(gradient_of(workload), optax.sgd(LEARNING_RATE), workload.steps)
 
     @functools.cache
-    def compiled(method: str, workers: int) -> RoundFn:
+    def make_round_fn(method: str, workers: int) -> RoundFn:
         layout = Layout(workers_per_hub=workers)
         mesh = make_mesh(layout, shape=(1, len(jax.devices())))
-        return RoundFn(named[method], layout, mesh, pool)
+        return RoundFn(methods[method], layout, mesh, pool)
 
     @functools.cache
-    def of(method: str, workers: int) -> Training:
+    def training(method: str, workers: int) -> Training:
         sized, whole = workload._replace(workers=workers), method != LOCAL_STEPS
-        round_fn = compiled(method if whole else "local_sgd", workers)
+        round_fn = make_round_fn(method if whole else "local_sgd", workers)
         return Training(round_fn, sized, params, whole)
 
-    return of
+    return training
 
 
 def train() -> int:
-    """Answer until no one asks any more."""
+    """Join the other processes and run requested rounds until the standard input ends."""
     workload = parse_workload(FLAGS.workload)
-    answer = answers()
+    reply = open_replies()
+    _start_devices()
+    reply(devices=len(jax.devices()))
+    training_of = make_trainings(workload)
+    for line in sys.stdin:
+        training = training_of(*json.loads(line))
+        reply(seconds=training.run_round(), collectives=training.collectives())
+    return 0
+
+
+def _start_devices() -> None:
+    """Start this process's virtual devices, and join those of the other processes."""
     be_patient()
     keep_programs()
     jax.config.update("jax_platforms", "cpu")
@@ -99,23 +121,17 @@ def train() -> int:
         jax.distributed.initialize(
             *(FLAGS.coordinator, FLAGS.processes, FLAGS.process),
             cluster_detection_method="deactivate",
-            heartbeat_timeout_seconds=3600,  # the benchmark itself ends those that don't answer
+            heartbeat_timeout_seconds=3600,  # the benchmark itself ends processes that hang
         )
-    answer(devices=len(jax.devices()))
-    of = trainings(workload)
-    for line in sys.stdin:
-        training = of(*json.loads(line))
-        answer(seconds=training.seconds(), collectives=training.said())
-    return 0
 
 
 def main() -> None:
-    flags.DEFINE_string("workload", "mlp", "A name, or a workload's fields in JSON.")
-    flags.DEFINE_integer("devices", 1, "Virtual devices of this process.")
-    flags.DEFINE_integer("processes", 1, "How many train together.")
-    flags.DEFINE_integer("process", 0, "Which of them this is.")
-    flags.DEFINE_string("coordinator", None, "Where process 0 is met, HOST:PORT.")
-    run_tool(train, lambda: (__doc__ or "").strip())
+    flags.DEFINE_string("workload", "mlp", "Name of a workload, or its fields in JSON.")
+    flags.DEFINE_integer("devices", 1, "Number of virtual devices of this process.")
+    flags.DEFINE_integer("processes", 1, "Number of processes that train together.")
+    flags.DEFINE_integer("process", 0, "Number of this process, from 0.")
+    flags.DEFINE_string("coordinator", None, "Address of process 0, HOST:PORT.")
+    run_command(train, __doc__)
 
 
 if __name__ == "__main__":

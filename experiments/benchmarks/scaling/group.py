@@ -1,4 +1,4 @@
-"""Processes that train together, asked for rounds in turn with other such groups."""
+"""Time the rounds of groups of processes, which train together, in alternation."""
 
 import contextlib
 import itertools
@@ -9,88 +9,74 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.benchmarks.benchmarking import Others
-from experiments.benchmarks.scaling.link import Link
-from experiments.benchmarks.speed.suite import as_json
-from experiments.benchmarks.speed.turns import REST_SECONDS, Child, Gone
-from experiments.benchmarks.speed.workloads import Workload
+from experiments.benchmarks.child_process import REST_SECONDS, ChildFailed, ChildProcess
+from experiments.benchmarks.machine_load import OtherLoad
+from experiments.benchmarks.scaling.setups import Request, Setup
+from experiments.benchmarks.scaling.slow_link import Link
+from experiments.benchmarks.workloads import Workload, workload_to_json
 
 
-class Setup(NamedTuple):
-    """So many processes with so many virtual devices each."""
+class GroupTimings(NamedTuple):
+    """The replies of one group."""
 
-    devices: int = 1
-    processes: int = 1
-
-    @property
-    def total(self) -> int:
-        return self.devices * self.processes
-
-    @property
-    def title(self) -> str:
-        """
-        >>> Setup(8).title, Setup(processes=2).title
-        ('8 devices', '2 processes')
-        """
-        if self.processes > 1:
-            return f"{self.processes} processes"
-        return f"{self.devices} device{'s' * (self.devices > 1)}"
-
-
-class Question(NamedTuple):
-    """A round of a method's, by so many workers in all."""
-
-    method: str
-    workers: int
-    slow: bool = False  # whether over the slow link
-
-
-class Answers(NamedTuple):
-    """What a group said."""
-
-    seconds: dict[Question, list[float]]  # of a round, one a turn
-    collectives: dict[Question, Any]  # (kind, bytes, devices, times) of a round
+    seconds: dict[Request, list[float]]  # of a round, one per repeat
+    collectives: dict[Request, Any]  # (kind, bytes, devices, times) of a round
     failure: str | None = None
 
 
 class Group:
-    """The processes of a setup; over a link, each in its namespace."""
+    """The processes of one setup; over a link, each in its network namespace.
+
+    Args:
+      workload: what they train.
+      setup: their number and their devices.
+      limit: seconds to wait for one reply.
+      link: between the processes; by default the loopback interface.
+    """
 
     def __init__(self, workload: Workload, setup: Setup, limit: float, link: Link | None = None):
         self._workload, self._setup, self._limit, self._link = workload, setup, limit, link
         self._joined = False
-        self.children: list[Child] = []
+        self.children: list[ChildProcess] = []
 
     def start(self) -> None:
+        """Start the processes without waiting for them."""
         setup, link = self._setup, self._link
         host = link.address(0) if link else "127.0.0.1"
         command = [
             *(sys.executable, "-m", "experiments.benchmarks.scaling.contender"),
-            *(f"--workload={as_json(self._workload)}", f"--devices={setup.devices}"),
+            *(f"--workload={workload_to_json(self._workload)}", f"--devices={setup.devices}"),
             *(f"--processes={setup.processes}", f"--coordinator={host}:{_free_port()}"),
         ]
         for number in range(setup.processes):
-            own = [*command, f"--process={number}"]
-            own = [*link.within(number), *own] if link else own
-            self.children.append(Child(own, self._limit))
+            prefix = link.command_prefix(number) if link else []
+            own = [*prefix, *command, f"--process={number}"]
+            self.children.append(ChildProcess(own, self._limit))
 
-    def ask(self, question: Question) -> tuple[float, Any]:
-        """The seconds of a round, until the last process is done, and its collectives; raises
-        Gone."""
+    def request(self, request: Request) -> tuple[float, Any]:
+        """Run a round in all processes.
+
+        Returns:
+          Seconds until the last process is done, and the collectives of the round.
+
+        Raises:
+          ChildFailed: a process ended or did not reply in time.
+        """
         if not self._joined:
-            self._hear()
+            self._replies()
             self._joined = True
         if self._link:
-            self._link.slow(question.slow)
+            self._link.set_slow(request.slow)
         for child in self.children:
-            child.tell(json.dumps([question.method, question.workers]))
-        heard = self._hear()
-        return max(answer["seconds"] for answer in heard), heard[0]["collectives"]
+            child.send(json.dumps([request.method, request.workers]))
+        replies = self._replies()
+        return max(reply["seconds"] for reply in replies), replies[0]["collectives"]
 
-    def _hear(self) -> list[dict[str, Any]]:
-        return [child.answer() for child in self.children]
+    def _replies(self) -> list[dict[str, Any]]:
+        return [child.reply() for child in self.children]
 
     def close(self) -> None:
+        """Kill the processes."""
         for child in self.children:
             child.close()
 
@@ -100,52 +86,65 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def ask_in_turn(
+def time_groups(
     workload: Workload,
-    questions: Mapping[Setup, Sequence[Question]],
+    requests: Mapping[Setup, Sequence[Request]],
     repeats: int,
     limit: float,
     link: Link | None = None,
-) -> tuple[dict[Setup, Answers], float | None]:
-    """Start the groups, then ask each its questions in turn with the others, over and over again.
+) -> tuple[dict[Setup, GroupTimings], float | None]:
+    """Start a group per setup, then request rounds of them in alternation.
 
-    A first answer to each does not count: it compiles. A group of which one process does not answer
-    within the limit, in seconds, is ended and left out.
+    The first reply to each request does not count, since the round compiles. A group is ended and
+    left out when one of its processes fails or does not reply in time.
+
+    Args:
+      workload: what is trained.
+      requests: rounds to time, by setup.
+      repeats: how often each request counts.
+      limit: seconds to wait for one reply.
+      link: between the processes; by default the loopback interface.
 
     Returns:
-      What each said; the part of the machine's cores that others used during the turns, if known.
+      The timings by setup, and the share of the machine's cores that other processes used during
+      the rounds, if known.
     """
-    said = {setup: Answers({q: [] for q in asked}, {}) for setup, asked in questions.items()}
-    groups = {setup: Group(workload, setup, limit, link) for setup in questions}
-    abreast = itertools.zip_longest(*([(s, q) for q in asked] for s, asked in questions.items()))
-    turn = [one for row in abreast for one in row if one]
+    timings = {setup: GroupTimings({q: [] for q in asked}, {}) for setup, asked in requests.items()}
+    groups = {setup: Group(workload, setup, limit, link) for setup in requests}
+    order = _alternating(requests)
     with contextlib.ExitStack() as stack:
         for group in groups.values():
             stack.callback(group.close)
             group.start()
-        _take(turn, groups, said)
-        others = Others([child.pid for group in groups.values() for child in group.children])
+        _request_all(order, groups, timings)
+        load = OtherLoad([child.pid for group in groups.values() for child in group.children])
         for _ in range(repeats):
-            _take(turn, groups, said, counts=True)
-        return said, others.share()
+            _request_all(order, groups, timings, counts=True)
+        return timings, load.share()
 
 
-def _take(
-    turn: Sequence[tuple[Setup, Question]],
+def _alternating(requests: Mapping[Setup, Sequence[Request]]) -> list[tuple[Setup, Request]]:
+    """The first request of every setup, then the second of every setup, and so on."""
+    columns = ([(setup, request) for request in asked] for setup, asked in requests.items())
+    return [one for row in itertools.zip_longest(*columns) for one in row if one]
+
+
+def _request_all(
+    order: Sequence[tuple[Setup, Request]],
     groups: dict[Setup, Group],
-    said: dict[Setup, Answers],
+    timings: dict[Setup, GroupTimings],
     counts: bool = False,
 ) -> None:
-    """Ask everyone everything once; who does not answer is asked no more."""
-    for setup, question in turn:
+    """Make every request once, and drop the groups that fail."""
+    for setup, request in order:
         if setup not in groups:
             continue
         time.sleep(REST_SECONDS)
         try:
-            seconds, said[setup].collectives[question] = groups[setup].ask(question)
-        except Gone as reason:
-            said[setup] = said[setup]._replace(failure=str(reason))
+            seconds, timings[setup].collectives[request] = groups[setup].request(request)
+        except ChildFailed as reason:
+            timings[setup] = timings[setup]._replace(failure=str(reason))
             groups.pop(setup).close()
             continue
         if counts:
-            said[setup].seconds[question].append(seconds)
+            timings[setup].seconds[request].append(seconds)

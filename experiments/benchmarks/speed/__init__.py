@@ -1,2 +1,2 @@
-"""How fast rounds are beside other ways to train many workers: the suite `speed` of
-`experiments.benchmark`."""
+"""The suite `speed` of `experiments.benchmark`: rounds of jaxlocal against other ways to train as
+many workers."""

@@ -1,5 +1,4 @@
-"""The time of a round's arithmetic alone: its floating-point operations at the rate of a matrix
-product."""
+"""Count the floating-point operations of a round, and time them at the rate of a matrix product."""
 
 import math
 import time
@@ -9,24 +8,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks.speed.in_jax import plain_loss
-from experiments.benchmarks.speed.workloads import (
-    Workload,
-    example_shapes,
-    initial_params,
-    make_indices,
-)
+from experiments.benchmarks.speed.jax_contenders import plain_loss
+from experiments.benchmarks.workloads import Workload, example_shapes, make_indices, param_shapes
 from jaxlocal.types import Tree
 
-SIZES = {"cpu": (1024, 1536, 2048), "gpu": (4096, 8192)}  # of square matrices
-TRIES = 2
+SIZES = {"cpu": (1024, 1536, 2048), "gpu": (4096, 8192)}  # rows of the square matrices
+TRIES = 2  # products of each size
 
 
 def count_flops(jaxpr: Any) -> int:
-    """The floating-point operations of the matrix products and convolutions of a jaxpr.
+    """Count the floating-point operations of the matrix products and convolutions of a jaxpr.
 
-    Convolutions over zeros that are set between the pixels of their input count without these;
-    loops count as often as they run, of branches the longest.
+    The zeros that a dilated convolution inserts between the pixels of its input do not count. The
+    body of a loop counts once per iteration, and of a conditional the largest branch counts.
+
+    Args:
+      jaxpr: as `jax.make_jaxpr` returns it.
+
+    Raises:
+      ValueError: products run in a loop whose number of iterations is unknown.
 
     >>> product = jax.make_jaxpr(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 5)))
     >>> count_flops(product)
@@ -43,14 +43,14 @@ def _flops_of(eqn: Any) -> int:
         return 2 * eqn.outvars[0].aval.size * _product(eqn.invars[0].aval.shape, contracted)
     if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval
-        of_output = kernel.size // kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        total = 2 * eqn.outvars[0].aval.size * of_output
+        per_output = kernel.size // kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        total = 2 * eqn.outvars[0].aval.size * per_output
         return total // math.prod(params["lhs_dilation"])
     inner = [count_flops(jaxpr) for jaxpr in _inner_jaxprs(params)]
     if name == "cond":
         return max(inner)
     if name == "while" and any(inner):
-        raise ValueError("products in a loop whose length is not known cannot be counted")
+        raise ValueError("cannot count products in a loop: its number of iterations is unknown")
     return sum(inner) * params.get("length", 1)
 
 
@@ -66,16 +66,19 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def round_flops(workload: Workload) -> int:
-    """The operations of all gradients of a round, written with plain layers."""
+    """Count the floating-point operations of all gradients of a round, written in plain layers."""
     pool = example_shapes(workload, (workload.examples,))
     gradient = jax.value_and_grad(plain_loss(workload))
     index = make_indices(workload, 0)[0, 0]
-    jaxpr = jax.make_jaxpr(gradient)(initial_params(workload), pool, index)
+    jaxpr = jax.make_jaxpr(gradient)(param_shapes(workload), pool, index)
     return count_flops(jaxpr) * workload.workers * workload.steps
 
 
-def bound(workload: Workload) -> Callable[[], float]:
-    """A measurement of the rate of a matrix product, as the seconds of a round at that rate."""
+def flops_timer(workload: Workload) -> Callable[[], float]:
+    """Make a function that times matrix products and returns the seconds of a round at their rate.
+
+    No implementation of the round is faster than its operations at that rate.
+    """
     flops = round_flops(workload)
     sizes = SIZES["cpu" if jax.default_backend() == "cpu" else "gpu"]
     product = jax.jit(jnp.matmul)

@@ -1,5 +1,7 @@
-"""The contender that PyTorch runs: the workers one after another, in eager mode, with its own
-layers, channels before pixels and parameters updated in place."""
+"""The models in PyTorch, with its own layers and channels before pixels.
+
+Their parameters have the names of those of `jaxlocal.models`.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,66 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.benchmarks.speed.in_jax import Run
-from experiments.benchmarks.speed.workloads import LEARNING_RATE, Workload, make_pool
+from experiments.benchmarks.workloads import Workload
 from jaxlocal.models.simple import HIDDEN
 from jaxlocal.types import Tree
 
-EPSILON = 1e-6  # of Flax's norms
-
-
-def workers_in_turn(workload: Workload, params: Tree) -> Run:
-    """A model for every worker, which steps forward, backward and down the gradient."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pool = [torch.from_numpy(x).to(device) for x in _stored(workload)]
-    models = [make_module(workload, params).to(device) for _ in range(workload.workers)]
-    held: list[list[Tensor]] = [list(model.parameters()) for model in models]
-
-    def update(worker: int, index: Tensor) -> Tensor:
-        inputs, targets = (x.index_select(0, index) for x in pool)
-        value = loss(models[worker](_scaled(inputs)), targets)
-        grads = torch.autograd.grad(value, held[worker])
-        with torch.no_grad():
-            torch._foreach_add_(held[worker], grads, alpha=-LEARNING_RATE)
-        return value.detach()
-
-    def run(indices: np.ndarray) -> Any:
-        steps = torch.from_numpy(indices).to(device)
-        losses = [update(worker, index) for step in steps for worker, index in enumerate(step)]
-        _average(held)
-        return torch.stack(losses).reshape(indices.shape[:2]).cpu().numpy()
-
-    return run
-
-
-@torch.no_grad()
-def _average(held: list[list[Tensor]]) -> None:
-    total = [x.clone() for x in held[0]]
-    for own in held[1:]:
-        torch._foreach_add_(total, own)
-    torch._foreach_div_(total, len(held))
-    for own in held:
-        torch._foreach_copy_(own, total)
-
-
-def _stored(workload: Workload) -> list[np.ndarray]:
-    """Inputs and targets as PyTorch keeps them: channels first, classes as long integers and the
-    targets of one output as floats."""
-    pool = make_pool(workload)
-    inputs, targets = pool["inputs"], pool["targets"]
-    if inputs.ndim == 4:
-        inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
-    return [inputs, targets.astype(np.float32 if workload.outputs == 1 else np.int64)]
-
-
-def _scaled(inputs: Tensor) -> Tensor:
-    return inputs.to(torch.float32).mul_(1 / 255) if inputs.dtype == torch.uint8 else inputs
-
-
-def loss(logits: Tensor, targets: Tensor) -> Tensor:
-    if logits.shape[-1] == 1:
-        return functional.binary_cross_entropy_with_logits(logits[:, 0], targets)
-    return functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+EPSILON = 1e-6  # of Flax's normalisation layers
 
 
 class ResidualBlock(nn.Module):
@@ -153,12 +100,12 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(outputs, width))
-        self.places = nn.Parameter(torch.empty(shape[0], width))
+        self.positions = nn.Parameter(torch.empty(shape[0], width))
         self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(layers)))
         self.norm, self.logits = nn.LayerNorm(width, EPSILON), nn.Linear(width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = functional.embedding(x, self.tokens) + self.places
+        x = functional.embedding(x, self.tokens) + self.positions
         return self.logits(self.norm(self.blocks(x)))
 
 
@@ -194,6 +141,7 @@ def _cnn(shape: Sequence[int], outputs: int) -> nn.Module:
 
 
 def _named(**layers: nn.Module) -> nn.Module:
+    """A sequence of layers with names."""
     made = nn.Sequential()
     for name, layer in layers.items():
         made.add_module(name, layer)
@@ -211,15 +159,21 @@ MODULES: dict[str, Any] = {
 }
 
 
-def make_module(workload: Workload, params: Tree) -> nn.Module:
-    """The workload's model with jaxlocal's parameters."""
+def torch_model(workload: Workload, params: Tree) -> nn.Module:
+    """Build the PyTorch model of a workload with the parameters of jaxlocal's model.
+
+    Args:
+      workload: whose model.
+      params: of `initial_params`, arrays on the host.
+    """
     module = MODULES[workload.model](workload.input_shape, workload.outputs)
     values = {}
     for path, value in jax.tree_util.tree_leaves_with_path(params):
-        *above, name = (str(part.key) for part in path)
-        if above == ["hidden"] and workload.model == "mll_cnn" and name == "kernel":
-            value = _channels_first(value, workload)
-        values[".".join((*above, _NAMES.get(name, name)))] = torch.tensor(_turned(name, value))
+        *layers, name = (str(part.key) for part in path)
+        if layers == ["hidden"] and workload.model == "mll_cnn" and name == "kernel":
+            value = _channels_first_rows(value, workload)
+        torch_name = ".".join((*layers, _NAMES.get(name, name)))
+        values[torch_name] = torch.tensor(_outputs_first(name, value))
     module.load_state_dict(values)
     return module
 
@@ -227,15 +181,15 @@ def make_module(workload: Workload, params: Tree) -> nn.Module:
 _NAMES = {"kernel": "weight", "scale": "weight"}
 
 
-def _turned(name: str, value: np.ndarray) -> np.ndarray:
-    """Kernels [height, width, in, out] and [in, out] with what goes out first."""
+def _outputs_first(name: str, value: np.ndarray) -> np.ndarray:
+    """Move the last axis of kernels [height, width, in, out] and [in, out] to the front."""
     if name != "kernel":
         return value
     return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
 
-def _channels_first(kernel: np.ndarray, workload: Workload) -> np.ndarray:
-    """The rows of a layer that reads flattened images, in the order of PyTorch's images."""
+def _channels_first_rows(kernel: np.ndarray, workload: Workload) -> np.ndarray:
+    """Reorder the rows of a layer on flattened images from channels last to channels first."""
     height, width, _ = workload.input_shape
     images = kernel.reshape(height // 4, width // 4, -1, kernel.shape[1])
     return images.transpose(2, 0, 1, 3).reshape(kernel.shape)

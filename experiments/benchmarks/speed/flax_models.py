@@ -1,5 +1,7 @@
-"""The models written as a user of Flax would, of nothing but its own layers. Their parameters have
-the names of jaxlocal.models."""
+"""The models as a user of Flax writes them, from plain layers of Flax alone.
+
+Their parameters have the names of those of `jaxlocal.models`.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,7 +9,7 @@ from functools import partial
 import jax
 from flax import nnx
 
-from experiments.benchmarks.speed.workloads import Workload
+from experiments.benchmarks.workloads import Workload
 from jaxlocal.models import Model, from_nnx
 from jaxlocal.models.simple import HIDDEN
 
@@ -133,13 +135,13 @@ class Transformer(nnx.Module):
     ):
         normal = nnx.initializers.normal()
         self.tokens = nnx.Param(normal(rngs.params(), (outputs, width)))
-        self.places = nnx.Param(normal(rngs.params(), (shape[0], width)))
+        self.positions = nnx.Param(normal(rngs.params(), (shape[0], width)))
         self.blocks = nnx.List([TransformerBlock(width, heads, rngs) for _ in range(layers)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.logits = nnx.Linear(width, outputs, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.tokens[...][x] + self.places[...]
+        x = self.tokens[...][x] + self.positions[...]
         for block in self.blocks:
             x = block(x)
         return self.logits(self.norm(x))
@@ -156,7 +158,7 @@ MODULES: dict[str, Callable[..., nnx.Module]] = {
 }
 
 
-def plain_model(workload: Workload) -> Model:
-    """The workload's model, of plain layers; with one output its logits are [batch, 1]."""
+def flax_model(workload: Workload) -> Model:
+    """Build the model of a workload from plain layers; logits are [batch, outputs]."""
     make = MODULES[workload.model]
     return from_nnx(lambda rngs: make(workload.input_shape, workload.outputs, rngs))

@@ -1,5 +1,5 @@
-"""The contenders that JAX runs: jaxlocal's workers, those of a user's own `vmap`, and one model
-that all of them share."""
+"""The contenders that run on JAX: workers of jaxlocal, workers of a user's own `vmap`, and one
+model that all workers share."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,34 +12,36 @@ import optax
 from jax import lax
 
 import jaxlocal
-from experiments.benchmarks.benchmarking import peak_bytes
-from experiments.benchmarks.speed.plain_models import plain_model
-from experiments.benchmarks.speed.workloads import (
+from experiments.benchmarks.memory import peak_bytes
+from experiments.benchmarks.speed.flax_models import flax_model
+from experiments.benchmarks.workloads import (
     LEARNING_RATE,
     Workload,
     example_shapes,
+    gradient_of,
     make_pool,
     model_of,
     scaled,
 )
 from jaxlocal import Layout, RoundFn
-from jaxlocal.models.supervised import training_loss
 from jaxlocal.parallel.mesh import make_mesh
-from jaxlocal.stages.gradient import GradFn
 from jaxlocal.types import Method, Tree
 
-# Runs a round of examples [steps, workers, batch] to its end; gives the losses, leading with steps.
-Run = Callable[[np.ndarray], Any]
+# Runs a round on the examples of indices [steps, workers, batch], waits until it is done, and
+# returns the losses, whose first axis is the steps.
+RunRound = Callable[[np.ndarray], Any]
 
 
-def workers(workload: Workload, params: Tree, worker_map: str | None = None) -> Run:
-    """Local SGD by the library, on as many devices as the workers divide over."""
+def local_sgd_rounds(workload: Workload, params: Tree, worker_map: str | None = None) -> RunRound:
+    """Run rounds of jaxlocal's Local SGD, on as many devices as the workers divide over."""
     return _rounds(workload, local_sgd(workload, worker_map), workload.workers, params)
 
 
-def shared(workload: Workload, params: Tree) -> Run:
-    """One model, with the examples of all workers in one batch: no simulation does less. Over
-    several devices it is data parallel."""
+def shared_model_rounds(workload: Workload, params: Tree) -> RunRound:
+    """Train one model on the examples of all workers in one batch; no simulation does less.
+
+    On several devices this is data parallelism.
+    """
     total = workload.workers * workload.batch_size
     counts = range(1, len(jax.devices()) + 1)
     method = jaxlocal.data_parallel(gradient_of(workload), optax.sgd(LEARNING_RATE))
@@ -47,8 +49,10 @@ def shared(workload: Workload, params: Tree) -> Run:
 
 
 def program_bytes(workload: Workload, worker_map: str | None = None) -> int:
-    """The most that one device holds while it runs the steps of a round for all workers, as the
-    compiler states it; the round's examples count."""
+    """Peak memory of a round's steps of all workers on one device, as the compiler states it.
+
+    The examples of the round count.
+    """
     layout, steps = Layout(workers_per_hub=workload.workers), workload.steps
     mesh = make_mesh(layout, jax.devices()[:1])
     round_fn = RoundFn(local_sgd(workload, worker_map), layout, mesh)
@@ -59,33 +63,31 @@ def program_bytes(workload: Workload, worker_map: str | None = None) -> int:
 
 
 def local_sgd(workload: Workload, worker_map: str | None = None) -> Method:
-    """The library's method; without a worker map, by the library's own choice of one."""
-    options = {"worker_map": worker_map} if worker_map else {}
-    optimizer = optax.sgd(LEARNING_RATE)
-    return jaxlocal.local_sgd(gradient_of(workload), optimizer, workload.steps, **options)
+    """Build jaxlocal's Local SGD for a workload; by default the library chooses the worker map."""
+    return jaxlocal.local_sgd(
+        gradient_of(workload),
+        optax.sgd(LEARNING_RATE),
+        period=workload.steps,
+        worker_map=worker_map,
+    )
 
 
-def gradient_of(workload: Workload) -> GradFn:
-    """Of the library's model."""
-    loss = training_loss(model_of(workload), scaled, workload.classes)
-    return jaxlocal.gradients(loss, stateful=True)
-
-
-def _rounds(workload: Workload, method: Method, count: int, params: Tree) -> Run:
-    """The library's rounds of a method with so many workers."""
-    round_fn = RoundFn(method, Layout(workers_per_hub=count), data=make_pool(workload))
-    held = [round_fn.init(params, jax.random.key(0))]
+def _rounds(workload: Workload, method: Method, workers: int, params: Tree) -> RunRound:
+    """Run rounds of a method of the library."""
+    round_fn = RoundFn(method, Layout(workers_per_hub=workers), data=make_pool(workload))
+    state = round_fn.init(params, jax.random.key(0))
 
     def run(indices: np.ndarray) -> Any:
-        held[0], info = round_fn(held[0], indices.reshape(len(indices), 1, count, -1))
-        jax.block_until_ready(held[0])
+        nonlocal state
+        state, info = round_fn(state, indices.reshape(len(indices), 1, workers, -1))
+        jax.block_until_ready(state)
         return info.worker["loss"]
 
     return run
 
 
-def plain_vmap(workload: Workload, params: Tree) -> Run:
-    """What a user of JAX writes first: plain layers, mapped over the workers, in a scan."""
+def vmap_rounds(workload: Workload, params: Tree) -> RunRound:
+    """Run what a user of JAX writes first: plain layers, `vmap` over the workers, in a scan."""
     pool = jax.device_put(make_pool(workload))
     stack = lambda tree: jax.tree.map(
         lambda x: jnp.broadcast_to(x, (workload.workers, *x.shape)), tree
@@ -101,19 +103,20 @@ def plain_vmap(workload: Workload, params: Tree) -> Run:
         params, losses = lax.scan(step, params, indices)
         return stack(jax.tree.map(lambda x: x.mean(0), params)), losses
 
-    held = [jax.jit(stack)(params)]
+    stacked = jax.jit(stack)(params)
 
     def run(indices: np.ndarray) -> Any:
-        held[0], losses = round_of(held[0], pool, indices)
-        jax.block_until_ready(held[0])
+        nonlocal stacked
+        stacked, losses = round_of(stacked, pool, indices)
+        jax.block_until_ready(stacked)
         return losses
 
     return run
 
 
 def plain_loss(workload: Workload) -> Callable[[Tree, Tree, Any], jax.Array]:
-    """`loss(params, pool, index)` of one worker's batch, of plain layers."""
-    model = plain_model(workload)
+    """Make `loss(params, pool, index)`, the loss of one worker's batch with plain layers."""
+    model = flax_model(workload)
 
     def loss(params: Tree, pool: Tree, index: Any) -> jax.Array:
         inputs, targets = pool["inputs"][index], pool["targets"][index]

@@ -1,5 +1,5 @@
-"""A link made slow on purpose: network namespaces of Linux, joined by a bridge, whose senders `tc`
-holds back."""
+"""Slow down the link between processes: each runs in a network namespace of Linux, and `tc` limits
+what the namespace sends over a bridge."""
 
 import contextlib
 import math
@@ -11,23 +11,29 @@ from pathlib import Path
 
 from jaxlocal.errors import ConfigurationError
 
-HOSTS = Path("/etc/netns")  # what `ip netns exec` shows in place of the files in /etc
-BURST_SECONDS = 0.25e-3  # what a token bucket lets through at once; timers are no finer
+HOSTS = Path("/etc/netns")  # `ip netns exec` mounts its files over those in /etc
+BURST_SECONDS = 0.25e-3  # sent at once by a token bucket, whose timers are no finer
 PACKET_BYTES = 1514
 QUEUE_BYTES = 1 << 24
 
 
 class NoLink(Exception):
-    """Says why no link can be made slow here."""
+    """This machine cannot slow down a link; the text states the reason."""
 
 
 class Link:
-    """As many namespaces as there are processes, each with one link, as yet at full speed.
+    """The link between network namespaces, which starts at full speed.
 
     Args:
-      mbps: what each sends at most when it is slow, 10⁶ bits a second; both ways at once.
-      ms: by which a packet then comes later, 10⁻³ seconds, one way. Only netem can do that: without
-        it `ms` is 0 whatever was asked for.
+      name: prefix of the namespaces' names, which are NAME-0, NAME-1 and so on.
+      count: number of namespaces.
+      mbps: most that each namespace sends when the link is slow, in 10⁶ bits a second; the link
+        carries both directions at once.
+      ms: delay of a packet in one direction when the link is slow, in 10⁻³ seconds. Only a kernel
+        with netem can delay packets: without it the attribute `ms` is 0.
+
+    Raises:
+      NoLink: the kernel cannot limit what a namespace sends.
     """
 
     def __init__(self, name: str, count: int, mbps: float, ms: float):
@@ -41,27 +47,28 @@ class Link:
             self._limit(self._names[0], "replace", *token_bucket(mbps))
         self._limit(self._names[0], "del")
 
-    def within(self, number: int) -> list[str]:
-        """What a command is put after, to run in a namespace."""
+    def command_prefix(self, number: int) -> list[str]:
+        """The words that make a command run in a namespace when they precede it."""
         return ["ip", "netns", "exec", self._names[number]]
 
     @staticmethod
     def address(number: int) -> str:
+        """The address of a namespace."""
         return f"10.0.0.{number + 1}"
 
-    def slow(self, on: bool) -> None:
-        """Slow the link down, or no longer."""
+    def set_slow(self, slow: bool) -> None:
+        """Slow the link down, or return it to full speed."""
         rule = netem(self.mbps, self.ms) if self.netem else token_bucket(self.mbps)
-        for name in self._names if on != self._is_slow else ():
-            self._limit(name, *(("replace", *rule) if on else ("del",)))
-        self._is_slow = on
+        for name in self._names if slow != self._is_slow else ():
+            self._limit(name, *(("replace", *rule) if slow else ("del",)))
+        self._is_slow = slow
 
     def _limit(self, name: str, verb: str, *rule: str) -> None:
         _run("tc", "-n", name, "qdisc", verb, "dev", "eth0", "root", *rule)
 
 
 def netem(mbps: float, ms: float) -> tuple[str, ...]:
-    """A rate and a delay, by `tc`; its queue holds 2¹⁴ packets.
+    """A `tc` rule that limits the rate and delays packets; its queue holds 2¹⁴ packets.
 
     >>> " ".join(netem(100, 1))
     'netem rate 100000000bit delay 1000us limit 16384'
@@ -71,7 +78,9 @@ def netem(mbps: float, ms: float) -> tuple[str, ...]:
 
 
 def token_bucket(mbps: float) -> tuple[str, ...]:
-    """A rate alone, by `tc`; of two packets at once, or what a timer comes too late for.
+    """A `tc` rule that limits the rate alone.
+
+    The bucket holds at least two packets, or as much as `BURST_SECONDS` send.
 
     >>> " ".join(token_bucket(1000))
     'tbf rate 1000000000bit burst 31250 limit 16777216'
@@ -82,7 +91,11 @@ def token_bucket(mbps: float) -> tuple[str, ...]:
 
 
 def check_speed(mbps: float, ms: float) -> None:
-    """Raises a ConfigurationError where no link has such a speed."""
+    """Check the rate and the delay of a slow link.
+
+    Raises:
+      ConfigurationError: the rate is not positive, the delay negative, or one is not finite.
+    """
     if not 0 < mbps < math.inf:
         raise ConfigurationError(f"--link_mbps must be a number > 0, got {mbps:g}")
     if not 0 <= ms < math.inf:
@@ -91,10 +104,14 @@ def check_speed(mbps: float, ms: float) -> None:
 
 @contextlib.contextmanager
 def slow_link(count: int, mbps: float, ms: float) -> Iterator[Link]:
-    """A link of so many namespaces, which are gone afterwards whatever happens.
+    """Make network namespaces and the link between them, and remove them in the end.
+
+    Args:
+      count: number of namespaces.
+      mbps, ms: see `Link`.
 
     Raises:
-      NoLink: the user, the programs or the kernel cannot make one.
+      NoLink: the user is not root, or the programs or the kernel cannot make one.
     """
     if os.geteuid() != 0:
         raise NoLink("network namespaces need root")
@@ -102,23 +119,24 @@ def slow_link(count: int, mbps: float, ms: float) -> Iterator[Link]:
     switch = f"{name}-switch"
     with contextlib.ExitStack() as stack:
         stack.callback(_remove_empty, HOSTS)
-        _namespace(switch, stack)
+        _add_namespace(switch, stack)
         _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
         _run("ip", "-n", switch, "link", "set", "bridge", "up")
         for number in range(count):
             own = f"{name}-{number}"
-            _namespace(own, stack)
-            _resolve(own, Link.address(number), stack)
+            _add_namespace(own, stack)
+            _write_hosts(own, Link.address(number), stack)
             _connect(own, switch, number)
         yield Link(name, count, mbps, ms)
 
 
-def _namespace(name: str, stack: contextlib.ExitStack) -> None:
+def _add_namespace(name: str, stack: contextlib.ExitStack) -> None:
     stack.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
     _run("ip", "netns", "add", name)
 
 
 def _connect(name: str, switch: str, number: int) -> None:
+    """Join a namespace to the bridge by a pair of virtual interfaces."""
     port = f"port{number}"
     for command in (
         f"-n {switch} link add {port} type veth peer name eth0 netns {name}",
@@ -130,9 +148,8 @@ def _connect(name: str, switch: str, number: int) -> None:
         _run("ip", *command.split())
 
 
-def _resolve(name: str, address: str, stack: contextlib.ExitStack) -> None:
-    """In the namespace the machine's name is its address there: gloo listens at that of its host's
-    name."""
+def _write_hosts(name: str, address: str, stack: contextlib.ExitStack) -> None:
+    """Make the machine's name resolve to the namespace's address, since gloo listens there."""
     folder = HOSTS / name
     stack.callback(_remove_empty, folder)
     stack.callback((folder / "hosts").unlink, missing_ok=True)
@@ -152,7 +169,8 @@ def _run(*command: str) -> None:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except FileNotFoundError:
-        raise NoLink(f"there is no program {command[0]!r}, of iproute2") from None
+        raise NoLink(f"the program {command[0]!r} of iproute2 is not installed") from None
     except subprocess.CalledProcessError as error:
-        said = (error.stderr.strip().splitlines() or [f"exit status {error.returncode}"])[0]
-        raise NoLink(f"`{' '.join(command)}` said {said!r}") from None
+        status = f"exit status {error.returncode}"
+        printed = (error.stderr.strip().splitlines() or [status])[0]
+        raise NoLink(f"`{' '.join(command)}` failed: {printed!r}") from None
