@@ -1,1 +1,1 @@
-"""Binaries on top of jaxlocal: train a model, or plan what a run would do and say."""
+"""Commands on top of jaxlocal: train, plan, tune, compare, benchmark and prepare."""

@@ -26,7 +26,7 @@ from jaxlocal.data import CropFlip, Dataset, load, parse_augmentation, plan_batc
 from jaxlocal.methods import METHODS
 from jaxlocal.models import Model
 from jaxlocal.stages.gradient import GradFn
-from jaxlocal.training.loop import schedule
+from jaxlocal.training.dispatching import schedule
 from jaxlocal.types import Compressor, Method, TrainState, Tree
 
 MEASUREMENTS, CHECKPOINTS = 25, 10  # of a run, about, where the flags do not say how often

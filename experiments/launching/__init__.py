@@ -1,1 +1,1 @@
-"""How a binary starts and ends: command line, devices, processes, compilation cache."""
+"""Start and end a command: command line, devices, processes, compilation cache."""

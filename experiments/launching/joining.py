@@ -1,4 +1,4 @@
-"""One run on several processes: they meet, start JAX together, and end together."""
+"""Join the processes of one run: they connect, start JAX together, and end together."""
 
 import contextlib
 import os
@@ -12,28 +12,29 @@ import jax
 
 import jaxlocal
 from experiments.building.config import Config
-from experiments.launching.command_line import FAILED, INTERRUPTED, explained
-from experiments.launching.link import GOING_ON, Link, Place, meet, relay
+from experiments.launching.link import RESUMING, Link, Place, meet
+from experiments.launching.relay import relay
+from experiments.launching.statuses import FAILED, INTERRUPTED, explained
 from jaxlocal import ConfigurationError
 
 PATIENCE = 60.0  # seconds that processes wait for each other at the start
-HEARSAY = 5.0  # seconds within which a process hears that another is gone
+NOTICE = 5.0  # seconds within which a process learns that another one has ended
 BY_HAND = ("coordinator_address", "process_count", "process_id")
-OWN = ("--data_dir", "--stream_workers")  # flags that each process has for itself
+OWN = ("--data_dir", "--stream_workers")  # flags that may differ between processes
 
 
 class Group(NamedTuple):
-    """Which process of how many this is."""
+    """The place of this process in its run."""
 
     place: Place
-    local_devices: Sequence[int] | None = None  # that this one may use; by default all
+    local_devices: Sequence[int] | None = None  # that this process may use; by default all
 
 
 def find_group(config: Config) -> Group | None:
-    """What the flags say of the processes, or the cluster; None where there is but one.
+    """The processes of a run, from the flags or from the cluster; None for a single process.
 
     Raises:
-      ConfigurationError: flags that contradict each other, no cluster.
+      ConfigurationError: flags that contradict each other, or `--distributed` without a cluster.
     """
     given = {f"--{name}": getattr(config, name) for name in BY_HAND}
     here = [f"{name}={value}" for name, value in given.items() if value is not None]
@@ -68,14 +69,14 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _detected() -> Group | None:
-    """As `jax.distributed.initialize()` finds them: Slurm, Open MPI, Kubernetes, TPU."""
+    """The processes that `jax.distributed` detects: of Slurm, Open MPI, Kubernetes, TPU."""
     from jax._src.clusters import ClusterEnv
 
     try:
         address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, None, int(PATIENCE)
         )
-    except Exception as error:  # of the machine that tells
+    except Exception as error:  # the kind depends on the cluster
         raise ConfigurationError(f"--distributed could not ask the cluster: {error}") from error
     if address is None or count is None or number is None:
         raise ConfigurationError(
@@ -87,15 +88,19 @@ def _detected() -> Group | None:
 
 @contextlib.contextmanager
 def joined(config: Config, group: Group | None, patience: float = PATIENCE) -> Iterator[None]:
-    """Within, JAX has the devices of all processes of the group; one that fails ends them all.
+    """Join the processes: in this context JAX has the devices of all of them, and a failure of one
+    ends all.
+
+    Args:
+      patience: seconds that the processes wait for each other.
 
     Raises:
-      ConfigurationError: not all have come within so many seconds, or their flags differ.
+      ConfigurationError: a process is missing after that time, or flags differ.
     """
     if group is None:
         yield
         return
-    link = meet(group.place, _alike(config, group.place.processes), patience)
+    link = meet(group.place, _shared_lines(config, group.place.processes), patience)
     try:
         _initialize(group, link, patience)
         yield
@@ -105,8 +110,8 @@ def joined(config: Config, group: Group | None, patience: float = PATIENCE) -> I
         _end(link, error)
 
 
-def _alike(config: Config, count: int) -> list[str]:
-    """What all processes must have."""
+def _shared_lines(config: Config, count: int) -> list[str]:
+    """Flags and versions that must be the same in all processes."""
     lines = [line for line in config.flag_lines() if line.split("=")[0] not in OWN]
     return [
         f"--process_count={count}",
@@ -118,8 +123,10 @@ def _alike(config: Config, count: int) -> list[str]:
 
 def _initialize(group: Group, link: Link, patience: float) -> None:
     place, port, bound = group.place, link.service_port, group.place.bound
-    _keep_what_is_printed()
-    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    _silence_libraries()
+    jax.config.update(
+        "jax_enable_preemption_service", False
+    )  # its handler would replace that of SIGTERM
     address = f"127.0.0.1:{relay(place.host, port, patience) if place.number else port}"
     jax.distributed.initialize(
         address,
@@ -128,13 +135,13 @@ def _initialize(group: Group, link: Link, patience: float) -> None:
         group.local_devices,
         cluster_detection_method="deactivate",
         coordinator_bind_address=f"{f'[{bound}]' if ':' in bound else bound}:{port}",
-        heartbeat_timeout_seconds=3600,  # the link tells sooner, and more kindly
+        heartbeat_timeout_seconds=3600,  # the link notices sooner, and knows the cause
     )
 
 
-def _keep_what_is_printed() -> None:
-    """Gloo greets on standard output, each process and program anew: what Python prints goes on
-    there, what others write to the descriptor does not."""
+def _silence_libraries() -> None:
+    """Keep what Python prints, and discard what libraries write to the descriptor of standard
+    output: Gloo writes there for every process and program."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding)
     with open(os.devnull, "wb") as nowhere:
@@ -142,14 +149,16 @@ def _keep_what_is_printed() -> None:
 
 
 def _end(link: Link, error: BaseException) -> None:
-    """In the words of who failed first: a collective fails where another process is gone, in errors
-    of many kinds."""
+    """End all processes with the sentence of the one that failed first.
+
+    Where one process ends, collectives of the others fail with errors of many kinds.
+    """
     if not isinstance(error, ConfigurationError | KeyboardInterrupt):
-        time.sleep(HEARSAY)  # in which the link may end this process
+        time.sleep(NOTICE)  # the link may end this process meanwhile, with the cause
     known = explained(error)
     if isinstance(error, KeyboardInterrupt):
         who = f"process {link.place.number} of {link.place.processes}"
-        known = f"{who} was interrupted; {GOING_ON}", INTERRUPTED
+        known = f"{who} was interrupted; {RESUMING}", INTERRUPTED
     if known is None:
         traceback.print_exception(error)
         known = f"{type(error).__name__} in process {link.place.number}", FAILED

@@ -1,7 +1,8 @@
-"""The processes of one run, connected: who has come and with which flags, who has failed and why.
+"""Connections between the processes of one run: they compare their flags, watch each other, and
+end together.
 
-Every process keeps a connection to process 0, on which it says that it lives and hears the same of
-the others. Whoever fails says why, process 0 passes it on, and all end with that one sentence.
+Every process keeps a connection to process 0. Both sides send a heartbeat. A process that fails
+sends the reason, process 0 forwards it, and all processes end with that sentence.
 """
 
 import contextlib
@@ -14,15 +15,16 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
+from experiments.launching.relay import in_background
+from experiments.launching.statuses import FAILED
 from jaxlocal import ConfigurationError
 
-BEAT, SILENCE = 5.0, 30.0  # seconds between signs of life; without one, after which all end
-FAILED = 1  # an exit status
-GOING_ON = "the same commands go on from the last checkpoint"
+BEAT, SILENCE = 5.0, 30.0  # seconds between heartbeats; without one, until all processes end
+RESUMING = "the same commands resume from the last checkpoint"
 
 
 class Place(NamedTuple):
-    """Where processes meet, and which of them this is."""
+    """Where the processes of a run connect, and which of them this is."""
 
     host: str
     port: int
@@ -35,15 +37,14 @@ class Place(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """The address at which process 0 listens: on loopback that one only, else all of its
-        machine."""
+        """The address at which process 0 listens: the loopback one, or all of its machine."""
         if self.loopback:
             return "::1" if self.host == "::1" else "127.0.0.1"
         return "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
 
 
 class Link:
-    """The connections of this process; made by `meet`, for good."""
+    """The connections of this process, made by `meet`; they last as long as the process."""
 
     def __init__(self, place: Place, peers: "dict[int, Peer]", service_port: int):
         self.place, self.service_port = place, service_port
@@ -52,74 +53,75 @@ class Link:
         self._ending = threading.Lock()
         for number, peer in peers.items():
             peer.connection.settimeout(SILENCE)
-            _thread(self._listen, number, peer)
-        _thread(self._beat)
+            in_background(self._listen, number, peer)
+        in_background(self._beat)
 
     def done(self) -> None:
-        """This process has come to the end of its run: that it is gone is no failure."""
-        self._tell({"done": True})
+        """Announce the end of the run: the end of this process is then no failure."""
+        self._send_all({"done": True})
 
     def end(self, sentence: str, status: int) -> NoReturn:
-        """Tell all processes why, and end; where another has told already, with what that said."""
+        """End all processes with one sentence; where another process has failed before, with its
+        sentence."""
         with self._ending:
-            self._tell({"sentence": sentence, "status": status})
+            self._send_all({"sentence": sentence, "status": status})
             print("error: " + " ".join(sentence.split()), file=sys.stderr, flush=True)
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
-            os._exit(status)  # what is under way with the others would never return
+            os._exit(status)  # a collective with the other processes would never return
 
     def _listen(self, number: int, peer: "Peer") -> None:
         try:
-            for word in peer.words:
-                if word.get("done"):
+            for message in peer.messages:
+                if message.get("done"):
                     self._done.add(number)
-                elif "sentence" in word:
-                    self.end(word["sentence"], word["status"])
+                elif "sentence" in message:
+                    self.end(message["sentence"], message["status"])
             what = "has ended"
         except TimeoutError:
-            what = f"has said nothing for {SILENCE:.0f} s"
+            what = f"has sent nothing for {SILENCE:.0f} s"
         except OSError:
             what = "has ended"
         if number not in self._done:
-            self.end(f"process {number} of {self.place.processes} {what}; {GOING_ON}", FAILED)
+            self.end(f"process {number} of {self.place.processes} {what}; {RESUMING}", FAILED)
 
     def _beat(self) -> None:
         while True:
             time.sleep(BEAT)
-            self._tell({})
+            self._send_all({})
 
-    def _tell(self, word: dict[str, Any]) -> None:
+    def _send_all(self, message: dict[str, Any]) -> None:
         for peer in self._peers.values():
-            with contextlib.suppress(OSError):  # who listens to it hears that it is gone
-                _say(peer.connection, word)
+            with contextlib.suppress(OSError):  # `_listen` notices that the peer has ended
+                _send(peer.connection, message)
 
 
 class Peer(NamedTuple):
-    """A connection, and what is said on it from here on, of which some may have been read."""
+    """A connection and the messages that arrive on it, some of which may be read already."""
 
     connection: socket.socket
-    words: Iterator[dict[str, Any]]
+    messages: Iterator[dict[str, Any]]
 
 
 def meet(place: Place, flags: list[str], patience: float) -> Link:
-    """Wait until all processes have come, with the same flags.
+    """Connect the processes of a run, and check that their flags are the same.
 
     Args:
-      flags: lines "--name=value" that must be alike.
-      patience: seconds.
+      flags: lines "--name=value" that must be the same in all processes.
+      patience: seconds to wait for the others.
 
     Raises:
-      ConfigurationError: in every process that has come: not all have, or flags differ.
+      ConfigurationError: in every connected process: some are missing, or flags differ.
     """
     until = time.monotonic() + patience
     if place.number == 0:
-        return _receive(place, flags, until, patience)
-    peer = _reach(place, until, patience)
-    _say(peer, {"number": place.number, "flags": flags})
-    peer.settimeout(2 * patience)  # process 0 may have come last, and waits as long for the others
-    words = _words(peer)
+        return _accept_all(place, flags, until, patience)
+    peer = _connect(place, until, patience)
+    _send(peer, {"number": place.number, "flags": flags})
+    peer.settimeout(2 * patience)  # process 0 may start last, and then waits for the others
+    messages = _messages(peer)
     try:
-        answer = next(words, {})
+        answer = next(messages, {})
     except TimeoutError:
         raise ConfigurationError(_unanswered(place, patience)) from None
     except (OSError, ValueError):
@@ -128,46 +130,66 @@ def meet(place: Place, flags: list[str], patience: float) -> Link:
         raise ConfigurationError(answer["sentence"])
     if "port" not in answer:
         raise ConfigurationError(
-            f"the coordinator, process 0 at {place.host}:{place.port}, has ended before process "
-            f"{place.number} of {place.processes} was answered"
+            f"the coordinator, process 0 at {place.host}:{place.port}, has ended before it "
+            f"answered process {place.number} of {place.processes}"
         )
-    return Link(place, {0: Peer(peer, words)}, answer["port"])
+    return Link(place, {0: Peer(peer, messages)}, answer["port"])
 
 
-def _receive(place: Place, flags: list[str], until: float, patience: float) -> Link:
-    """Process 0's part: it hears all others, and answers them together."""
+def _accept_all(place: Place, flags: list[str], until: float, patience: float) -> Link:
+    """Process 0: wait for all other processes, check their flags and answer them together."""
     try:
         listener = _listening(place.bound, place.port)
     except OSError as error:
         raise ConfigurationError(
             f"process 0 cannot listen at {place.host}:{place.port}: {error.strerror}"
         ) from None
-    came: list[tuple[int, list[str], Peer]] = []
     with listener:
-        while len(came) < place.processes - 1 and (left := until - time.monotonic()) > 0:
-            listener.settimeout(left)
-            with contextlib.suppress(OSError, ValueError, KeyError, StopIteration):
-                peer, _ = listener.accept()
-                peer.settimeout(BEAT)  # who says nothing is none of ours
-                words = _words(peer)
-                hello = next(words)
-                came.append((int(hello["number"]), list(hello["flags"]), Peer(peer, words)))
-    numbers = [number for number, _, _ in came]
-    wrong = _twice([0, *numbers])
-    for number, theirs, _ in sorted(came, key=lambda one: one[0]):
-        wrong = wrong or _difference(flags, number, theirs)
-    wrong = wrong or _missing(place, numbers, patience)
+        joined = _accepted(listener, place.processes - 1, until)
+    wrong = _mismatch(place, flags, joined, patience)
     port = _free_port()
-    for _, _, told in came:
-        with contextlib.suppress(OSError):  # one that has gone while others came
-            _say(told.connection, {"sentence": wrong} if wrong else {"port": port})
+    for one in joined:
+        with contextlib.suppress(OSError):  # it may have ended in the meantime
+            _send(one.peer.connection, {"sentence": wrong} if wrong else {"port": port})
     if wrong:
         raise ConfigurationError(wrong)
-    return Link(place, {number: peer for number, _, peer in came}, port)
+    return Link(place, {one.number: one.peer for one in joined}, port)
+
+
+class _Joined(NamedTuple):
+    """A process that has connected to process 0."""
+
+    number: int
+    flags: list[str]
+    peer: Peer
+
+
+def _accepted(listener: socket.socket, count: int, until: float) -> list[_Joined]:
+    """The processes that connect until a time, at most `count`."""
+    joined: list[_Joined] = []
+    while len(joined) < count and (left := until - time.monotonic()) > 0:
+        listener.settimeout(left)
+        with contextlib.suppress(OSError, ValueError, KeyError, StopIteration):
+            connection, _ = listener.accept()
+            connection.settimeout(BEAT)  # a process of this run sends its flags at once
+            messages = _messages(connection)
+            hello = next(messages)
+            peer = Peer(connection, messages)
+            joined.append(_Joined(int(hello["number"]), list(hello["flags"]), peer))
+    return joined
+
+
+def _mismatch(place: Place, flags: list[str], joined: list[_Joined], patience: float) -> str | None:
+    """The sentence about processes that are there twice, have other flags or are missing."""
+    numbers = [one.number for one in joined]
+    wrong = _twice([0, *numbers])
+    for one in sorted(joined, key=lambda one: one.number):
+        wrong = wrong or _difference(flags, one.number, one.flags)
+    return wrong or _missing(place, numbers, patience)
 
 
 def _listening(address: str, port: int) -> socket.socket:
-    """At an address of this machine; "::" is all of either family."""
+    """A listener at an address of this machine; "::" stands for all addresses, IPv4 and IPv6."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family, dualstack_ipv6=address == "::")
 
@@ -177,14 +199,14 @@ def _twice(numbers: list[int]) -> str | None:
     return f"several processes have --process_id={twice[0]}" if twice else None
 
 
-def _missing(place: Place, came: list[int], patience: float) -> str | None:
-    missing = sorted(set(range(1, place.processes)) - set(came))
+def _missing(place: Place, numbers: list[int], patience: float) -> str | None:
+    missing = sorted(set(range(1, place.processes)) - set(numbers))
     if not missing:
         return None
     who = f"process {missing[0]}" if len(missing) == 1 else f"processes {_listed(missing)}"
     have = "has" if len(missing) == 1 else "have"
     return (
-        f"{who} of {place.processes} {have} not come to {place.host}:{place.port} within "
+        f"{who} of {place.processes} {have} not connected to {place.host}:{place.port} within "
         f"{patience:.0f} s"
     )
 
@@ -201,11 +223,11 @@ def _difference(ours: list[str], number: int, theirs: list[str]) -> str | None:
     return None
 
 
-def _reach(place: Place, until: float, patience: float) -> socket.socket:
+def _connect(place: Place, until: float, patience: float) -> socket.socket:
     while True:
         try:
             return socket.create_connection((place.host, place.port), timeout=patience)
-        except OSError:  # refused, while process 0 has not come
+        except OSError:  # refused until process 0 has started
             if time.monotonic() > until:
                 raise ConfigurationError(_unanswered(place, patience)) from None
             time.sleep(0.1)
@@ -218,58 +240,20 @@ def _unanswered(place: Place, patience: float) -> str:
     )
 
 
-def relay(host: str, port: int, patience: float) -> int:
-    """A port of this machine that stands for that one: what is said there is passed on, but not
-    that the other end is gone, at which JAX's client would end this process in its own words."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        while True:
-            near, _ = listener.accept()
-            far = _connected(host, port, patience)
-            if far:
-                far.settimeout(None)
-                _thread(_pass_on, near, far)
-                _thread(_pass_on, far, near)
-
-    _thread(serve)
-    return listener.getsockname()[1]
-
-
-def _connected(host: str, port: int, patience: float) -> socket.socket | None:
-    until = time.monotonic() + patience
-    while time.monotonic() < until:
-        try:
-            return socket.create_connection((host, port), timeout=patience)
-        except OSError:  # it has not started yet
-            time.sleep(0.05)
-    return None
-
-
-def _pass_on(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
-            sink.sendall(data)
-
-
 def _free_port() -> int:
     with socket.create_server(("", 0)) as listener:
         return listener.getsockname()[1]
 
 
-def _words(peer: socket.socket) -> Iterator[dict[str, Any]]:
+def _messages(connection: socket.socket) -> Iterator[dict[str, Any]]:
     buffer = b""
-    while data := peer.recv(1 << 16):
+    while data := connection.recv(1 << 16):
         *lines, buffer = (buffer + data).split(b"\n")
         yield from map(json.loads, lines)
 
 
-def _say(peer: socket.socket, word: dict[str, Any]) -> None:
-    peer.sendall(json.dumps(word).encode() + b"\n")
-
-
-def _thread(target: Any, *arguments: Any) -> None:
-    threading.Thread(target=target, args=arguments, daemon=True).start()
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _listed(numbers: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""The compilation cache: compiled programs are kept for later runs."""
+"""The compilation cache, which keeps compiled programs for later runs."""
 
 import contextlib
 import glob
@@ -11,20 +11,22 @@ from pathlib import Path
 
 import jax
 
-LIMIT = 1 << 30  # bytes of programs that are there before a run
+LIMIT = 1 << 30  # bytes of programs that a run finds
 
 
 def keep_programs() -> None:
-    """Keep what is compiled for later runs, within a limit; warns where that cannot be."""
+    """Keep compiled programs for later runs, up to a limit; warn where they cannot be kept."""
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     try:
         folder = cache_folder()
-        folder.mkdir(0o700, parents=True, exist_ok=True)  # programs are trusted
+        folder.mkdir(
+            0o700, parents=True, exist_ok=True
+        )  # programs from it are run, so no other user may write it
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(None, "it cannot be written", str(folder))
         forget_the_oldest(folder, LIMIT)
-    except (OSError, RuntimeError) as error:  # RuntimeError: of a home that is unknown
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder is unknown
         why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
         warnings.warn(f"compiled programs are not kept: {why}", stacklevel=2)
         return
@@ -34,13 +36,13 @@ def keep_programs() -> None:
 
 
 def cache_folder() -> Path:
-    """Of the user's caches, ours."""
+    """The folder of compiled programs among the caches of the user."""
     chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (chosen if chosen.is_absolute() else Path.home() / ".cache") / "jaxlocal"
 
 
 def forget_the_oldest(folder: Path, limit: int) -> None:
-    """Delete the programs that were used longest ago, as far as all have more bytes than that."""
+    """Delete the programs that were used least recently, until the rest fits the limit in bytes."""
     used = sorted(
         ((max(s.st_atime, s.st_mtime), s.st_size, entry) for entry, s in _entries(folder)),
         reverse=True,
@@ -58,26 +60,26 @@ def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
             continue
 
 
-class CacheTrouble:
-    """What JAX says, once for every program, of a compilation cache that fails: told once."""
+class CacheWarnings:
+    """Show JAX's warnings of a failing compilation cache once, not once for every program."""
 
-    SAYING = re.compile(
+    WARNING = re.compile(
         r"Error (reading|writing) persistent compilation cache entry for '([^']*)': (.*)", re.DOTALL
     )
 
     def __init__(self):
-        self._told = False
+        self._shown = False
 
     def __call__(self, sentence: str) -> str | None:
-        """The sentence to show, if any; an entry that is damaged or half written is deleted."""
-        found = self.SAYING.match(sentence)
+        """The sentence to show, if any; deletes an entry that is damaged or half written."""
+        found = self.WARNING.match(sentence)
         folder = jax.config.values["jax_compilation_cache_dir"]
         if not (found and folder):
             return sentence
         doing, program, why = found.groups()
-        with contextlib.suppress(OSError):  # of a folder of the user's that cannot be written
+        with contextlib.suppress(OSError):  # a folder that cannot be written
             for entry in Path(folder).glob(f"{glob.escape(program)}-*-cache"):
                 entry.unlink(missing_ok=True)
-        first, self._told = not self._told, True
-        shown = f"{doing} compiled programs in {folder} failed, the run goes on: {why}"
+        first, self._shown = not self._shown, True
+        shown = f"{doing} compiled programs in {folder} failed, the run continues: {why}"
         return shown if first else None

@@ -1,5 +1,5 @@
-"""What a binary settles before JAX starts: the virtual devices of a CPU, their patience with each
-other, and the compilation cache."""
+"""Settings before JAX starts: the virtual devices of a CPU, how long they wait for each other, and
+the compilation cache."""
 
 import contextlib
 import math
@@ -10,31 +10,36 @@ import jax
 
 from experiments.building.checks import check_numbers, mesh_shape
 from experiments.building.config import Config
-from experiments.building.job import worker_grid
+from experiments.building.workers import worker_grid
 from experiments.launching.program_cache import keep_programs
 from jaxlocal import ConfigurationError
 from jaxlocal.parallel.mesh import largest_mesh
 
-# By default XLA ends the process where one of a CPU's devices comes to a collective 40 s after the
-# other, as happens after long rounds on cores that have other work too, or to a suspended process.
-# XLA ends the process at a flag that it does not know: these are known to jaxlib up to 0.11.
+# By default XLA ends the process when one device of a CPU reaches a collective 40 s after another,
+# which happens after long rounds on busy cores, and when a process is suspended.
+# XLA also ends the process at an unknown flag; jaxlib knows these flags up to version 0.11.
 PATIENCE_UP_TO = (0, 11)
 PATIENCE = {
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": 600,
     "xla_cpu_collective_call_terminate_timeout_seconds": 3600,
 }
-# The most virtual devices that a mesh is given: more than that is a slip.
+# The most virtual devices that a mesh gets; a larger --mesh is a mistake.
 MOST_DEVICES = 256
-ABOUT = """On a CPU the workers are divided over as many virtual devices as use the cores, or as
---mesh asks for; JAX_NUM_CPU_DEVICES=N makes it N. Compiled programs are kept in ~/.cache/jaxlocal;
-JAX_COMPILATION_CACHE_DIR=FOLDER keeps them elsewhere, and empty nowhere."""
+ABOUT = """On a CPU the workers are divided over one virtual device per core, as far as they divide,
+or over the devices of --mesh; JAX_NUM_CPU_DEVICES=N makes N devices. Compiled programs are kept in
+~/.cache/jaxlocal, or in FOLDER with JAX_COMPILATION_CACHE_DIR=FOLDER; an empty value keeps none."""
 
 
 def start(configs: Iterable[Config], processes: int = 1, joined: int = 1) -> None:
-    """Settle it for some runs, so many processes at once on this machine; a run of so many joined
-    ones.
+    """Make the settings for some runs.
 
-    What the user has settled by JAX's own variables stays, as does all once JAX has started.
+    What the user has set by JAX's environment variables stays. Once JAX has started, nothing
+    changes.
+
+    Args:
+      configs: of the runs.
+      processes: that run at once on this machine and share its cores.
+      joined: processes of one run, which share its devices.
     """
     configs = list(configs)
     at_once, asked = max(1, cores() // processes), -(-_asked_for(configs) // joined)
@@ -44,7 +49,7 @@ def start(configs: Iterable[Config], processes: int = 1, joined: int = 1) -> Non
 
 
 def _grids(configs: Iterable[Config]) -> Iterator[tuple[int, int]]:
-    """Hubs and workers a hub of all that can be run; what is wrong is told when it is built."""
+    """Worker grids of the configs that are valid; the others raise when they are built."""
     for config in configs:
         with contextlib.suppress(ConfigurationError):
             check_numbers(config)
@@ -52,7 +57,7 @@ def _grids(configs: Iterable[Config]) -> Iterator[tuple[int, int]]:
 
 
 def _asked_for(configs: Iterable[Config]) -> int:
-    """The devices of the largest --mesh; 0 without one."""
+    """Number of devices of the largest `--mesh`; 0 without one."""
     sizes = [0]
     for config in configs:
         with contextlib.suppress(ConfigurationError):
@@ -61,16 +66,22 @@ def _asked_for(configs: Iterable[Config]) -> int:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)  # which Linux has
+    """Number of cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # on Linux only
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def use_the_cores(
     grids: Iterable[tuple[int, int]], count: int, joined: int = 1, least: int = 1
 ) -> None:
-    """Make a CPU as many virtual devices, at most so many, as the largest mesh of a grid fills;
-    where processes are joined, this one's share of it; and at least so many."""
+    """Divide a CPU into virtual devices for the largest mesh of the worker grids.
+
+    Args:
+      grids: hubs and workers per hub of each run.
+      count: the most devices of one process.
+      joined: processes that share the mesh.
+      least: the fewest devices of this process.
+    """
     by_flag = "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if by_flag or jax.config.values["jax_num_cpu_devices"] >= 0:
         return
@@ -82,7 +93,7 @@ def use_the_cores(
 
 
 def be_patient() -> None:
-    """Let a CPU's collectives wait PATIENCE, where the user has not said how long."""
+    """Let the collectives of a CPU wait `PATIENCE` seconds, unless the user has set how long."""
     if jax.__version_info__[:2] > PATIENCE_UP_TO:
         return
     chosen = os.environ.get("XLA_FLAGS", "").strip()

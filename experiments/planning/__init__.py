@@ -1,1 +1,1 @@
-"""What a run would do, without training."""
+"""Plan a run without training: its rounds, communication, memory and hours."""

@@ -1,5 +1,4 @@
-"""What a plan's rounds send between devices: promised by the ledger, and read off their compiled
-programs."""
+"""Audit a plan: compare what its rounds should send with what their compiled programs send."""
 
 import math
 from typing import Any
@@ -8,65 +7,74 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.building.job import Job, make_round_fn, model_shapes
+from experiments.building.job import Job, Plan, make_round_fn, without_model
 from experiments.plotting.display import number
 from experiments.running.feeding import Feed
-from jaxlocal import ConfigurationError
+from jaxlocal import RoundFn
 from jaxlocal.communication.accounting import by_kind
-from jaxlocal.communication.audit import audit
-from jaxlocal.training.loop import schedule
+from jaxlocal.communication.audit import Audited, audit
+from jaxlocal.types import Collective
 
 
-def audited(job: Job) -> dict[str, Any]:
-    """The first round of a job, compiled for this machine's devices.
+def audited(plan: Plan) -> dict[str, Any]:
+    """Compile the first round of a job for this machine's devices, and compare its collectives with
+    the accounting.
 
     Raises:
-      ConfigurationError: a job without a model, of which there is no program.
+      ConfigurationError: a plan without a model, which has no program.
     """
-    if job.model is None:
-        raise ConfigurationError(
-            f"--audit compiles the round of a model, and --parameters={job.config.parameters} "
-            f"plans without one"
-        )
-    with Feed(job) as feed:
-        round_fn = make_round_fn(job, feed.pool)
-        steps = next(schedule(job.method, job.steps))
-        state = round_fn.shapes(*model_shapes(job.config, job.model))
-        programs = round_fn.lower(state, feed(0, steps))
+    if not isinstance(plan, Job):
+        raise without_model(plan.config, "--audit compiles the round of one")
+    steps = plan.lengths[0]
+    with Feed(plan) as feed:
+        round_fn = make_round_fn(plan, feed.pool)
+        programs = round_fn.lower(plan.state, feed(0, steps))
     found = [
         one._replace(loops=(times, *one.loops))
         for times, program in programs
-        for one in audit(program.compile(), round_fn.mesh)
+        for one in audit(program.compile(), plan.mesh)
     ]
-    # A round's end that takes turns has all of them in its program, each as a branch.
-    turns, ending = job.method.outer.turns, job.method.outer.steps
-    others = [one for n in range(1, turns) for one in round_fn.collectives(state, ending, n)]
-    promised = by_kind(round_fn.collectives(state, steps) + others)
-    sent = by_kind(one.collective() for one in found)
     return {
         "steps": steps,
-        "turns": turns,
-        "mesh": dict(round_fn.mesh.shape),
-        "round": [
-            {
-                "collective": kind,
-                "axes": list(axes),
-                "type": dtype,
-                "bytes_ledger": promised.get((kind, axes, dtype), 0),
-                "bytes_program": sent.get((kind, axes, dtype), 0),
-            }
-            for kind, axes, dtype in sorted({*promised, *sent})
-        ],
+        "turns": plan.method.outer.turns,
+        "mesh": dict(plan.mesh.shape),
+        "round": _compared(_accounted(plan, round_fn), found),
         "collectives": [one._asdict() for one in found],
     }
 
 
+def _accounted(plan: Plan, round_fn: RoundFn) -> list[Collective]:
+    """The collectives of the first round by the accounting.
+
+    An end of rounds that takes turns has all turns in its program, each as a branch.
+    """
+    turns, ending = plan.method.outer.turns, plan.method.outer.steps
+    others = [one for n in range(1, turns) for one in round_fn.collectives(plan.state, ending, n)]
+    return round_fn.collectives(plan.state, plan.lengths[0]) + others
+
+
+def _compared(accounted: list[Collective], found: list[Audited]) -> list[dict[str, Any]]:
+    """Bytes by kind, mesh axes and type, of the accounting and of the program."""
+    expected = by_kind(accounted)
+    compiled = by_kind(one.collective() for one in found)
+    return [
+        {
+            "collective": kind,
+            "axes": list(axes),
+            "type": dtype,
+            "bytes_accounting": expected.get((kind, axes, dtype), 0),
+            "bytes_program": compiled.get((kind, axes, dtype), 0),
+        }
+        for kind, axes, dtype in sorted({*expected, *compiled})
+    ]
+
+
 def show_audit(console: Console, figures: dict[str, Any]) -> None:
-    """What `audited` gives, as a table."""
+    """Print the figures of `audited` as a table."""
     mesh = " × ".join(f"{size} {axis}" for axis, size in figures["mesh"].items())
     title = f"\nsent in a round of {figures['steps']} steps on a mesh of {mesh}"
     if figures["turns"] > 1:
-        title += f", at all {figures['turns']} of its ends that take turns"
+        title += f", with all {figures['turns']} turns of its end"
     console.print(Text(title, style="bold"), soft_wrap=True)
     if not figures["round"]:
         console.print("nothing: all workers are on one device; JAX_NUM_CPU_DEVICES=8 makes eight")
@@ -74,16 +82,17 @@ def show_audit(console: Console, figures: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("collective", "over", "type"):
         table.add_column(column)
-    for column in ("ledger, bytes", "program, bytes", "times"):
+    for column in ("accounting, bytes", "program, bytes", "times"):
         table.add_column(column, justify="right")
     for row in figures["round"]:
-        kind, axes, dtype = row["collective"], row["axes"], row["type"]
-        alike = [
-            one
-            for one in figures["collectives"]
-            if (one["kind"], list(one["axes"]), one["dtype"]) == (kind, axes, dtype)
-        ]
-        times = sum(math.prod(n or 1 for n in one["loops"]) for one in alike)
-        sizes = (number(row[f"bytes_{of}"]) for of in ("ledger", "program"))
-        table.add_row(kind, ", ".join(axes), dtype, *sizes, number(times))
+        sizes = (number(row[f"bytes_{source}"]) for source in ("accounting", "program"))
+        times = number(_times(row, figures["collectives"]))
+        table.add_row(row["collective"], ", ".join(row["axes"]), row["type"], *sizes, times)
     console.print(table, highlight=False)
+
+
+def _times(row: dict[str, Any], collectives: list[dict[str, Any]]) -> int:
+    """How often the programs of a round run the collectives of a row."""
+    key = row["collective"], row["axes"], row["type"]
+    alike = [one for one in collectives if (one["kind"], list(one["axes"]), one["dtype"]) == key]
+    return sum(math.prod(n or 1 for n in one["loops"]) for one in alike)

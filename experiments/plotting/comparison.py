@@ -1,4 +1,4 @@
-"""The picture of several runs, each of one seed or of many, over what they cost."""
+"""Picture of several runs, each of one seed or of several, over their costs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.plotting.curves import MEGABYTE, band
+from experiments.plotting.figures import load_pyplot, save_figure
 
 COSTS = {
     "step": "steps",
@@ -14,35 +15,31 @@ COSTS = {
     "wall_seconds": "seconds, with compilation",
 }
 RESULTS = {"train_loss": "train loss", "eval_loss": "test loss", "eval_accuracy": "test accuracy"}
-_WIDTH = 150  # characters of a legend's row
+_WIDTH = 150  # characters in a row of the legend
 
 
 class Curves(NamedTuple):
-    """A run's measurements, of one seed or of several, that were taken at the same steps."""
+    """The measurements of a run, of one seed or of several, taken at the same steps."""
 
     label: str
     values: dict[str, np.ndarray]  # by key of the metrics, [seeds, measurements]; NaN for null
 
     def mean(self, key: str) -> np.ndarray:
-        """[measurements], over seeds."""
+        """Mean over the seeds of a metric, or of "megabytes"; [measurements]."""
         if key == "megabytes":
             return (self.mean("bits_workers") + self.mean("bits_hubs")) / MEGABYTE
         return self.values[key].mean(0)
 
     @property
     def has_accuracy(self) -> bool:
+        """Whether the run is a classification."""
         return bool(np.isfinite(self.mean("eval_accuracy")).any())
 
 
 def plot_comparison(runs: Sequence[Curves], path: Path) -> None:
-    """Losses and accuracy over steps, communication and time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """Draw losses and accuracy of runs over steps, communication and time."""
     results = [k for k in RESULTS if k != "eval_accuracy" or any(r.has_accuracy for r in runs)]
-    figure, axes = plt.subplots(
+    figure, axes = load_pyplot().subplots(
         len(results), 3, figsize=(13, 3.2 * len(results) + 1), sharey="row", layout="constrained"
     )
     for row, result in zip(axes, results, strict=True):
@@ -59,27 +56,24 @@ def plot_comparison(runs: Sequence[Curves], path: Path) -> None:
         loc="outside lower center",
         ncols=max(1, min(len(runs), _WIDTH // (longest + 8))),
     )
-    part = path.with_name(path.stem + ".part" + path.suffix)
-    figure.savefig(part, dpi=110)
-    plt.close(figure)
-    part.replace(path)
+    save_figure(figure, path)
 
 
 def _draw(axis: Any, runs: Sequence[Curves], cost: str, result: str) -> None:
     for run, color in zip(runs, _colors(len(runs)), strict=True):
         band(axis, run.mean(cost).tolist(), run.values[result].tolist(), run.label, color)
     if cost == "megabytes":
-        said = [run.mean(cost) for run in runs]
-        ends = [x[-1] for x in said if x[-1] > 0]
+        sent = [run.mean(cost) for run in runs]
+        ends = [x[-1] for x in sent if x[-1] > 0]
         if ends and max(ends) > 5 * min(ends):
-            first = min(x[x > 0][0] for x in said if x[-1] > 0)
+            first = min(x[x > 0][0] for x in sent if x[-1] > 0)
             axis.set_xscale("symlog", linthresh=first)
             axis.set_xlim(0, None)
     axis.grid(alpha=0.3)
 
 
 def _scale_results(axis: Any, runs: Sequence[Curves], result: str) -> None:
-    """Show the differences at the end rather than the fall from the start, which all runs share."""
+    """Scale the axis so that differences at the end show, not only the common fall at the start."""
     values = [run.mean(result) for run in runs]
     everything = np.concatenate(values)
     if result == "eval_accuracy":
@@ -95,7 +89,7 @@ def _scale_results(axis: Any, runs: Sequence[Curves], result: str) -> None:
 
 
 def _colors(count: int) -> list[Any]:
-    """Colors that can be told apart, as far as there are so many."""
+    """Colors that are easy to distinguish, as far as possible."""
     import matplotlib
 
     if count <= 10:

@@ -1,36 +1,43 @@
-"""The picture of a run, and of several seeds of one."""
+"""Pictures of one run, and of several seeds of a run."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.plotting.figures import load_pyplot, save_figure
+
 MEGABYTE = 8e6  # bits
 
 
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss and accuracy over steps and over communication, H over steps, and consensus distance."""
+    """Draw loss and accuracy over steps and communication, H and consensus distance over steps.
+
+    Args:
+      lines: the measurements of a run.
+      path: of the image, a .png.
+    """
     figure, axes = _figure(2, 3, title)
     steps = [line["step"] for line in lines]
-    said = [(line["bits_workers"] + line["bits_hubs"]) / MEGABYTE for line in lines]
+    sent = [(line["bits_workers"] + line["bits_hubs"]) / MEGABYTE for line in lines]
     for row, (x, label) in enumerate(
-        [(steps, "steps"), (said, "communication: MB sent by a worker and its hub")]
+        [(steps, "steps"), (sent, "communication: MB sent by a worker and its hub")]
     ):
         _losses(axes[row, 0], x, lines, label)
         _accuracy(axes[row, 1], x, lines, label)
     _local_steps(axes[0, 2], steps, lines)
     _distance(axes[1, 2], steps, lines)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_several(runs: list[list[dict[str, Any]]], path: Path, title: str) -> None:
-    """Losses and accuracy of the average model over steps and over communication: the mean of the
-    seeds, with a band of its standard error."""
+    """Draw the mean over seeds of losses and accuracy, in a band of its standard error, over steps
+    and over communication."""
     figure, axes = _figure(2, 2, f"{title}: mean and standard error")
-    lines = min(runs, key=len)  # a run may have stopped early; bands end where the first does
-    said = [(line["bits_workers"] + line["bits_hubs"]) / MEGABYTE for line in lines]
+    lines = min(runs, key=len)  # a run may have stopped early; the bands end there
+    sent = [(line["bits_workers"] + line["bits_hubs"]) / MEGABYTE for line in lines]
     labels = ("steps", "communication: MB sent by a worker and its hub")
-    for row, x in enumerate(([line["step"] for line in lines], said)):
+    for row, x in enumerate(([line["step"] for line in lines], sent)):
         for key, name, column in (
             ("train_loss", "train", 0),
             ("eval_loss", "test", 0),
@@ -44,11 +51,11 @@ def plot_several(runs: list[list[dict[str, Any]]], path: Path, title: str) -> No
         axes[row, 0].legend()
         for axis in axes[row]:
             axis.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def band(axis: Any, x: list[float], ys: list[list[float]], label: str, color: Any = None) -> None:
-    """The mean of several curves [curves][len(x)], in a band of one standard error of it."""
+    """Draw the mean of several curves [curves][len(x)], in a band of its standard error."""
     values = np.asarray(ys, float)
     mean = values.mean(axis=0)
     (line,) = axis.plot(x, mean, label=label, color=color, marker=".", markersize=4)
@@ -58,24 +65,10 @@ def band(axis: Any, x: list[float], ys: list[list[float]], label: str, color: An
 
 
 def _figure(rows: int, columns: int, title: str) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     size = (13 * columns / 3, 3.5 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
+    figure, axes = load_pyplot().subplots(rows, columns, figsize=size, layout="constrained")
     figure.suptitle(title)
     return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    part = path.with_name(path.stem + ".part.png")
-    figure.savefig(part, dpi=110)
-    plt.close(figure)
-    part.replace(path)
 
 
 def _losses(axis: Any, x: list[float], lines: list[dict[str, Any]], label: str) -> None:
@@ -115,7 +108,7 @@ def _local_steps(axis: Any, steps: list[int], lines: list[dict[str, Any]]) -> No
     axis.step(
         steps, [line["local_steps"] for line in lines], where="pre", color="tab:purple", label="H"
     )
-    axis.set(xlabel="steps", ylabel="H, steps of a round")
+    axis.set(xlabel="steps", ylabel="H, steps per round")
     axis.set_ylim(0, 1.15 * max(line["local_steps"] for line in lines))  # above a constant η
     axis.grid(alpha=0.3)
     right = axis.twinx()
@@ -135,7 +128,7 @@ def _distance(axis: Any, steps: list[int], lines: list[dict[str, Any]]) -> None:
 
 
 def _marker(lines: list[dict[str, Any]]) -> str:
-    """Dots where there are few enough to be told apart."""
+    """Dots, unless they are so many that they overlap."""
     return "." if len(lines) <= 60 else ""
 
 

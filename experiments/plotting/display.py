@@ -1,4 +1,4 @@
-"""What a run shows while it goes and when it is done."""
+"""Progress lines and tables on the console."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,11 +16,16 @@ LINES_WITHOUT_TERMINAL = 10
 
 
 class Display:
-    """A live line on a terminal; elsewhere a plain line now and then."""
+    """Show the progress of a run: a live line on a terminal, elsewhere about ten plain lines."""
 
     def __init__(self, steps: int, bits_a_step: int = 0, quiet: bool = False):
-        """`bits_a_step` are data parallelism's, which compressed messages are compared with;
-        methods that say whole models save averages. A quiet one shows nothing."""
+        """
+        Args:
+          steps: of the run.
+          bits_a_step: that data parallelism sends, with which compressed messages are compared; 0
+            to compare the number of averages.
+          quiet: show nothing.
+        """
         self.console = Console(quiet=quiet)
         self._steps, self._bits = steps, bits_a_step
         self._accuracy: float | None = None
@@ -37,14 +42,16 @@ class Display:
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
+        """Keep the live line on the terminal in this context."""
         with self._progress:
             yield
 
-    def say(self, sentence: str) -> None:
+    def note(self, sentence: str) -> None:
+        """Print one line."""
         self.console.print(Text(sentence), soft_wrap=True)
 
     def show(self, progress: Progress, measured: dict[str, Any] | None) -> None:
-        """The run has come this far."""
+        """Show how far the run is, and the newest measurement if there is one."""
         if measured:
             self._accuracy = measured["eval_accuracy"]
         self._progress.update(
@@ -56,19 +63,19 @@ class Display:
 
     def _describe(self, progress: Progress) -> str:
         accuracy = "" if self._accuracy is None else f" acc {self._accuracy:.3f}"
-        said = progress.message_bits.workers / self._bits if self._bits else progress.round
+        sent = progress.message_bits.workers / self._bits if self._bits else progress.round
         saved = (
-            f" saved {1 - said / progress.step:.{1 if self._bits else 0}%}"
+            f" saved {1 - sent / progress.step:.{1 if self._bits else 0}%}"
             if progress.round
             else ""
         )
         loss = f" loss {progress.loss:.4f}" if progress.loss == progress.loss else ""
         place = f"round {progress.round} step {progress.step}/{self._steps}"
-        return f"{place}{loss}{accuracy} H {progress.local_steps}{saved}"
+        return f"{place}{loss}{accuracy} H {progress.round_length}{saved}"
 
 
 def show_table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
-    """Names and values."""
+    """Print a table of names and values."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
         table.add_row(Text(name), Text(value))
@@ -77,7 +84,7 @@ def show_table(console: Console, title: str, rows: list[tuple[str, str]]) -> Non
 
 
 def number(value: float) -> str:
-    """A figure with its thousands apart, or to four digits.
+    """Format an integer with thousands separators, another number with four digits.
 
     >>> number(1234567), number(0.98765)
     ('1,234,567', '0.9877')
@@ -86,7 +93,7 @@ def number(value: float) -> str:
 
 
 def data_size(bits: int) -> str:
-    """A count of bits in bytes that one can read.
+    """Format a number of bits as bytes, with a decimal unit.
 
     >>> data_size(8), data_size(8 * 2_500_000)
     ('1 B', '2.5 MB')
@@ -100,7 +107,7 @@ def data_size(bits: int) -> str:
 
 
 def columns(*names: str) -> Table:
-    """A table whose figures stand at the right."""
+    """A table whose columns, but for the first, are aligned to the right."""
     table = Table(box=None, pad_edge=False)
     for number, name in enumerate(names):
         table.add_column(name, justify="right" if number else "left")

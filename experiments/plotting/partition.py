@@ -1,4 +1,4 @@
-"""The picture of a partition: who holds what."""
+"""Picture of a partition: which examples the workers hold."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,30 +7,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.plotting.figures import load_pyplot, save_figure
 from jaxlocal.data import Batches
 
-WRITTEN = 12  # workers and classes up to which the numbers are written into the picture
-LABELLED = 20  # classes up to which each has its number at the axis
+WRITTEN = 12  # most workers and classes for which the picture shows the counts as numbers
+LABELLED = 20  # most classes for which the axis has the number of each
 
 
 def plot_partition(
     path: Path, targets: NDArray, batches: Batches, classes: int, title: str
 ) -> None:
-    """Examples by worker, and by worker and class.
+    """Draw the number of examples of each worker, and of each worker and class.
 
-    Where workers hold examples for good, it is those; else what each of them takes in the first
-    epoch. Of a regression, without classes, sizes alone are shown.
+    They are the examples that a worker holds; where workers hold none for the whole run, those that
+    it takes in the first epoch. A regression has no classes: only the sizes are drawn.
 
     Args:
       path: of the image, a .png.
       targets: [examples] labels.
       classes: 0 for a regression.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     grid = batches.shard_sizes.shape
     shards = batches.shards or _first_epoch(batches)
     figure, axes = _figure(len(shards), classes)
@@ -40,18 +36,13 @@ def plot_partition(
         counts = [np.bincount(targets[shard], minlength=classes) for shard in shards]
         _classes(figure, axes[1], np.stack(counts, axis=1))
     _workers(axes, *grid)
-    part = path.with_name(path.stem + ".part.png")
-    figure.savefig(part, dpi=110)
-    plt.close(figure)
-    part.replace(path)
+    save_figure(figure, path)
 
 
 def _figure(workers: int, classes: int) -> tuple[Any, list[Any]]:
-    from matplotlib import pyplot as plt
-
     width = float(np.clip(0.5 * workers, 7, 13))
     heights = [1.8, float(np.clip(0.4 * classes, 2, 7))] if classes else [1.8]
-    figure, axes = plt.subplots(
+    figure, axes = load_pyplot().subplots(
         len(heights),
         figsize=(width, 0.8 + sum(heights)),
         height_ratios=heights,
@@ -78,15 +69,15 @@ def _sizes(axis: Any, sizes: Sequence[int]) -> None:
 
 
 def _classes(figure: Any, axis: Any, counts: NDArray) -> None:
-    """Counts [classes, workers] as colours, and as numbers where there is room."""
+    """Draw counts [classes, workers] as colours, and as numbers where they fit."""
     from matplotlib.colors import PowerNorm
-    from matplotlib.steper import MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
-    # By the root of a count, so that a few examples differ from none.
+    # The colour follows the root of a count, so that few examples look different from none.
     norm = PowerNorm(0.5, vmin=0, vmax=max(1, counts.max()))
     image = axis.imshow(counts, norm=norm, cmap="Blues", aspect="auto", interpolation="nearest")
     whole = MaxNLocator(6, integer=True)
-    figure.colorbar(image, ax=axis, label="examples", pad=0.01, steps=whole)
+    figure.colorbar(image, ax=axis, label="examples", pad=0.01, ticks=whole)
     axis.set(ylabel="class")
     if len(counts) <= LABELLED:
         axis.set_yticks(range(len(counts)))
@@ -97,8 +88,8 @@ def _classes(figure: Any, axis: Any, counts: NDArray) -> None:
 
 
 def _workers(axes: Sequence[Any], hubs: int, per_hub: int) -> None:
-    """The axis of workers, with a line between hubs where they have several workers."""
-    from matplotlib.steper import MaxNLocator
+    """Draw the axis of workers, with lines between hubs of several workers."""
+    from matplotlib.ticker import MaxNLocator
 
     several = hubs > 1 and per_hub > 1
     for axis in axes if several else ():

@@ -1,1 +1,1 @@
-"""One run: batches, measurements, the folder that it leaves."""
+"""Run a job: its batches, its measurements, and the folder that it writes."""

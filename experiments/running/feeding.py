@@ -1,5 +1,7 @@
-"""What a run is fed: a resident pool and indices into it, or batches that are streamed; which of
-them makes no difference to the numbers."""
+"""The batches of a run: indices into a pool of examples, or examples that are streamed.
+
+Both give the same numbers.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.building.job import Job, mesh_of
+from experiments.building.job import Job
 from jaxlocal.data import Batches, Stream, make_batches
 from jaxlocal.data.examples import Examples, ExampleSource
 from jaxlocal.parallel.mesh import local_rows, place_rows
@@ -17,15 +19,17 @@ from jaxlocal.types import Tree
 
 @functools.lru_cache(maxsize=8)
 def read_all(source: Callable[[], ExampleSource]) -> Examples:
-    """All examples of a dataset's source, decoded once for all runs of this process."""
+    """Read all examples of a dataset's source, once for all runs of this process."""
     return source().examples()
 
 
 class Feed:
-    """The batches of a job: `feed(start_step, steps)`, what `training.run` asks for."""
+    """The batches of a job, `feed(start_step, steps)`, as `jaxlocal.training.run` takes them.
+
+    Close it, or use it as a context: streaming processes end then.
+    """
 
     def __init__(self, job: Job):
-        assert job.dataset is not None
         config, self._grid = job.config, job.layout.shape
         self.config, self.augmentation, self._dataset = config, job.augmentation, job.dataset
         self.pool: Tree = () if config.stream else read_all(job.dataset.train_source)
@@ -35,8 +39,7 @@ class Feed:
         self.batches: Batches = make_batches(
             config.partition, self.targets, *self._grid, config.batch_size, config.seed
         )
-        mesh = mesh_of(job)
-        self._mesh = mesh if config.stream and mesh.is_multi_process else None
+        self._mesh = job.mesh if config.stream and job.mesh.is_multi_process else None
         self._stream = self._make_stream() if config.stream else None
 
     def __enter__(self) -> "Feed":
@@ -48,7 +51,7 @@ class Feed:
 
     def __call__(self, start_step: int, steps: int) -> Tree:
         if self._stream:
-            return self._spread(self._stream(start_step, steps))
+            return self._placed(self._stream(start_step, steps))
         index = self.batches.indices(start_step, steps)
         if self.augmentation is None:
             return index
@@ -65,10 +68,10 @@ class Feed:
             return index
         if self._mesh:
             index = index.reshape(steps, -1, index.shape[-1])[:, local_rows(self._mesh, self._grid)]
-        return self._spread(read_examples(self._dataset.train_source(), index))
+        return self._placed(read_examples(self._dataset.train_source(), index))
 
-    def _spread(self, batches: Tree) -> Tree:
-        """What has been read, where that is of this process's workers alone, as global arrays."""
+    def _placed(self, batches: Tree) -> Tree:
+        """Global arrays, of the batches that every process reads for its workers alone."""
         return place_rows(batches, self._mesh, self._grid, axis=1) if self._mesh else batches
 
     def _make_stream(self) -> Stream:

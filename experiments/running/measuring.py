@@ -1,6 +1,7 @@
-"""What is measured of a run: the metrics line of a step, and the model that its metrics are of."""
+"""Measurements of a run: the metrics line of a step, and the model that the metrics describe."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,44 +9,43 @@ import numpy as np
 
 from experiments.building.job import Job
 from experiments.running.feeding import read_all
-from jaxlocal import ConfigurationError, RoundFn
-from jaxlocal.models import Model
-from jaxlocal.models.supervised import evaluation_metrics
+from jaxlocal import RoundFn
 from jaxlocal.training.evaluation import Evaluation, Reestimation
 from jaxlocal.training.loop import Progress
 from jaxlocal.types import TrainState, Tree
 
-# Examples on which batch statistics are estimated anew.
+# Examples on which batch statistics are estimated.
 REESTIMATION_EXAMPLES = 4096
 
 
 class Measure:
-    """Turns a step that is due into a metrics line.
+    """Evaluate the average model, `measure(progress)`: the metrics line of a step.
 
     Args:
-      seconds: that the run has taken before it was resumed.
-      first_batches: `first_batches(steps)`, for batch statistics that are estimated anew.
+      first_batches: `first_batches(steps)`, on which `--model_state=reestimate` estimates batch
+        statistics.
+      seconds: that the run took before it was resumed.
     """
 
-    def __init__(self, job: Job, round_fn: RoundFn, first_batches: Any, seconds: float = 0.0):
-        assert job.dataset is not None and job.model is not None
+    def __init__(
+        self,
+        job: Job,
+        round_fn: RoundFn,
+        first_batches: Callable[[int], Tree],
+        seconds: float = 0.0,
+    ):
         config, data = job.config, job.dataset
-        metrics = evaluation_metrics(job.model, data.normalize, data.classes)
         train = _sample(config.train_eval_examples, data.train_examples, config.seed)
         test = _sample(config.test_eval_examples, data.test_examples, config.seed)
         self._job, self._start = job, time.perf_counter() - seconds
-        if config.stream:
-            self._train = Evaluation(round_fn, metrics, examples=train, source=data.train_source())
-            self._test = Evaluation(round_fn, metrics, examples=test, source=data.test_source())
-        else:
-            self._train = Evaluation(round_fn, metrics, examples=train)
-            self._test = Evaluation(round_fn, metrics, read_all(data.test_source), test)
+        self._train, self._test = _evaluations(job, round_fn, train, test)
         self._reestimate = None
         if config.model_state == "reestimate":
-            self._reestimate = _reestimation(job, job.model, round_fn, first_batches)
+            self._reestimate = _reestimation(job, round_fn, first_batches)
 
     @property
     def seconds(self) -> float:
+        """Seconds of the run so far, including those before it was resumed."""
         return time.perf_counter() - self._start
 
     def model(self, state: TrainState) -> TrainState:
@@ -63,43 +63,42 @@ class Measure:
             "eval_loss": test["loss"],
             "eval_accuracy": test.get("accuracy"),
             "learning_rate": self._job.learning_rate(max(0, progress.step - 1)),
-            "local_steps": progress.local_steps,
+            "local_steps": progress.round_length,
             "consensus_distance": progress.distance,
             "bits_workers": progress.message_bits.workers,
             "bits_hubs": progress.message_bits.hubs,
         }
 
 
-def check_model(job: Job) -> None:
-    """Whether the model gives what the examples ask for, before anything is compiled or written.
-
-    Raises:
-      ConfigurationError: it does not.
-    """
-    assert job.dataset is not None and job.model is not None
-    data = job.dataset
-    batch = jax.tree.map(lambda x: np.asarray(x)[None], data.train_source()[0])
-    model = jax.eval_shape(job.model.init, jax.random.key(0))
-    metrics = evaluation_metrics(job.model, data.normalize, data.classes)
-    try:
-        jax.eval_shape(metrics, *model, batch)
-    except ConfigurationError as error:
-        raise ConfigurationError(
-            f"{job.config.model} does not fit {job.config.dataset}: {error}"
-        ) from None
+def _evaluations(
+    job: Job, round_fn: RoundFn, train: np.ndarray, test: np.ndarray
+) -> tuple[Evaluation, Evaluation]:
+    """Evaluations on the numbered examples of the training and of the test set."""
+    metrics, data = job.metrics, job.dataset
+    if not job.config.stream:
+        resident = read_all(data.test_source)
+        return (
+            Evaluation(round_fn, metrics, examples=train),
+            Evaluation(round_fn, metrics, resident, test),
+        )
+    return (
+        Evaluation(round_fn, metrics, examples=train, source=data.train_source()),
+        Evaluation(round_fn, metrics, examples=test, source=data.test_source()),
+    )
 
 
 def _sample(wanted: int, have: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(have)[: wanted or have])
 
 
-def _reestimation(job: Job, model: Model, round_fn: RoundFn, first_batches: Any) -> Reestimation:
-    """Over the first batches of the run, as the workers were given them."""
-    assert job.dataset is not None
-    normalize = job.dataset.normalize
+def _reestimation(
+    job: Job, round_fn: RoundFn, first_batches: Callable[[int], Tree]
+) -> Reestimation:
+    """Estimate batch statistics on the first batches of the run."""
+    model, normalize = job.model, job.dataset.normalize
 
     def apply(params: Tree, model_state: Tree, batch: Tree) -> Tree:
-        key = jax.random.key(0)  # of dropout, which batch statistics see in training too
+        key = jax.random.key(0)  # for dropout, which is on in training too
         return model.apply(params, model_state, normalize(batch["inputs"]), key, True)[1]
 
     steps = -(-REESTIMATION_EXAMPLES // (job.layout.workers * job.config.batch_size))

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, a line per measurement, a summary."""
+"""The folder of a run: its flags, a line for every measurement, and a summary."""
 
 import json
 import math
@@ -14,21 +14,24 @@ from experiments.building.config import PLACE, Config
 from jaxlocal import ConfigurationError
 
 METRICS, SUMMARY, FLAGS, CURVES = "metrics.jsonl", "summary.json", "flags.txt", "curves.png"
-PREVIOUS = "metrics.previous.jsonl"  # of a run that starts anew, until that has ended
+PREVIOUS = "metrics.previous.jsonl"  # kept while a run that replaces them is under way
 CHECKPOINTS, TENSORBOARD, PARTITION = "checkpoints", "tensorboard", "partition.png"
 
 
 def record(folder: Path, config: Config) -> "Recorder":
-    """What writes the run's folder: of several processes the first does."""
+    """The recorder of a run's folder; of several processes only the first writes.
+
+    Raises:
+      ConfigurationError: see `Recorder` and `ReadOnlyRecorder`.
+    """
     recorder = Recorder(folder, config) if jax.process_index() == 0 else None
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the folder is the run's own")
-    return recorder or Bystander(folder, config)
+        multihost_utils.sync_global_devices("the folder is claimed")
+    return recorder or ReadOnlyRecorder(folder, config)
 
 
 class Recorder:
-    """Writes a run's folder. The flags come first, so that no other run takes the folder for its
-    own.
+    """Write a run's folder, its flags first, so that no other run uses the folder.
 
     Raises:
       ConfigurationError: the folder holds a run with other flags, or cannot be written.
@@ -40,24 +43,27 @@ class Recorder:
         claim(folder, config)
 
     def begin(self, step: int, measurements: int | None = None) -> None:
-        """Go on from a step with the measurements that were made by then, or, at 0, anew.
+        """Start at a step, with the measurements up to it; at step 0 without any.
+
+        Args:
+          measurements: the number of them that the checkpoint of the step notes, if it does.
 
         Raises:
-          ConfigurationError: they are not there, or not so many.
+          ConfigurationError: the folder does not hold these measurements.
         """
         metrics = self.folder / METRICS
         if step and not metrics.exists():
             raise ConfigurationError(
                 f"the workdir {self.folder} has a checkpoint of step {step} but no {METRICS}; "
-                f"delete {self.folder / CHECKPOINTS} to start anew"
+                f"delete {self.folder / CHECKPOINTS} to start again"
             )
         if step:
             self.lines = [line for line in read_metrics(self.folder) if line["step"] <= step]
             if measurements not in (None, len(self.lines)):
                 raise ConfigurationError(
                     f"{metrics} holds {len(self.lines)} of the {measurements} measurements up to "
-                    f"step {step}, of which there is a checkpoint; delete "
-                    f"{self.folder / CHECKPOINTS} to start anew"
+                    f"step {step}, at which there is a checkpoint; delete "
+                    f"{self.folder / CHECKPOINTS} to start again"
                 )
         elif metrics.exists():
             os.replace(metrics, self.folder / PREVIOUS)
@@ -68,19 +74,20 @@ class Recorder:
         for line in self.lines:
             self._board.add(line)
 
-    def measured(self, line: dict[str, Any]) -> None:
-        """One more measurement, on disk when this returns."""
+    def add(self, line: dict[str, Any]) -> None:
+        """Write one measurement to the file."""
         self.lines.append(line)
         self._file.write(_as_line(line))
         self._file.flush()
         self._board.add(line)
 
-    def settle(self) -> None:
-        """Return when no crash of the machine could lose a measurement: before a checkpoint that
-        is newer than it."""
+    def flush(self) -> None:
+        """Wait until all measurements are on disk, as they must be before a checkpoint that is
+        newer."""
         os.fsync(self._file.fileno())
 
     def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary, and close the files."""
         self._file.close()
         self._board.close()
         if summary["ended"] != "interrupted":
@@ -88,11 +95,11 @@ class Recorder:
         write_json(self.folder / SUMMARY, summary)
 
 
-class Bystander(Recorder):
-    """In the place of a recorder where another process writes the folder, which both must see.
+class ReadOnlyRecorder(Recorder):
+    """The recorder of a process that does not write: the first process writes the folder.
 
     Raises:
-      ConfigurationError: it is not there.
+      ConfigurationError: this process does not see that folder.
     """
 
     def __init__(self, folder: Path, config: Config):
@@ -107,10 +114,10 @@ class Bystander(Recorder):
     def begin(self, step: int, measurements: int | None = None) -> None:
         pass
 
-    def measured(self, line: dict[str, Any]) -> None:
+    def add(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         pass
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -118,7 +125,7 @@ class Bystander(Recorder):
 
 
 class _Board:
-    """The measurements for TensorBoard: a scalar for every number of a line, by steps."""
+    """Write the measurements for TensorBoard: every number of a line as a scalar at its step."""
 
     def __init__(self, folder: Path):
         from tensorboardX import SummaryWriter
@@ -136,10 +143,10 @@ class _Board:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The measurements of a run's folder; a last line that a killed run left torn is no line.
+    """Read the measurements of a run's folder, without an incomplete last line of a killed run.
 
     Raises:
-      ConfigurationError: a line that is not JSON before others.
+      ConfigurationError: another line that is no measurement.
     """
     lines = (folder / METRICS).read_text().splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
@@ -158,7 +165,7 @@ def _measurement(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def finite(values: Any) -> Any:
-    """The values with null for what JSON has no number for."""
+    """The values with None in place of numbers that JSON does not have: NaN and the infinities."""
     if isinstance(values, dict):
         return {name: finite(value) for name, value in values.items()}
     if isinstance(values, list):
@@ -167,21 +174,22 @@ def finite(values: Any) -> Any:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it exists completely or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file, completely or not at all."""
     write_whole(path, json.dumps(finite(values), indent=2, ensure_ascii=False) + "\n")
 
 
 def claim(folder: Path, config: Config) -> None:
-    """Make the folder this run's own, by its flags.
+    """Reserve the folder for this run, by writing its flags there.
 
     Raises:
-      ConfigurationError: it holds a run with other flags, or cannot be written.
+      ConfigurationError: the folder holds a run with other flags, or cannot be written.
     """
     check_same_run(folder, config)
     try:
@@ -194,27 +202,28 @@ def claim(folder: Path, config: Config) -> None:
 
 
 def check_same_run(folder: Path, config: Config) -> None:
-    """Whether the folder is free for this run, or holds it.
+    """Check that the folder is free for this run, or holds this run.
 
     Raises:
-      ConfigurationError: it holds a run with other flags, or something else.
+      ConfigurationError: the folder holds a run with other flags, or something else.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"the workdir {folder} is a file")
     if not (folder / FLAGS).exists():
         if (folder / METRICS).exists():
             raise ConfigurationError(
-                f"the workdir {folder} holds a {METRICS} but no {FLAGS}: not a run of this program"
+                f"the workdir {folder} holds {METRICS} but no {FLAGS}: it is not a run of this "
+                f"program"
             )
         return
     lines = (folder / FLAGS).read_text(errors="replace").splitlines()
     theirs = {line for line in lines if line and line.split("=")[0] not in PLACE}
     ours = set(config.identity_lines())
     if ours != theirs:
-        its = " ".join(sorted(theirs - ours)[:3]) or "none of them"
-        asked = " ".join(sorted(ours - theirs)[:3]) or "none of them"
+        held = " ".join(sorted(theirs - ours)[:3]) or "none of them"
+        given = " ".join(sorted(ours - theirs)[:3]) or "none of them"
         raise ConfigurationError(
-            f"the workdir {folder} holds a run with other flags: it has {its}, this one {asked}"
+            f"the workdir {folder} holds a run with other flags: it has {held}, this run {given}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run that has ended shows: summary, picture, table, exported model."""
+"""The report of a run that has ended: summary, picture, table, exported model."""
 
 from typing import Any
 
@@ -8,17 +8,21 @@ import jaxlocal
 from experiments.building.job import Job
 from experiments.plotting.curves import plot_curves
 from experiments.plotting.display import Display, data_size, number, show_table
-from experiments.running.measuring import Measure
 from experiments.running.recording import CURVES, FLAGS, METRICS, PARTITION, SUMMARY, Recorder
 from jaxlocal import RoundFn
 from jaxlocal.training.checkpoints import export
 from jaxlocal.types import TrainState
 
 
-def leave(
+def report(
     job: Job, round_fn: RoundFn, recorder: Recorder, display: Display, seconds: float, why: str
 ) -> None:
-    """Summary, picture and table of what was measured."""
+    """Write the summary and the picture of a run, and print a table.
+
+    Args:
+      seconds: that the run took.
+      why: the reason of its end.
+    """
     folder, lines = recorder.folder, recorder.lines
     title = f"{title_of(job)}, {job.method.period.description}"
     recorder.finish(_summary(job, round_fn, lines, seconds, why))
@@ -27,20 +31,21 @@ def leave(
         show_table(display.console, title, _rows(lines[-1], seconds, why))
     for name in (METRICS, SUMMARY, CURVES, PARTITION, FLAGS):
         if (folder / name).exists():
-            display.say(str(folder / name))
+            display.note(str(folder / name))
 
 
 def title_of(job: Job) -> str:
+    """The title of a run in pictures and tables."""
     return f"{job.config.method} on {job.config.dataset}, {job.layout.workers} workers"
 
 
 def export_model(
-    round_fn: RoundFn, recorder: Recorder, display: Display, measure: Measure, state: TrainState
+    round_fn: RoundFn, recorder: Recorder, display: Display, state: TrainState
 ) -> None:
-    """The average model, for use elsewhere."""
-    params, model_state = round_fn.mean(measure.model(state))
+    """Write the average model of a state, for use in other programs."""
+    params, model_state = round_fn.mean(state)
     for path in export(recorder.folder / "export", params, model_state):
-        display.say(str(path))
+        display.note(str(path))
 
 
 def _summary(
@@ -69,13 +74,13 @@ def _summary(
 
 def _rows(last: dict[str, Any], seconds: float, why: str) -> list[tuple[str, str]]:
     steps, rounds, accuracy = last["step"], last["round"], last["eval_accuracy"]
-    said = f"{data_size(last['bits_workers'])}, {data_size(last['bits_hubs'])}"
-    each = f" ({steps / rounds:.1f} steps a round)" if rounds else ""
+    sent = f"{data_size(last['bits_workers'])}, {data_size(last['bits_hubs'])}"
+    each = f" ({steps / rounds:.1f} steps per round)" if rounds else ""
     return [
         ("ended", why),
         ("steps, rounds", f"{number(steps)}, {number(rounds)}{each}"),
         ("train loss, test loss", f"{number(last['train_loss'])}, {number(last['eval_loss'])}"),
         ("test accuracy", "—" if accuracy is None else f"{accuracy:.4f}"),
-        ("sent by a worker, by a hub", said),
+        ("sent by a worker, by a hub", sent),
         ("seconds", f"{seconds:.1f}"),
     ]

@@ -1,52 +1,32 @@
-"""One run for each of several seeds, and what they have in common."""
+"""The report of several seeds: the mean of every figure, and its standard error."""
 
-import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
 from experiments.building.config import Config
-from experiments.building.job import build_job
 from experiments.plotting.curves import plot_several
 from experiments.plotting.display import number, show_table
-from experiments.running.recording import CURVES, SUMMARY, claim, read_metrics, write_json
+from experiments.running.recording import CURVES, SUMMARY, read_metrics, write_json
 
-# Of the last measurement of every seed: the mean and its standard error are in the summary.
+# Figures of the last measurement of every seed whose means are in the summary.
 FIGURES = (
     *("train_loss", "eval_loss", "eval_accuracy", "best_eval_accuracy", "total_seconds"),
     *("round", "bits_workers", "bits_hubs"),
 )
 
 
-def train_several(config: Config, folder: Path, train: Callable[[Config], int]) -> int:
-    """Run the seeds one after another, each in a subfolder; the same command again goes on.
+def report_seeds(config: Config, folder: Path, seeds: Sequence[int], folders: list[Path]) -> None:
+    """Write the summary and the picture of all seeds, and print a table.
 
-    Returns the exit status of the first that failed, which ends it, or 0.
+    Args:
+      folders: of the runs, one for each seed.
     """
-    build_job(config)  # a mistake is told before anything is written
-    first = jax.process_index() == 0  # of several processes the one that writes
-    if first:
-        claim(folder, config)
-        (folder / SUMMARY).unlink(missing_ok=True)
-    seeds = range(config.seed, config.seed + config.seeds)
-    folders = [folder / f"seed_{seed}" for seed in seeds]
-    for seed, place in zip(seeds, folders, strict=True):
-        one = dataclasses.replace(config, seed=seed, seeds=1, workdir=str(place))
-        if status := train(one):
-            return status
-    if first:
-        _leave(config, folder, seeds, folders)
-    return 0
-
-
-def _leave(config: Config, folder: Path, seeds: range, folders: list[Path]) -> None:
-    """Summary, picture and table of all seeds."""
     figures = {"seeds": list(seeds), **_summary(folders), "flags": config.flag_lines()}
     write_json(folder / SUMMARY, figures)
     title = f"{config.method} on {config.dataset}, {config.workers} workers, {len(seeds)} seeds"
@@ -58,7 +38,9 @@ def _leave(config: Config, folder: Path, seeds: range, folders: list[Path]) -> N
 
 
 def mean_and_error(values: list[float]) -> dict[str, Any]:
-    """The mean, and its standard error s / √n, s with n − 1.
+    """Mean of n values and its standard error s / √n, with s² = Σ (x − mean)² / (n − 1).
+
+    The error of a single value is None.
 
     >>> mean_and_error([1.0, 2.0, 3.0])["mean"], round(mean_and_error([1.0, 2.0, 3.0])["error"], 4)
     (2.0, 0.5774)

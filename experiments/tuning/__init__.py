@@ -1,1 +1,1 @@
-"""Grids of settings and learning rates, and their results."""
+"""Tune the learning rates of settings, and compare the settings."""

@@ -1,4 +1,4 @@
-"""What tuning found: the figures of a setting, and the table of all of them."""
+"""Results of tuning: the figures of a setting, and the table of all settings."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ DIVERGED = "diverged"
 
 
 def rank(summary: dict[str, Any]) -> tuple[float, float]:
-    """How good a run ended, larger is better: by accuracy, then by loss; a diverged run is last.
+    """Rank of a run, larger is better: by accuracy, then by loss; a diverged run is last.
 
     >>> one = {"ended": "finished", "eval_accuracy": 0.9, "eval_loss": 0.3}
     >>> rank(one), rank({**one, "ended": "diverged: a model is not finite"})
@@ -23,6 +23,7 @@ def rank(summary: dict[str, Any]) -> tuple[float, float]:
 
 
 def diverged(summary: dict[str, Any]) -> bool:
+    """Whether a run diverged, by its summary."""
     return summary["ended"].startswith(DIVERGED)
 
 
@@ -35,7 +36,7 @@ def figures_of(
     """The figures of one setting.
 
     Args:
-      planned: as `plan.plan` gives them.
+      planned: as of `planning.figures.plan_figures`.
       trials: summaries by learning rate.
       best: the learning rate of the runs; None where all trials diverged.
       runs: summaries by seed.
@@ -48,9 +49,9 @@ def figures_of(
     }
     kept = ("ended", *FIGURES, "total_seconds")
     short = lambda summary: {name: summary.get(name) for name in kept}
-    said = ("compression_ratio_formula", "compression_ratio_counted", "bits_workers")
+    sent = ("compression_ratio_formula", "compression_ratio_counted", "bits_workers")
     return {
-        **{name: planned[name] for name in said},
+        **{name: planned[name] for name in sent},
         "best_learning_rate": best,
         "at_edge": len(trials) > 1 and best in (min(trials), max(trials)),
         **figures,
@@ -61,11 +62,11 @@ def figures_of(
 
 
 def markdown(settings: dict[str, dict[str, Any]]) -> str:
-    """The table of the settings."""
+    """The table of the settings, in Markdown."""
     accuracy = any("eval_accuracy" in figures for figures in settings.values())
     measure = "eval_accuracy" if accuracy else "eval_loss"
     head = ["setting", "R_C by formula", "R_C counted", "best learning rate"]
-    head += ["test accuracy" if accuracy else "test loss", "train loss", "MB said by a worker"]
+    head += ["test accuracy" if accuracy else "test loss", "train loss", "MB sent by a worker"]
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
     rows += [_row(name, figures, measure) for name, figures in settings.items()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

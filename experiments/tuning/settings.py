@@ -1,4 +1,4 @@
-"""Settings of runs that are compared: a file with a line of flags for each."""
+"""Settings of runs to compare: a file with a line of flags for each."""
 
 import dataclasses
 import re
@@ -12,19 +12,19 @@ from experiments.building.config import Config
 from experiments.launching.command_line import define_flags
 from jaxlocal import ConfigurationError
 
-# What a setting may not choose: it is the same for all, or what is looked for.
+# Flags that a setting may not have: they are the same for all settings, or searched for.
 SHARED = ("learning_rate", "seed", "seeds", "workdir")
 
 
 def read_settings(path: Path, base: Config) -> dict[str, Config]:
-    """The configs of a settings file by their names.
+    """Read the configs of a settings file, by their names.
 
-    A line is `NAME: --flag=value --flag=value`: the base with other flags. Names are names of
-    folders. Empty lines, and what follows a #, say nothing.
+    A line is `NAME: --flag=value --flag=value`: the base with other flags. The name is also the
+    name of a folder. Empty lines are skipped, and comments, which begin with #.
 
     Raises:
-      ConfigurationError: a file that cannot be read, a line that is none, a name that is given
-        twice, an unknown flag, or one that all settings share.
+      ConfigurationError: a file that cannot be read, a line without a setting, a name that is
+        given twice, an unknown flag, or one that all settings share.
     """
     try:
         lines = path.read_text().splitlines()
@@ -38,18 +38,18 @@ def read_settings(path: Path, base: Config) -> dict[str, Config]:
         name, colon, chosen = line.partition(":")
         if not colon or not re.fullmatch(r"\w[\w.-]*", name):
             raise ConfigurationError(
-                f"{path} line {number} is no setting, as in 'NAME: --flag=value': {line!r}"
+                f"{path} line {number} is no setting, such as 'NAME: --flag=value': {line!r}"
             )
         if name in settings:
             raise ConfigurationError(f"{path} has two settings named {name}, one in line {number}")
         settings[name] = _with_flags(base, chosen, f"setting {name}")
     if not settings:
-        raise ConfigurationError(f"{path} holds no setting, as in 'NAME: --flag=value'")
+        raise ConfigurationError(f"{path} has no setting, such as 'NAME: --flag=value'")
     return settings
 
 
 def _with_flags(base: Config, text: str, where: str) -> Config:
-    """The base with the flags of a line."""
+    """The base config with the flags of a line."""
     values = flags.FlagValues()
     define_flags(values)
     try:
@@ -57,7 +57,9 @@ def _with_flags(base: Config, text: str, where: str) -> Config:
     except (flags.Error, ValueError) as error:
         raise ConfigurationError(f"{where}: {error}") from None
     if rest:
-        raise ConfigurationError(f"{where}: what is {rest[0]!r}? flags look like --name=value")
+        raise ConfigurationError(
+            f"{where}: unexpected argument {rest[0]!r}; flags look like --name=value"
+        )
     chosen: dict[str, Any] = {
         name: values[name].value for name in _fields() if values[name].present
     }

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from experiments.building.config import Config
-from experiments.building.job import build_job
+from experiments.building.job import build_plan
 from experiments.planning.auditing import audited, show_audit
 from jaxlocal import ConfigurationError
 
@@ -21,23 +21,27 @@ def printed(figures):
 
 
 def test_a_round_on_hubs_is_told_by_axis():
-    job = build_job(
+    job = build_plan(
         Config(method="mll_sgd", model="logistic", hubs=4, hub_graph="ring", hub_period=2, steps=8)
     )
     figures = audited(job)
     assert (figures["steps"], figures["mesh"]) == (8, {"hubs": 4, "workers": 2})
     rows = {(row["collective"], *row["axes"]): row for row in figures["round"]}
     in_hub, between = rows["all-reduce", "workers"], rows["collective-permute", "hubs"]
-    assert in_hub["bytes_ledger"] == in_hub["bytes_program"] == 2 * 4 * VALUES  # two averages
-    assert between["bytes_ledger"] == between["bytes_program"] == 2 * 4 * VALUES  # two neighbours
+    assert in_hub["bytes_accounting"] == in_hub["bytes_program"] == 2 * 4 * VALUES  # two averages
+    assert (
+        between["bytes_accounting"] == between["bytes_program"] == 2 * 4 * VALUES
+    )  # two neighbours
     assert re.search(r"all-reduce +workers +float32 +5,200 +5,200 +2\n", printed(figures))
 
 
 def test_one_device_says_nothing():
-    figures = audited(build_job(Config(model="logistic", workers=1, steps=4)))
+    figures = audited(build_plan(Config(model="logistic", workers=1, steps=4)))
     assert figures["round"] == [] and "all workers are on one device" in printed(figures)
 
 
 def test_a_plan_without_a_model_has_no_program():
-    with pytest.raises(ConfigurationError, match="--parameters=100 plans without one"):
-        audited(build_job(Config(parameters=100, steps=4)))
+    with pytest.raises(
+        ConfigurationError, match="--parameters=100 plans a model without building it"
+    ):
+        audited(build_plan(Config(parameters=100, steps=4)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments.building.config import Config
-from experiments.building.job import build_job
+from experiments.building.job import build_plan
 from jaxlocal import ConfigurationError
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +143,7 @@ def call(module, *arguments, **environment):
 )
 def test_a_mistake_is_told_in_one_sentence_before_anything_runs(changes, words):
     with pytest.raises(ConfigurationError) as error:
-        build_job(Config(**changes))
+        build_plan(Config(**changes))
     sentence = str(error.value)
     assert "\n" not in sentence
     assert all(word in sentence for word in words), sentence
@@ -226,7 +226,7 @@ def test_flags_txt_runs_again_on_more_devices_with_the_same_numbers(tmp_path):
     assert json.loads((tmp_path / "four" / "summary.json").read_text())["devices"] == 4
     shutil.rmtree(one / "checkpoints" / "50")
     resumed = call("train", *flags, f"--workdir={one}", JAX_NUM_CPU_DEVICES="2")
-    assert resumed.returncode == 0 and "going on from step 45" in resumed.stdout
+    assert resumed.returncode == 0 and "resuming from step 45" in resumed.stdout
     last = json.loads((one / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 50
     assert last["train_loss"] == pytest.approx(lines[0][-1]["train_loss"], rel=1e-5)

@@ -12,7 +12,10 @@ import pytest
 
 from experiments import train as binary
 from experiments.building.config import Config
-from experiments.compare import common_accuracy, compare, cost_to_reach, labels, load_runs
+from experiments.comparing.compare import compare
+from experiments.comparing.labels import labels
+from experiments.comparing.reading import load_runs
+from experiments.comparing.table import common_accuracy, cost_to_reach
 from jaxlocal import ConfigurationError
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +110,7 @@ def test_the_table_says_how_good_the_runs_ended_and_what_they_said(tmp_path, cap
     ]
     compare(folders, tmp_path / "compare.png", None)
     header, four, two, *rest = capsys.readouterr().out.splitlines()
-    assert "said to 0.6000" in header  # the most that both reach
+    assert "sent to 0.6000" in header  # the most that both reach
     words = lambda line: " ".join(line.split())
     assert words(four) == "four 0.125 0.375 0.8000 0.9000 3 3 MB 7.0 2 MB 5.0"
     assert words(two) == "two 0.125 0.375 0.6000 0.6000 3 300 B 7.0 300 B 7.0"
@@ -167,7 +170,7 @@ def test_a_seed_that_is_still_going_on_waits_for_its_end(tmp_path, capsys):
     (late / "summary.json").unlink()
     compare([tmp_path / "many"], tmp_path / "compare.png", None)
     out = capsys.readouterr().out
-    assert "0.8000" in out and "±" not in out and f"{late}: still going on" in out
+    assert "0.8000" in out and "±" not in out and f"{late}: still running" in out
 
 
 def test_a_regression_has_losses_only(tmp_path, drawn, capsys):
@@ -200,7 +203,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path, capsys):
     (run,) = load_runs([folder])
     assert run.mean("step").tolist() == [0, 10, 20, 30]
     compare([folder], tmp_path / "compare.png", None)
-    assert f"{folder}: still going on" in capsys.readouterr().out
+    assert f"{folder}: still running" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -229,7 +232,7 @@ def test_other_mistakes_are_told_with_their_values(tmp_path):
     write_run(tmp_path / "odd" / "seed_0")
     write_run(tmp_path / "odd" / "seed_1", [line | {"step": 2 * line["step"]} for line in lines()])
     for folders, output, words in [
-        ([], picture, "which runs"),
+        ([], picture, "give the folders of the runs"),
         ([run, tmp_path / "none"], picture, "there is no folder .*none"),
         ([run, tmp_path / "empty"], picture, "empty is no run"),
         ([run, tmp_path / "odd" / ".." / "run"], picture, "given twice"),

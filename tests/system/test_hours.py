@@ -11,11 +11,12 @@ import reference
 from absl import flags
 from rich.console import Console
 
+from experiments import plan as binary
 from experiments.building.config import Config
-from experiments.building.job import build_job
+from experiments.building.job import build_plan
 from experiments.launching import command_line
-from experiments.plan import main_on
-from experiments.planning import hours
+from experiments.planning import cluster, hours, step_time
+from experiments.planning.options import Options, define_flags, from_flags
 from experiments.running.recording import finite
 from jaxlocal import ConfigurationError
 from jaxlocal.communication.accounting import message_bits, model_bits
@@ -28,17 +29,17 @@ PUBLISHED = {16: (26.7, 20.2), 64: (8.6, 5.5)}  # GPUs: hours of data parallel a
 
 def options(*words):
     values = flags.FlagValues()
-    hours.define_flags(values)
+    define_flags(values)
     values(["plan", *words])
-    return hours.from_flags(values)
+    return from_flags(values)
 
 
 def job(**changes):
-    return build_job(Config(**{"parameters": MODEL, "steps": 48, "local_steps": 4, **changes}))
+    return build_plan(Config(**{"parameters": MODEL, "steps": 48, "local_steps": 4, **changes}))
 
 
 def on_cluster(planned, **changes):
-    return hours.on_cluster(planned, hours.Options(**{**CLUSTER, **changes}))
+    return cluster.on_cluster(planned, Options(**{**CLUSTER, **changes}))
 
 
 def seconds(figures):
@@ -75,7 +76,7 @@ def test_hubs_average_in_themselves_and_speak_to_neighbours():
 def test_a_round_s_end_that_takes_steps_overlaps_them():
     planned = job(period="constant", workers=4)
     outer = planned.method.outer._replace(steps=2)
-    overlapped = planned._replace(method=planned.method._replace(outer=outer))
+    overlapped = dataclasses.replace(planned, method=planned.method._replace(outer=outer))
     figures = on_cluster(overlapped, step_ms=4.0)
     average = 6 * 1e-3 + 1.5 * 4 * MODEL / 1e9
     assert seconds(figures["planned"]) == pytest.approx([0.192, 12 * (average - 0.008), 0])
@@ -109,7 +110,7 @@ def test_compressed_messages_are_averaged_or_gathered():
 
 
 def _state(planned):
-    return hours.make_round_fn(planned).shapes(*hours.model_shapes(planned.config, planned.model))
+    return planned.state
 
 
 def test_workers_that_skip_steps_let_nobody_wait_but_in_data_parallelism():
@@ -124,20 +125,20 @@ def test_workers_that_skip_steps_let_nobody_wait_but_in_data_parallelism():
 def test_a_step_that_is_not_given_is_measured_without_compilation(monkeypatch):
     calls = []
 
-    def in_turns(programs, turns):
+    def interleaved_seconds(programs, turns):
         for name, program in [*programs.items()] * 2:
             program()
             calls.append(name)
         return {"4": [1.4, 1.5, 1.4], "16": [2.6, 2.7, 2.9]}
 
-    monkeypatch.setattr(hours, "in_turns", in_turns)
+    monkeypatch.setattr(step_time, "interleaved_seconds", interleaved_seconds)
     least_squares = Config(
         dataset="least_squares", model="linear", workers=4, method="mll_sgd", hubs=2, steps=48
     )
-    planned = build_job(least_squares)
-    assert hours.measure_steps(planned) == pytest.approx([100, 100, 125])
+    planned = build_plan(least_squares)
+    assert step_time.measure_steps(planned) == pytest.approx([100, 100, 125])
     assert calls == ["4", "16"] * 2
-    figures = hours.on_cluster(planned, hours.Options(bandwidth_gbps=1))
+    figures = cluster.on_cluster(planned, Options(bandwidth_gbps=1))
     assert figures["step_ms"]["median"] == pytest.approx(100)
     assert seconds(figures["planned"])[0] == pytest.approx(4.8)
     shown = io.StringIO()
@@ -153,7 +154,7 @@ def test_the_published_hours_of_qsr_and_what_they_predict(gpus):
     config = dataclasses.replace(command_line.from_flags(values), workers=gpus)
     data_parallel, planned = PUBLISHED[gpus]
     words = [f"--hours_data_parallel={data_parallel}", f"--hours_planned={planned}"]
-    figures = hours.plan_hours(build_job(config), options(*words))["fit"]
+    figures = hours.plan_hours(build_plan(config), options(*words))["fit"]
     # 9,711 of 93,600 steps end a round: see the plan's tests.
     slope = (data_parallel - planned) / (1 - 9711 / 93600)
     compute = data_parallel - slope
@@ -188,7 +189,7 @@ def test_the_published_hours_of_qsr_and_what_they_predict(gpus):
 )
 def test_the_fit_is_for_a_model_a_round(method, changes):
     known = options("--hours_data_parallel=3", "--hours_planned=2")
-    with pytest.raises(ConfigurationError, match=f"one model a round.*{method}"):
+    with pytest.raises(ConfigurationError, match=f"one model per round.*{method}"):
         hours.plan_hours(job(method=method, **changes), known)
 
 
@@ -217,7 +218,7 @@ def test_flags_that_do_not_fit_are_told(words, message):
         ({"latency_us": -1.0}, "the latency in µs must be a number ≥ 0, got -1.0"),
         ({"jitter": 2.0}, "the jitter must be in [0, 1], got 2.0"),
         ({"all_reduce": "rin"}, "unknown all-reduce 'rin'; did you mean 'ring'"),
-        ({"slowdown": "2,x"}, "--slowdown=2,x is no row of numbers"),
+        ({"slowdown": "2,x"}, "--slowdown=2,x must be numbers"),
         ({"slowdown": "0"}, "the slowdown of device 0 must be a number > 0, got 0.0"),
         ({"cluster_devices": 3}, "1 hubs × 8 workers do not divide over --cluster_devices=3"),
         ({"step_ms": None}, f"--parameters={MODEL} plans a model without building it"),
@@ -230,23 +231,22 @@ def test_a_cluster_that_does_not_fit_is_told_before_anything_is_measured(changes
 
 def test_the_plan_prints_the_hours_as_text_and_as_json(monkeypatch, capsys):
     values = flags.FlagValues()
-    flags.DEFINE_string("format", "json", "", flag_values=values)
-    flags.DEFINE_boolean("audit", False, "", flag_values=values)
-    hours.define_flags(values)
+    command_line.define_flags(values)
+    binary.define_plan_flags(values)
     words = ["--bandwidth_gbps=8", "--latency_us=1000", "--step_ms=500", "--hours_planned=2"]
-    values(["plan", *words, "--hours_data_parallel=3"])
-    monkeypatch.setattr("absl.flags.FLAGS", values)
-    monkeypatch.setattr("experiments.plan.start", lambda configs: None)
-    config = Config(parameters=MODEL, steps=48, workers=4)
-    assert main_on(config) == 0
+    words += [f"--parameters={MODEL}", "--steps=48", "--workers=4"]
+    values(["plan", "--format=json", *words, "--hours_data_parallel=3"])
+    monkeypatch.setattr(binary, "FLAGS", values)
+    monkeypatch.setattr(binary, "start", lambda configs: None)
+    assert binary.main() == 0
     printed = json.loads(capsys.readouterr().out)
-    planned = build_job(config)
-    expected = hours.plan_hours(planned, hours.from_flags(values))
+    planned = build_plan(Config(parameters=MODEL, steps=48, workers=4))
+    expected = hours.plan_hours(planned, from_flags(values))
     assert {name: printed[name] for name in ("cluster", "fit")} == json.loads(
         json.dumps(finite(expected))
     )
     values["format"].value = "text"
-    assert main_on(config) == 0
+    assert binary.main() == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "hours on a cluster of 8 devices" not in text and "cluster of 4 devices" in text
     assert "8 Gbit/s, 1000 µs" in text and "not measured" in text

@@ -137,7 +137,7 @@ def test_processes_meet_on_either_loopback(host):
 
 
 def test_all_are_told_of_who_does_not_come_or_comes_twice():
-    late = "processes 2 and 3 of 4 have not come to 127.0.0.1:PORT within 1 s"
+    late = "processes 2 and 3 of 4 have not connected to 127.0.0.1:PORT within 1 s"
     assert meeting(4, (0, []), (1, []), patience=1) == [late] * 2
     assert meeting(3, (0, []), (1, []), (1, [])) == ["several processes have --process_id=1"] * 3
 
@@ -184,7 +184,7 @@ def test_a_coordinator_that_goes_is_not_said_to_be_silent():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
-        with pytest.raises(ConfigurationError, match="has ended before process 1 of 2"):
+        with pytest.raises(ConfigurationError, match="has ended before it answered process 1 of 2"):
             meet(Place("127.0.0.1", port, 2, 1), [], 60.0)
 
 
@@ -217,8 +217,8 @@ time.sleep(120)
     ("victim", "how", "told"),
     [
         (1, signal.SIGKILL, "process 1 of 3 has ended"),
-        (2, signal.SIGSTOP, "process 2 of 3 has said nothing for 4 s"),
-        (0, signal.SIGSTOP, "process 0 of 3 has said nothing for 4 s"),
+        (2, signal.SIGSTOP, "process 2 of 3 has sent nothing for 4 s"),
+        (0, signal.SIGSTOP, "process 0 of 3 has sent nothing for 4 s"),
     ],
 )
 def test_a_process_that_dies_or_freezes_ends_the_others(victim, how, told):
@@ -231,7 +231,7 @@ def test_a_process_that_dies_or_freezes_ends_the_others(victim, how, told):
                 _, error = one.communicate(timeout=60)
                 assert one.returncode == 1
                 assert error == (
-                    f"error: {told}; the same commands go on from the last checkpoint\n"
+                    f"error: {told}; the same commands resume from the last checkpoint\n"
                 )
 
 
@@ -275,7 +275,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
             one.communicate(timeout=120) for one in (first, second)
         )
     assert (first.returncode, second.returncode) == (0, 0), first_error + second_error
-    assert "going on from step" in out and "Gloo" not in out and not nothing
+    assert "resuming from step" in out and "Gloo" not in out and not nothing
     status, whole = run(RUN, tmp_path / "alone")
     lines = without_time(read_metrics(joined))
     assert status == 0 and [line["step"] for line in lines] == [0, 50, 100, 150, 200]

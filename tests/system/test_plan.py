@@ -9,9 +9,9 @@ from absl import flags
 
 from experiments import train as binary
 from experiments.building.config import Config, default_workdir
-from experiments.building.job import build_job
+from experiments.building.job import build_plan
 from experiments.launching import command_line
-from experiments.plan import plan
+from experiments.planning.figures import plan_figures
 from experiments.running.recording import finite, read_metrics
 from jaxlocal import ConfigurationError
 
@@ -42,12 +42,12 @@ def preset(name, **changes):
     ],
 )
 def test_the_published_volumes_of_qsr(name, changes, volume):
-    figures = plan(build_job(preset(name, **changes)))
+    figures = plan_figures(build_plan(preset(name, **changes)))
     assert round(100 * figures["rounds"] / figures["steps"], 1) == volume
 
 
 def test_the_vit_plan_equals_the_reference_rule_round_by_round():
-    figures = plan(build_job(preset("qsr_vit_b.flags")))
+    figures = plan_figures(build_plan(preset("qsr_vit_b.flags")))
     rate = reference.schedule("cosine", 0.008, 93_600, 10_000)
     expected = reference.qsr_periods(rate, 93_600, 0.0175, 4, warmup_steps=10_000)
     lengths = [s["local_steps"] for s in figures["local_steps"] for _ in range(s["rounds"])]
@@ -58,7 +58,7 @@ def test_the_vit_plan_equals_the_reference_rule_round_by_round():
 @pytest.mark.parametrize("warmup", [0, 10])
 def test_schedules_equal_the_reference(kind, warmup):
     config = Config(schedule=kind, warmup_steps=warmup, steps=90, learning_rate=0.4)
-    ours, theirs = build_job(config).learning_rate, reference.schedule(kind, 0.4, 90, warmup)
+    ours, theirs = build_plan(config).learning_rate, reference.schedule(kind, 0.4, 90, warmup)
     assert [ours(t) for t in range(91)] == pytest.approx([theirs(t) for t in range(91)], rel=1e-9)
 
 
@@ -81,7 +81,7 @@ def test_the_run_does_what_the_plan_says(method, tmp_path):
         workdir=str(tmp_path / "run"),
         **SMALL_RATIOS.get(method, {}),
     )
-    figures = plan(build_job(config))
+    figures = plan_figures(build_plan(config))
     binary.train(config)
     last = read_metrics(tmp_path / "run")[-1]
     for name, planned in [("round", "rounds"), ("step", "steps")]:
@@ -92,46 +92,48 @@ def test_the_run_does_what_the_plan_says(method, tmp_path):
 
 def test_a_mesh_says_what_a_device_holds_and_makes_no_other_run():
     config = Config(parameters=1 << 12, workers=2, optimizer="adam", mesh="1x2x4")
-    figures = plan(build_job(config))
+    figures = plan_figures(build_plan(config))
     assert figures["mesh"] == {"hubs": 1, "workers": 2, "model": 4} and figures["devices"] == 8
     memory = figures["memory_bytes"]  # float32: a quarter of one worker's; the count is whole
     assert (memory["parameters"], memory["optimizer"]) == (1 << 12, (2 << 12) + 4)
     assert default_workdir(config) == default_workdir(dataclasses.replace(config, mesh=None))
     for mesh, words in [("1x3", "2 workers do not divide over 3"), ("1x2x8", "16 devices")]:
         with pytest.raises(ConfigurationError, match=words):
-            plan(build_job(dataclasses.replace(config, mesh=mesh)))
+            plan_figures(build_plan(dataclasses.replace(config, mesh=mesh)))
 
 
 def test_the_default_coefficient_gives_h_base_at_the_peak():
     for period, base in [("linear", 3), ("quadratic", 5), ("cubic", 7)]:
         config = Config(schedule="constant", period=period, local_steps=base, steps=70)
-        assert {s["local_steps"] for s in plan(build_job(config))["local_steps"][:-1]} <= {base}
+        assert {s["local_steps"] for s in plan_figures(build_plan(config))["local_steps"][:-1]} <= {
+            base
+        }
 
 
 def test_fragments_take_turns_in_a_period():
     options = {"method": "streaming_diloco", "model": "mlp", "local_steps": 8, "fragments": 4}
-    figures = plan(build_job(Config(**options, rounds=12)))
+    figures = plan_figures(build_plan(Config(**options, rounds=12)))
     assert figures["local_steps"] == [{"step": 0, "local_steps": 2, "rounds": 12}]
     assert figures["steps"] == 24 and figures["bits_workers"] == 3 * figures["bits_model"]
     assert figures["communication_volume"] == 1 / 8 and figures["compression_ratio_formula"] == 8
     # The last round of one step is no longer than the delay.
-    figures = plan(build_job(Config(**options, steps=25)))
+    figures = plan_figures(build_plan(Config(**options, steps=25)))
     assert [(s["local_steps"], s["rounds"]) for s in figures["local_steps"]] == [(2, 11), (3, 1)]
-    rising = plan(build_job(Config(**options, steps=400, period="quadratic")))
+    rising = plan_figures(build_plan(Config(**options, steps=400, period="quadratic")))
     assert all(s["local_steps"] > 1 for s in rising["local_steps"]) and rising["rounds"] < 200
     for wrong, words in [
         ({"fragments": 3}, "8 steps does not divide into 3 rounds"),
         ({"delay_steps": 2}, "H = 2 is too short"),
     ]:
         with pytest.raises(ConfigurationError, match=words):
-            plan(build_job(Config(**{**options, **wrong})))
+            plan_figures(build_plan(Config(**{**options, **wrong})))
 
 
 def test_rounds_count_steps_where_h_does_not_follow_a_schedule():
     config = Config(period="constant", local_steps=4, rounds=10)
-    assert plan(build_job(config))["steps"] == 40
+    assert plan_figures(build_plan(config))["steps"] == 40
     config = Config(method="post_local_sgd", switch_step=5, local_steps=4, rounds=10)
-    assert plan(build_job(config))["steps"] == 5 + 4 * 5
+    assert plan_figures(build_plan(config))["steps"] == 5 + 4 * 5
 
 
 def test_the_paper_graph_is_a_file_of_rows():
@@ -142,7 +144,7 @@ def test_the_paper_graph_is_a_file_of_rows():
         batch_size=8,
         hub_graph=str(PRESETS / "mll_ten_hubs.graph"),
     )
-    assert 0 < plan(build_job(config))["zeta"] < 1
+    assert 0 < plan_figures(build_plan(config))["zeta"] < 1
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,7 @@ def test_the_published_ratios_of_cser(gradient, reset, local_steps, ratio):
         local_steps=local_steps,
         steps=4 * local_steps,
     )
-    figures = plan(build_job(config))
+    figures = plan_figures(build_plan(config))
     assert figures["compression_ratio_formula"] == ratio
     # One flat tensor that all ratios divide: nothing is too small to compress.
     assert figures["compression_ratio_counted"] == ratio
@@ -198,13 +200,13 @@ def test_the_ratio_by_formula(changes, ratio):
     config = Config(steps=64, **changes)
     if changes.get("reset_compressor") == "zero":
         config = dataclasses.replace(config, parameters=64)
-    figures = finite(plan(build_job(config)))
+    figures = finite(plan_figures(build_plan(config)))
     assert figures["compression_ratio_formula"] == ratio
 
 
 def test_the_ratio_under_a_period_that_changes_takes_the_mean_h():
     changes = {"method": "cser_pl", "parameters": 1 << 16, "period": "quadratic", "steps": 640}
-    figures = plan(build_job(Config(reset_compressor="grbs:8", **changes)))
+    figures = plan_figures(build_plan(Config(reset_compressor="grbs:8", **changes)))
     assert len(figures["local_steps"]) > 1
     mean = figures["steps"] / figures["rounds"]
     assert figures["compression_ratio_formula"] == pytest.approx(8 * mean)
@@ -213,8 +215,8 @@ def test_the_ratio_under_a_period_that_changes_takes_the_mean_h():
 
 def test_small_tensors_are_counted_and_not_in_the_formula():
     """Logistic regression on 8 × 8 digits: 10 of 640 weights are said, and one of 10 biases."""
-    figures = plan(
-        build_job(Config(method="ef_sgd", model="logistic", gradient_compressor="grbs:64"))
+    figures = plan_figures(
+        build_plan(Config(method="ef_sgd", model="logistic", gradient_compressor="grbs:64"))
     )
     assert figures["compression_ratio_formula"] == 64
     assert figures["compressors"]["gradient"]["bits"] == 32 * (10 + 1)
@@ -225,7 +227,7 @@ def test_anchors_and_errors_are_in_the_memory_line():
     model = 4 * 1000
     for method, memory in [("local_sgd", (0, 0)), ("cser", (1, 0)), ("ef_sgd", (1, 4))]:
         config = Config(method=method, parameters=1000, workers=4, steps=64)
-        held = plan(build_job(config))["memory_bytes"]
+        held = plan_figures(build_plan(config))["memory_bytes"]
         if held["parameters"] == 4 * model:  # on one device
             assert (held["anchor"] / model, held["memory"] / model) == memory
         else:

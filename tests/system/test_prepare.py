@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import tiny_images
 
-from experiments import prepare as binary
-from experiments.prepare import prepare, run
+from experiments.launching.statuses import explained
+from experiments.preparing import download
+from experiments.preparing.download import prepare
 from jaxlocal.data import load
 from jaxlocal.errors import ConfigurationError
 
@@ -29,7 +30,7 @@ def command(*flags):
 @pytest.fixture
 def packages(monkeypatch):
     """As if all packages were installed that preparing needs."""
-    monkeypatch.setattr(binary, "NEEDED", ())
+    monkeypatch.setattr(download, "NEEDED", ())
 
 
 def downloads(monkeypatch, effect):
@@ -91,18 +92,16 @@ def test_a_set_made_of_another_is_prepared_as_that(tmp_path):
     ],
 )
 def test_a_failure_is_one_sentence_and_a_status(
-    error, status, told, tmp_path, packages, monkeypatch, capsys
+    error, status, told, tmp_path, packages, monkeypatch
 ):
     def fail(builder):
         raise error
 
     downloads(monkeypatch, fail)
-    try:
-        ended = run("kmnist", str(tmp_path))
-    except SystemExit as exit:
-        ended = exit.code
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert ended == status and len(lines) == 1 and told in lines[0] and "kmnist" in lines[0]
+    with pytest.raises(BaseException) as raised:
+        prepare("kmnist", str(tmp_path))
+    sentence, ended = explained(raised.value)
+    assert ended == status and "\n" not in sentence and told in sentence and "kmnist" in sentence
     with pytest.raises(ConfigurationError, match="is not prepared"):
         load("kmnist", tmp_path)
 
@@ -123,18 +122,17 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_prepared(tmp_path,
 
 
 def test_missing_packages_are_named_and_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(binary, "NEEDED", ("tensorflow_that_is_missing",))
+    monkeypatch.setattr(download, "NEEDED", ("tensorflow_that_is_missing",))
     calls = downloads(monkeypatch, lambda builder: None)
     with pytest.raises(ConfigurationError, match="pip install tensorflow_that_is_missing"):
         prepare("kmnist", str(tmp_path))
     assert not calls and not list(tmp_path.iterdir())
 
 
-def test_no_name_is_told(capsys):
-    with pytest.raises(SystemExit) as ended:
-        run(None, None)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: --dataset=NAME says what to prepare\n"
+def test_no_name_is_told():
+    done = command()
+    assert done.returncode == 2
+    assert done.stderr == "error: give --dataset=NAME, the dataset to prepare\n"
 
 
 def test_the_other_format_is_told(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from short_runs import without_time
 
 from experiments.launching import program_cache
-from experiments.launching.program_cache import CacheTrouble
+from experiments.launching.program_cache import CacheWarnings
 from experiments.running.recording import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -95,10 +95,10 @@ def test_trouble_is_told_once_and_deletes_what_it_is_about(tmp_path, monkeypatch
     monkeypatch.setattr(program_cache, "jax", SimpleNamespace(config=config))
     for name in ("jit_f-1-cache", "jit_f-2-cache", "jit_g-1-cache", "jit_h-1-cache"):
         (tmp_path / name).write_text("")
-    shown = CacheTrouble()
+    shown = CacheWarnings()
     said = "Error {} persistent compilation cache entry for '{}': OSError: [Errno 28] full"
     sentence = shown(said.format("writing", "jit_f"))
-    assert sentence is not None and sentence.endswith("the run goes on: OSError: [Errno 28] full")
+    assert sentence is not None and sentence.endswith("the run continues: OSError: [Errno 28] full")
     assert shown(said.format("reading", "jit_g")) is None
     assert shown("something else") == "something else"
     assert [path.name for path in tmp_path.iterdir()] == ["jit_h-1-cache"]

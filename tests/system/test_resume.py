@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 
 from experiments import train as binary
 from experiments.building.config import Config
-from experiments.launching.command_line import INTERRUPTED
+from experiments.launching.statuses import INTERRUPTED
+from experiments.plotting.display import Display
 from experiments.running.recording import CHECKPOINTS, METRICS, SUMMARY, read_metrics
 from jaxlocal import ConfigurationError
 
@@ -71,15 +72,15 @@ def without_time(folder):
 
 def crash_at(monkeypatch, step):
     """Once, when a measurement or a checkpoint of a step from there on is made."""
-    show = binary.Display.show
+    show = Display.show
 
     def crashing(self, now, measured):
         if now.step >= step:
-            monkeypatch.setattr(binary.Display, "show", show)
+            monkeypatch.setattr(Display, "show", show)
             raise Crash
         show(self, now, measured)
 
-    monkeypatch.setattr(binary.Display, "show", crashing)
+    monkeypatch.setattr(Display, "show", crashing)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -179,17 +180,17 @@ def test_a_run_that_is_no_longer_to_be_saved_still_goes_on(ended, tmp_path):
 
 def test_an_interrupted_run_is_saved_where_it_stands(tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, checkpoint_every=40, workdir=str(tmp_path / "run"))
-    show = binary.Display.show
+    show = Display.show
 
     def interrupted(self, now, measured):
         show(self, now, measured)
         if now.step == 21:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(binary.Display, "show", interrupted)
+    monkeypatch.setattr(Display, "show", interrupted)
     assert binary.train(config) == INTERRUPTED
     assert saved(tmp_path / "run") == [21]
-    monkeypatch.setattr(binary.Display, "show", show)
+    monkeypatch.setattr(Display, "show", show)
     assert run(config, tmp_path / "run") == run(SMALL, tmp_path / "whole")
 
 
@@ -235,5 +236,5 @@ def test_a_killed_process_goes_on_and_a_full_disk_loses_nothing(tmp_path):
     assert saved(cut), "the last good one stays"
     last = start(cut)
     out, _ = last.communicate(timeout=120)
-    assert last.returncode == 0 and "going on from step" in out
+    assert last.returncode == 0 and "resuming from step" in out
     assert without_time(cut) == without_time(whole)

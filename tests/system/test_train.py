@@ -10,7 +10,8 @@ from short_runs import SMALL, run, without_time
 
 from experiments import train as binary
 from experiments.building.job import build_job, make_round_fn
-from experiments.launching.command_line import FAILED, INTERRUPTED
+from experiments.launching.statuses import FAILED, INTERRUPTED
+from experiments.running.measuring import Measure
 from experiments.running.recording import (
     CHECKPOINTS,
     CURVES,
@@ -84,7 +85,7 @@ def test_measuring_does_not_change_the_run(small, tmp_path):
 
 def test_a_folder_of_other_flags_is_left_alone(small):
     folder, (_, lines) = small
-    with pytest.raises(ConfigurationError, match="it has --batch_size=8, this one --batch_size=4"):
+    with pytest.raises(ConfigurationError, match="it has --batch_size=8, this run --batch_size=4"):
         run(dataclasses.replace(SMALL, batch_size=4), folder)
     assert read_metrics(folder) == lines
 
@@ -121,14 +122,14 @@ def test_divergence_ends_the_run_and_keeps_what_was_measured(tmp_path):
 
 
 def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
-    measure = binary.Measure.__call__
+    measure = Measure.__call__
 
     def interrupted(self, progress):
         if progress.step >= 12:
             raise KeyboardInterrupt
         return measure(self, progress)
 
-    monkeypatch.setattr(binary.Measure, "__call__", interrupted)
+    monkeypatch.setattr(Measure, "__call__", interrupted)
     status, lines = run(SMALL, tmp_path / "run")
     assert status == INTERRUPTED
     assert [line["step"] for line in lines] == [0, 6]
@@ -141,7 +142,7 @@ def test_a_compressed_run_that_is_cut_ends_with_the_same_numbers(tmp_path, monke
         SMALL, method="qsparse_local_sgd", sync_compressor="random_k:4", checkpoint_every=6
     )
     whole = run(config, tmp_path / "whole")[1]
-    measure = binary.Measure.__call__
+    measure = Measure.__call__
 
     def interrupted(self, progress):
         if progress.step >= 18:
@@ -149,7 +150,7 @@ def test_a_compressed_run_that_is_cut_ends_with_the_same_numbers(tmp_path, monke
         return measure(self, progress)
 
     with monkeypatch.context() as patched:
-        patched.setattr(binary.Measure, "__call__", interrupted)
+        patched.setattr(Measure, "__call__", interrupted)
         assert run(config, tmp_path / "cut")[0] == INTERRUPTED
     status, lines = run(config, tmp_path / "cut")
     assert status == 0 and without_time(lines) == without_time(whole)
@@ -199,6 +200,6 @@ def test_an_interrupted_rerun_keeps_the_metrics_it_was_to_replace(tmp_path, monk
     def interrupted(self, progress):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(binary.Measure, "__call__", interrupted)
+    monkeypatch.setattr(Measure, "__call__", interrupted)
     binary.train(dataclasses.replace(unsaved, workdir=str(tmp_path / "run")))
     assert (tmp_path / "run" / PREVIOUS).read_text() == before

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import tune as binary
 from experiments.building.config import Config
-from experiments.building.job import build_job
-from experiments.plan import plan
+from experiments.building.job import build_plan
+from experiments.launching.statuses import INTERRUPTED
+from experiments.planning.figures import plan_figures
 from experiments.running.recording import SUMMARY
-from experiments.tune import RESULTS, TABLE, tune
+from experiments.tuning import runs
 from experiments.tuning.results import markdown
+from experiments.tuning.search import RESULTS, TABLE, tune
 from experiments.tuning.settings import read_settings
 from jaxlocal import ConfigurationError
 
@@ -72,8 +73,8 @@ def test_what_has_ended_is_not_run_again_and_what_was_cut_is(tuned, monkeypatch,
     cut = folder / "runs" / "cser_pl" / "seed_2"
     (cut / SUMMARY).unlink()
     trained = []
-    train = binary.train
-    monkeypatch.setattr(binary, "train", lambda one: trained.append(one.workdir) or train(one))
+    train = runs.train
+    monkeypatch.setattr(runs, "train", lambda one: trained.append(one.workdir) or train(one))
     assert tune(base, folder / "two.settings", RATES) == 0
     assert trained == [str(cut)]
     again = json.loads((folder / "runs" / RESULTS).read_text())
@@ -90,9 +91,9 @@ def test_other_flags_do_not_mix_with_runs_that_are_there(tuned):
 
 def test_a_run_that_is_cut_ends_the_tuning(tmp_path, monkeypatch, capsys):
     (tmp_path / "one.settings").write_text("one: --local_steps=2")
-    monkeypatch.setattr(binary, "train", lambda one: binary.INTERRUPTED)
+    monkeypatch.setattr(runs, "train", lambda one: INTERRUPTED)
     base = dataclasses.replace(BASE, workdir=str(tmp_path / "runs"))
-    assert tune(base, tmp_path / "one.settings", [0.1]) == binary.INTERRUPTED
+    assert tune(base, tmp_path / "one.settings", [0.1]) == INTERRUPTED
     assert "stopped, see" in capsys.readouterr().err
     assert not (tmp_path / "runs" / RESULTS).exists()
 
@@ -156,5 +157,5 @@ def test_the_presets_have_the_ratio_that_they_are_named_for(name, count):
     settings = read_settings(PRESETS / f"{name}.settings", Config(steps=512, parameters=1 << 20))
     assert len(settings) == count
     for setting, config in settings.items():
-        ratio = plan(build_job(config))["compression_ratio_formula"]
+        ratio = plan_figures(build_plan(config))["compression_ratio_formula"]
         assert ratio == (1 if setting == "data_parallel" else int(setting.rpartition("_")[2]))

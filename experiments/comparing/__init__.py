@@ -1,0 +1,1 @@
+"""Compare runs that have been trained."""

@@ -1,0 +1,69 @@
+"""Read the runs in some folders, each of one seed or of several, to compare them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.comparing.folders import seed_folders
+from experiments.comparing.labels import labels
+from experiments.plotting.comparison import Curves
+from experiments.running.recording import METRICS, read_metrics
+from jaxlocal import ConfigurationError
+
+KEYS = (
+    *("step", "round", "wall_seconds", "train_loss", "eval_loss", "eval_accuracy"),
+    *("bits_workers", "bits_hubs"),
+)
+
+
+def load_runs(folders: Sequence[Path]) -> list[Curves]:
+    """Read the runs in some folders, with labels that distinguish them.
+
+    Raises:
+      ConfigurationError: a folder that is no run, that is given twice, or whose metrics are damaged
+        or have fewer than two measurements.
+    """
+    places = [folder.resolve() for folder in folders]
+    for before, folder in enumerate(folders):
+        if places[before] in places[:before]:
+            raise ConfigurationError(f"{folder} is given twice")
+    values = [_read(folder) for folder in folders]
+    return [Curves(*pair) for pair in zip(labels(folders), values, strict=True)]
+
+
+def _read(folder: Path) -> dict[str, np.ndarray]:
+    """The metrics of all seeds, [seeds, measurements], up to the end of the shortest."""
+    lines = [_lines(path) for path in seed_folders(folder)]
+    length = min(map(len, lines))
+    lines = [seed[:length] for seed in lines]
+    values = {key: np.array([[line[key] for line in seed] for seed in lines]) for key in KEYS}
+    if (values["step"] != values["step"][0]).any():
+        raise ConfigurationError(f"the seeds in {folder} were not measured at the same steps")
+    return values
+
+
+def too_short(folder: Path) -> bool:
+    """Whether a run has fewer than two measurements."""
+    return min(len(_lines(path, least=0)) for path in seed_folders(folder)) < 2
+
+
+def _lines(folder: Path, least: int = 2) -> list[dict[str, Any]]:
+    """The measurements of one seed."""
+    path = folder / METRICS
+    try:
+        lines = [{key: _number(line[key]) for key in KEYS} for line in read_metrics(folder)]
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigurationError(f"{path} is damaged: it has lines that no run wrote") from None
+    if len(lines) < least:
+        raise ConfigurationError(
+            f"{path} holds {len(lines)} measurements, and a curve needs 2 or more"
+        )
+    return lines
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)

@@ -1,0 +1,1 @@
+"""Prepare datasets for training."""

@@ -1,0 +1,146 @@
+"""One run in its folder, from its start or from its newest checkpoint to its end."""
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from experiments.building.job import (
+    Job,
+    initial_state,
+    make_round_fn,
+    measure_every,
+    save_every,
+)
+from experiments.launching.statuses import FAILED, INTERRUPTED
+from experiments.plotting.display import Display
+from experiments.plotting.partition import plot_partition
+from experiments.running.feeding import Feed
+from experiments.running.measuring import Measure
+from experiments.running.recording import PARTITION, Recorder, record
+from experiments.running.reporting import export_model, report, title_of
+from experiments.running.saving import Saver
+from jaxlocal import RoundFn
+from jaxlocal.communication.accounting import model_bits
+from jaxlocal.data import StreamError
+from jaxlocal.training.checkpoints import SavingError
+from jaxlocal.training.loop import Diverged, Progress, run
+
+
+def run_job(job: Job, folder: Path) -> int:
+    """Train a job, or resume it from its newest checkpoint, and write its folder.
+
+    Returns:
+      The exit status.
+
+    Raises:
+      ConfigurationError: data that cannot be read, or a folder of another run.
+    """
+    with Feed(job) as feed:
+        round_fn = make_round_fn(job, feed.pool)
+        recorder = record(folder, job.config)
+        with Saver(job, folder) as saver:
+            return _Run(job, round_fn, feed, recorder, saver).to_the_end()
+
+
+class _Run:
+    """A run that is under way: its state, and everything that watches it."""
+
+    def __init__(self, job: Job, round_fn: RoundFn, feed: Feed, recorder: Recorder, saver: Saver):
+        self.job, self.round_fn, self.feed = job, round_fn, feed
+        self.recorder, self.saver = recorder, saver
+        restored = saver.newest(job.state)
+        self.state, notes = restored or (initial_state(job, round_fn), {})
+        self.first = jax.process_index() == 0  # of several processes the one that writes and shows
+        uncompressed = model_bits(job.state.params) if job.compressors else 0
+        self.display = Display(job.steps, uncompressed, quiet=not self.first)
+        self.ended: str | None = notes.get("ended")
+        self.measurements: int | None = notes.get("measurements")
+        self.measure = Measure(job, round_fn, feed.first, notes.get("seconds", 0.0))
+
+    def to_the_end(self) -> int:
+        """Train, then write what the run leaves; returns the exit status."""
+        begin = int(self.state.step)
+        self.recorder.begin(begin, self.measurements)
+        self._show_start(begin)
+        status, why = (0, self.ended) if self.ended else self._train()
+        self.saver.wait()
+        if self.first:
+            seconds = self.measure.seconds
+            report(self.job, self.round_fn, self.recorder, self.display, seconds, why)
+        if self.job.config.export and not status:
+            state = self.measure.model(self.state)
+            export_model(self.round_fn, self.recorder, self.display, state)
+        if status:
+            print(f"error: {why}", file=sys.stderr)
+        return status
+
+    def _train(self) -> tuple[int, str]:
+        """Take all steps; returns the exit status and the reason of the end."""
+        job = self.job
+        progresses = run(
+            self.round_fn, self.state, self.feed, job.steps, measure_every(job), save_every(job)
+        )
+        try:
+            with self.display.live():
+                return self._follow(progresses)
+        except Diverged as error:
+            return FAILED, f"diverged: {error}"
+        except (SavingError, StreamError, KeyboardInterrupt) as error:
+            if jax.process_count() > 1:
+                raise  # the other processes end too, and the run resumes from a checkpoint
+            if not isinstance(error, SavingError) and self.saver.wants(self.round_fn, self.state):
+                self._save()
+            interrupted = isinstance(error, KeyboardInterrupt)
+            return (INTERRUPTED, "interrupted") if interrupted else (FAILED, str(error))
+
+    def _follow(self, progresses: Iterator[Progress]) -> tuple[int, str]:
+        """Measure, show and save every progress that is due."""
+        for progress in progresses:
+            line = self.measure(progress) if progress.due else None
+            if line:
+                self.recorder.add(line)
+            self.state = progress.state  # everything due at its step is measured
+            self.display.show(progress, line)
+            loss = line["train_loss"] if line else 0.0
+            if not math.isfinite(loss):
+                where = f"at step {progress.step}"
+                return FAILED, f"diverged: the average model's loss is {loss} {where}"
+            enough = self.job.config.stop_train_loss
+            if line and enough is not None and loss < enough:
+                why = f"training loss {loss:.4g} < {enough:g}"
+                self._save(why)
+                return 0, why
+            if progress.save:
+                self._save("finished" if progress.step == self.job.steps else None)
+        return 0, "finished"
+
+    def _save(self, ended: str | None = None) -> None:
+        self.recorder.flush()
+        notes = {"seconds": self.measure.seconds, "measurements": len(self.recorder.lines)}
+        self.saver.save(self.state, notes | ({"ended": ended} if ended else {}))
+
+    def _show_start(self, begin: int) -> None:
+        """Show what is unusual about the start of the run, and the partition if it is asked for."""
+        hubs, workers = self.job.layout.shape
+        if self.round_fn.mesh.size < jax.device_count():
+            self.display.note(
+                f"{hubs} hubs × {workers} workers divide over {self.round_fn.mesh.size} of the "
+                f"{jax.device_count()} devices; the others stay idle"
+            )
+        if self.ended:
+            self.display.note(f"this run has ended; delete {self.recorder.folder} to run it again")
+        elif begin:
+            self.display.note(f"resuming from step {begin}")
+        if self.job.config.plot_partition and self.first:
+            self._plot_partition()
+
+    def _plot_partition(self) -> None:
+        dataset, config = self.job.dataset, self.job.config
+        path = self.recorder.folder / PARTITION
+        title = f"{config.dataset}, {config.partition}, {title_of(self.job).split(', ')[-1]}"
+        targets = self.feed.targets
+        classes = dataset.classes if targets.ndim == 1 else 0  # a text has no label
+        plot_partition(path, targets, self.feed.batches, classes, title)
