@@ -93,7 +93,7 @@ def _outer(config: Config, name: str) -> Any:
 
 
 def _check_own_options(config: Config) -> None:
-    """Options that only some methods have."""
+    """Check the options that only some methods have."""
     spec = METHODS[config.method]
     for name in sorted({name for other in METHODS.values() for name in other.own_options}):
         value = getattr(config, name)

@@ -1,7 +1,11 @@
-"""Fields that are also flags, and the flags of the method and of compression."""
+"""Fields that are also flags, and the flags of the method and of compression.
+
+Help texts read defaults from the table of methods.
+"""
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from jaxlocal.methods import METHODS
@@ -24,26 +28,41 @@ _method = functools.partial(flag, "method")
 _compression = functools.partial(flag, "compression")
 
 
+def _by_value(values: Mapping[str, Any]) -> str:
+    """Group names by their value.
+
+    >>> _by_value({"slowmo": "sgd", "diloco": "nesterov", "sparse_loco": "sgd"})
+    'sgd in slowmo and sparse_loco, nesterov in diloco'
+    """
+    groups: dict[Any, list[str]] = {}
+    for name, value in values.items():
+        groups.setdefault(value, []).append(name)
+    return ", ".join(f"{value} in {_and(names)}" for value, names in groups.items())
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+
+
 def _other_periods() -> str:
-    """The methods whose rule for the period is another one by default, for help texts."""
-    rules = {name: spec.period for name, spec in METHODS.items() if spec.period != "constant"}
-    return ", ".join(f"{rule} in {name}" for name, rule in rules.items())
+    """The methods whose default period is not constant, each with its rule."""
+    return _by_value({n: spec.period for n, spec in METHODS.items() if spec.period != "constant"})
 
 
-def _outer(fact: str) -> str:
-    """A fact of every method's default outer optimizer."""
+def _outer(property: str) -> str:
+    """A property of the default outer optimizer, of each method that has one."""
     defaults = {name: spec.outer_optimizer for name, spec in METHODS.items()}
-    return ", ".join(f"{getattr(d, fact)} in {name}" for name, d in defaults.items() if d)
+    return _by_value({name: getattr(d, property) for name, d in defaults.items() if d})
 
 
 def _compressed(what: str) -> str:
-    """The default compressors of the methods that have one for this."""
+    """The default compressor, of each method that compresses this kind of message."""
     specs = {n: s.compressors[what] for n, s in METHODS.items() if what in s.compressors}
-    return ", ".join(f"{spec or 'uncompressed'} in {name}" for name, spec in specs.items())
+    return _by_value({name: spec or "none" for name, spec in specs.items()})
 
 
 def _owners(flag: str) -> str:
-    """The methods that have an option, and its default."""
+    """The methods that have an option, each with its default."""
     owners = {name: spec for name, spec in METHODS.items() if flag in spec.own_options}
     return ", ".join(
         f"{name} (by default {spec.default(spec.own_options[flag])})"
@@ -55,10 +74,7 @@ def _owners(flag: str) -> str:
 class MethodFlags:
     """The flags that choose a method and its options."""
 
-    method: str = _method(
-        "local_sgd",
-        f"{', '.join(METHODS)}.",
-    )
+    method: str = _method("local_sgd", f"{', '.join(METHODS)}.")
     local_steps: int = _method(
         4,
         """Steps between averages: H_base of the period; in mll_sgd and hl_sgd τ, the steps between
@@ -143,5 +159,5 @@ class MethodFlags:
     )
     error_decay: float | None = _compression(
         None,
-        f"Of {_owners('error_decay')}: factor by which a round shrinks the residual.",
+        f"In {_owners('error_decay')}: factor by which a round shrinks the residual.",
     )

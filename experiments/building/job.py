@@ -18,7 +18,8 @@ from experiments.building.compressors import make_compressors
 from experiments.building.config import Config
 from experiments.building.methods import Parts, build_method
 from experiments.building.models import build_model, make_gradients, make_metrics
-from experiments.building.schedules import count_steps, make_optimizer, make_period, make_schedule
+from experiments.building.optimizers import make_optimizer
+from experiments.building.schedules import count_steps, make_period, make_schedule
 from experiments.building.workers import make_layout, mixing_matrix, worker_grid
 from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh, periods
 from jaxlocal.communication import topology
@@ -123,28 +124,10 @@ def without_model(config: Config, why: str) -> ConfigurationError:
 
 
 def _plan(config: Config, grid: tuple[int, int], task: _Task) -> Plan:
-    layout = make_layout(config, grid, task.shard_sizes)
-    steps = count_steps(config)
-    if config.warmup_steps > steps:
-        raise ConfigurationError(
-            f"a warm-up of {config.warmup_steps} steps is longer than the run of {steps}"
-        )
-    rate = make_schedule(config, steps)
-    matrix, compressors = mixing_matrix(config, layout), make_compressors(config)
-    method = build_method(
-        Parts(
-            config,
-            task.grad_fn,
-            make_optimizer(config, rate),
-            rate,
-            layout,
-            steps,
-            make_period(config, rate, steps),
-            matrix,
-            compressors,
-        )
-    )
-    mesh = make_mesh(layout, shape=mesh_shape(config))
+    layout, steps = make_layout(config, grid, task.shard_sizes), count_steps(config)
+    parts = _parts(config, task.grad_fn, layout, steps)
+    method, mesh = build_method(parts), make_mesh(layout, shape=mesh_shape(config))
+    state = RoundFn(method, layout, mesh).shapes(*task.model_shapes)
     return Plan(
         config=config,
         layout=layout,
@@ -152,13 +135,28 @@ def _plan(config: Config, grid: tuple[int, int], task: _Task) -> Plan:
         method=method,
         steps=steps,
         lengths=tuple(schedule(method, steps)),
-        learning_rate=periods.rates(rate),
-        zeta=topology.zeta(matrix) if METHODS[config.method].network else None,
-        compressors=compressors,
+        learning_rate=periods.rates(parts.schedule),
+        zeta=topology.zeta(parts.matrix) if METHODS[config.method].network else None,
+        compressors=parts.compressors,
         model_shapes=task.model_shapes,
-        state=RoundFn(method, layout, mesh).shapes(*task.model_shapes),
+        state=state,
         example_bytes=task.example_bytes,
         pool_bytes=task.pool_bytes,
+    )
+
+
+def _parts(config: Config, grad_fn: GradFn, layout: Layout, steps: int) -> Parts:
+    rate = make_schedule(config, steps)
+    return Parts(
+        config=config,
+        grad_fn=grad_fn,
+        optimizer=make_optimizer(config, rate),
+        schedule=rate,
+        layout=layout,
+        steps=steps,
+        period=make_period(config, rate, steps),
+        matrix=mixing_matrix(config, layout),
+        compressors=make_compressors(config),
     )
 
 

@@ -1,4 +1,4 @@
-"""From flags to a method: its arguments, found by the names in its signature."""
+"""From flags to a method: its arguments are found by the names in its signature."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -7,7 +7,8 @@ import numpy as np
 import optax
 
 from experiments.building.config import Config
-from experiments.building.schedules import make_outer_optimizer, switch_step
+from experiments.building.optimizers import make_outer_optimizer
+from experiments.building.schedules import switch_step
 from jaxlocal import Layout
 from jaxlocal.methods import METHODS
 from jaxlocal.stages import GradFn
@@ -37,7 +38,7 @@ def build_method(parts: Parts) -> Method:
 
 
 def _common(parts: Parts) -> dict[str, Any]:
-    """Arguments that several methods have, by their names."""
+    """The arguments that several methods have, by name."""
     config = parts.config
     return {
         "period": parts.period,
@@ -55,13 +56,13 @@ def _common(parts: Parts) -> dict[str, Any]:
 
 
 def _compressors(parts: Parts) -> dict[str, Any]:
-    """Compressors by the arguments that take them: `gradient_compressor`, or `compressor` alone."""
+    """The compressors by argument: `gradient_compressor` or another kind, or `compressor` alone."""
     given = {f"{what}_compressor": c for what, c in parts.compressors.items()}
     return given | dict.fromkeys(["compressor"], next(iter(given.values()), None))
 
 
 def _own(parts: Parts) -> dict[str, Any]:
-    """Arguments that only this method has, where their flags are given."""
+    """The arguments that only this method has, for the flags that are given."""
     options = METHODS[parts.config.method].own_options
     values = {argument: getattr(parts.config, flag) for flag, argument in options.items()}
     return {argument: value for argument, value in values.items() if value is not None}

@@ -80,6 +80,42 @@ def test_imports_go_down_only(path):
         assert own(path) <= allowed(part(path))
 
 
+EXPERIMENTS = PROJECT / "experiments"
+COMMANDS = {"train", "plan", "tune", "compare", "benchmark", "prepare"}
+# Rooms of experiments, as FLOORS; the commands are above them.
+EXPERIMENT_FLOORS = (
+    ("building", "plotting"),
+    ("launching",),
+    ("running",),
+    ("benchmarks",),
+    ("comparing", "planning", "preparing"),
+    ("tuning",),
+)
+
+
+def experiment_rooms(path: Path) -> set[str]:
+    """The rooms, or commands, of experiments that a file imports."""
+    names = {name for name in imported(path) if name.startswith("experiments.")}
+    return {name.split(".")[1] for name in names}
+
+
+def test_the_root_of_experiments_holds_commands_only():
+    assert {path.stem for path in EXPERIMENTS.glob("*.py")} - {"__init__"} == COMMANDS
+    rooms = {path.parent.name for path in EXPERIMENTS.glob("*/__init__.py")}
+    assert rooms == {room for floor in EXPERIMENT_FLOORS for room in floor}
+
+
+@pytest.mark.parametrize("number", range(len(EXPERIMENT_FLOORS) + 1))
+def test_imports_of_experiments_go_down_only(number):
+    below = {room for floor in EXPERIMENT_FLOORS[:number] for room in floor}
+    if number == len(EXPERIMENT_FLOORS):  # the commands, which do not import each other
+        assert all(experiment_rooms(path) <= below for path in EXPERIMENTS.glob("*.py"))
+        return
+    for room in EXPERIMENT_FLOORS[number]:
+        for path in (EXPERIMENTS / room).rglob("*.py"):
+            assert experiment_rooms(path) <= below | {room}, path
+
+
 @pytest.mark.parametrize("package", ["jaxlocal", "experiments"])
 def test_no_files_import_each_other_in_a_circle(package):
     files = {module_name(path): path for path in (PROJECT / package).rglob("*.py")}
