@@ -37,7 +37,7 @@ def sign() -> Compressor:
     Source: Karimireddy, Rebjock, Stich, Jaggi, "Error Feedback Fixes SignSGD", ICML 2019,
     https://arxiv.org/abs/1901.09847.
     """
-    return _dense(_sign())
+    return quantizer(_sign())
 
 
 def two_bit() -> Compressor:
@@ -72,7 +72,7 @@ def two_bit() -> Compressor:
     https://github.com/tplr-ai/CCLoco (`TopKCompressor`, with 4 bins for 2 bits). Differs from it
     in: a payload has the four means, not μ and the means less μ; up to four values are exact.
     """
-    return _dense(_two_bit())
+    return quantizer(_two_bit())
 
 
 def qsgd(bits: int) -> Compressor:
@@ -101,7 +101,7 @@ def qsgd(bits: int) -> Compressor:
     Source: Alistarh, Grubic, Li, Tomioka, Vojnovic, "QSGD", NeurIPS 2017, https://arxiv.org/abs/1610.02132;
     scaled as by Basu, Data, Karakus, Diggavi, "Qsparse-local-SGD", NeurIPS 2019, https://arxiv.org/abs/1906.02367.
     """
-    return _dense(_qsgd(bits))
+    return quantizer(_qsgd(bits), "chunk")
 
 
 def int8() -> Compressor:
@@ -116,7 +116,7 @@ def int8() -> Compressor:
     >>> int8().ratio, int8().granularity
     (4.0, 'chunk')
     """
-    return _dense(_int8())
+    return quantizer(_int8(), "chunk")
 
 
 def bfloat16() -> Compressor:
@@ -130,7 +130,7 @@ def bfloat16() -> Compressor:
     >>> bfloat16().ratio
     2.0
     """
-    return _dense(_bfloat16())
+    return quantizer(_bfloat16(), "value")
 
 
 def coder(spec: str) -> Coder:
@@ -151,15 +151,22 @@ def coder(spec: str) -> Coder:
     return build("value coder", spec, CODERS)
 
 
-def _dense(kind: Coder) -> Compressor:
-    """The compressor that sends every value with this coder."""
-    granularity = {"sign": "tensor", "two_bit": "tensor", "bfloat16": "value"}
+def quantizer(coder: Coder, granularity: str = "tensor") -> Compressor:
+    """Make the compressor that sends every value with a coder.
+
+    Args:
+      coder: how the values of a tensor are encoded.
+      granularity: "tensor", or what the coder itself encodes as one piece: "chunk" or "value".
+
+    >>> quantizer(_sign()).name
+    'sign'
+    """
     return compressor(
-        kind.name,
-        Codec(EVERYTHING, kind, granularity.get(kind.name, "chunk")),
-        ratio=kind.ratio,
+        coder.name,
+        Codec(EVERYTHING, coder, granularity),
+        ratio=coder.ratio,
         shared_mask=False,
-        unbiased=kind.unbiased,
+        unbiased=coder.unbiased,
     )
 
 

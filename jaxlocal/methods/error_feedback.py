@@ -126,12 +126,16 @@ def sparse_loco(
         every H steps:  p_i = γ e_i + x_i − y;  e_i ← p_i − C(p_i);
                         y ← outer(y, −Σ_j a_j C(p_j));  x_i ← y
 
-    Symbols as in `qsparse_local_sgd`.
+    Symbols as in `qsparse_local_sgd`. The paper also quantises the kept values to 2 bits:
+    `compression.parse("top_k:64+two_bit")` is that compressor as its authors released it. It is
+    close to `+sign`: of the largest Gaussian values both lose 1.2 % of the squared norm, where
+    `+qsgd:2` loses 87 %.
 
     Args:
       grad_fn: the gradient of one worker, as `gradients(loss)` makes it.
       optimizer: any optax transformation, AdamW in the paper; every worker runs its own state.
-      compressor: C; by default `compression.top_k(64)`, the 64th part of every chunk of 4,096.
+      compressor: C; by default `compression.top_k(64)`, the 64th part of every chunk of 4,096,
+        uncoded.
       period: H, or a rule for it.
       outer_optimizer: by default `optax.sgd(1.0)`.
       error_decay: γ, in [0, 1].

@@ -56,11 +56,12 @@ def over_workers(fn: Callable, mode: str, in_place: int = 0) -> Callable:
             out = jax.tree.map(lambda x: x[None], one(*jax.tree.map(lambda x: x[0], flat)))
         elif size is None or size >= d * n:
             out = jax.vmap(one)(*flat)
-        elif size == 1 and in_place:
-            out = _in_turn(fn, flat, in_place)
+        elif size == 1:
+            step, start = _loop(fn, flat, in_place)
+            (_, replaced), rest = lax.scan(step, start, flat[in_place:], length=d * n)
+            out = (*replaced, *rest) if in_place else rest
         else:
-            in_blocks = None if size == 1 else size
-            out = lax.map(lambda worker: one(*worker), flat, batch_size=in_blocks)
+            out = lax.map(lambda worker: one(*worker), flat, batch_size=size)
         return jax.tree.map(lambda x: x.reshape((d, n) + x.shape[1:]), out)
 
     return mapped
@@ -93,20 +94,19 @@ def _check_replaced(arguments: tuple, results: tuple) -> None:
         raise ConfigurationError(f"a worker's step was given {before} and gives back {after}")
 
 
-def _in_turn(fn: Callable, trees: tuple, in_place: int) -> tuple:
-    """Run `fn` over the first dimension of its trees in a loop that carries the replaced ones."""
+def _loop(fn: Callable, trees: tuple, in_place: int) -> tuple[Callable, tuple]:
+    """The step and the carry of a loop over workers that carries the replaced trees."""
 
     def step(carry, rest):
         number, places = carry
         worker = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, 0, False), places)
         out = vary(fn(*worker, *rest))
-        _check_replaced(worker, out[:in_place])
+        replaced, rest = (tuple(out[:in_place]), out[in_place:]) if in_place else ((), out)
+        _check_replaced(worker, replaced)
         put = lambda x, new: lax.dynamic_update_index_in_dim(x, new, number, 0)
-        return (number + 1, jax.tree.map(put, places, out[:in_place])), out[in_place:]
+        return (number + 1, jax.tree.map(put, places, replaced)), rest
 
-    count = jax.tree.leaves(trees)[0].shape[0]
-    (_, places), rest = lax.scan(step, (0, trees[:in_place]), trees[in_place:], length=count)
-    return (*places, *rest)
+    return step, (0, trees[:in_place])
 
 
 def has_convolution(jaxpr: Any) -> bool:

@@ -31,14 +31,12 @@ def at_rate(step: Callable, stay: Callable, state: TrainState, context: Context,
         *_, worker, rate = trees
         key = stream_key(state.key, RATE, state.step, worker)
         active = jax.random.uniform(key, dtype=rate.dtype) < rate
+        shapes = jax.eval_shape(step, *trees)
+        stayed = lambda *trees: vary((*stay(shapes, *trees), zeros(shapes[-1])))
         if block_size(mode) == 1:
             return lax.cond(active, step, stayed, *trees)
         # Under vmap a cond runs both branches anyway.
         return jax.tree.map(lambda a, b: jnp.where(active, a, b), step(*trees), stayed(*trees))
-
-    def stayed(*trees):
-        shapes = jax.eval_shape(step, *trees)
-        return vary((*stay(shapes, *trees), zeros(shapes[-1])))
 
     return either
 

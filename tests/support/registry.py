@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import own
 
 import jaxlocal
 from jaxlocal import Layout
@@ -46,6 +47,7 @@ class Entry(NamedTuple):
 FLAT, HUBS, PAIRS, ALONE = layout(1, 8), layout(4, 2), layout(2, 4), layout(8, 1)
 
 METHODS = {
+    "clipped_sgd": Entry(own.clipped_sgd, FLAT),
     "data_parallel": Entry(jaxlocal.data_parallel, FLAT, steps=1),
     "data_parallel-average": Entry(
         lambda g, o: jaxlocal.data_parallel(g, o, model_state="average"), FLAT, steps=1
@@ -195,6 +197,7 @@ OPTIMIZERS = {
 }
 # A compilation takes a second: every method once, the plain one with both optimizers.
 CASES = [
+    ("clipped_sgd", "adamw"),
     ("data_parallel", "momentum"),
     ("data_parallel-average", "adamw"),
     ("local_sgd", "momentum"),

@@ -1,5 +1,6 @@
 """The README's own program, as it stands there, and what it promises of it."""
 
+import importlib
 import re
 import shutil
 from pathlib import Path
@@ -7,13 +8,16 @@ from pathlib import Path
 import chex
 import jax
 import numpy as np
+import optax
 
 import jaxlocal
+from jaxlocal.methods import METHODS
+from jaxlocal.methods.__main__ import rows as method_rows
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-PROGRAM, WITH_NNX, WITH_CHECKPOINTS, COMPRESSED, SPLIT, FAST = re.findall(
-    r"```python\n(.*?)```", README, re.DOTALL
-)
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PROGRAM, WITH_NNX, WITH_CHECKPOINTS, COMPRESSED, *OWN, SHARDED, FAST = PROGRAMS
+OWN_METHOD, OWN_COMPRESSOR, OWN_MIXER = OWN
 
 
 def test_the_program_of_the_readme_finds_its_target(capsys):
@@ -24,14 +28,14 @@ def test_the_program_of_the_readme_finds_its_target(capsys):
     assert "(16, 1, 8)" in capsys.readouterr().out
 
 
-def test_the_second_program_goes_on_from_the_first_and_learns():
+def test_the_second_program_follows_the_first_and_learns():
     names = {}
     exec(compile(PROGRAM + WITH_NNX, "README.md", "exec"), names)
     assert names["info"].worker["loss"].mean() < 0.5 < np.log(4)
     assert int(names["state"].step) == 200
 
 
-def test_the_third_program_saves_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_the_third_program_saves_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     program = compile(PROGRAM + WITH_NNX + WITH_CHECKPOINTS, "README.md", "exec")
     exec(program, {})
@@ -44,7 +48,7 @@ def test_the_third_program_saves_and_goes_on(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == last  # of steps 150 to 200 only
 
 
-def test_the_fourth_program_counts_what_is_said(capsys):
+def test_the_fourth_program_counts_payloads(capsys):
     exec(compile(PROGRAM + WITH_NNX + COMPRESSED, "README.md", "exec"), {})
     *_, last = capsys.readouterr().out.splitlines()
     model, blocks, entries = 512 * 256 + 256, 2048 + 4, (2048 + 4) * 32 + 2048 * 16 + 4 * 8
@@ -52,9 +56,9 @@ def test_the_fourth_program_counts_what_is_said(capsys):
     assert eval(last) == [32 * model, 32 * blocks, entries, 32 * factors]
 
 
-def test_the_fifth_program_splits_each_worker_over_all_devices():
+def test_the_sharded_program_shards_each_worker_over_all_devices():
     names = {}
-    exec(compile(PROGRAM + SPLIT, "README.md", "exec"), names)
+    exec(compile(PROGRAM + SHARDED, "README.md", "exec"), names)
     up, down = (names["state"].params[name] for name in ("up", "down"))
     assert up.sharding.shard_shape(up.shape) == (1, 2, 32, 64 // jax.device_count())
     assert down.sharding.shard_shape(down.shape) == (1, 2, 64 // jax.device_count(), 8)
@@ -62,7 +66,7 @@ def test_the_fifth_program_splits_each_worker_over_all_devices():
     assert losses.shape == (4, 1, 2) and (losses[-1] < losses[0]).all()
 
 
-def test_the_sixth_program_has_the_gradients_of_plain_layers():
+def test_the_program_of_fast_layers_has_the_gradients_of_plain_ones():
     names = {}
     exec(compile(PROGRAM + WITH_NNX + FAST, "README.md", "exec"), names)
     plain = jaxlocal.gradients(names["loss"], stateful=True)
@@ -71,6 +75,44 @@ def test_the_sixth_program_has_the_gradients_of_plain_layers():
     batch = {"inputs": images, "targets": np.arange(4)}
     ours, theirs = (jax.jit(f)(params, state, batch, None)[0] for f in (names["grad_fn"], plain))
     chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_own_method_converges_to_the_target_of_the_first_program():
+    names = {}
+    exec(compile(PROGRAM + OWN_METHOD, "README.md", "exec"), names)
+    method = names["clipped_sgd"](jaxlocal.gradients(names["loss"]), optax.sgd(0.1), limit=0.5)
+    round_fn = jaxlocal.RoundFn(method, jaxlocal.Layout(workers_per_hub=4))
+    state = round_fn.init({"w": np.zeros(3)}, jax.random.key(0))
+    for _ in range(40):
+        x = names["rng"].normal(size=(4, 1, 4, 32, 3))
+        state, _ = round_fn(state, {"x": x, "y": x @ names["target"]})
+    np.testing.assert_allclose(round_fn.mean(state)[0]["w"], names["target"], atol=1e-3)
+
+
+def test_own_code_is_ten_to_fifteen_lines_each():
+    for code in OWN:
+        body = re.sub(r'""".*?"""', "", code[code.index("\ndef ") :], flags=re.DOTALL)
+        lines = [line for line in body.splitlines() if line.strip() and "COMPRESSORS" not in line]
+        assert 8 <= len(lines) <= 16, code
+
+
+def test_own_code_uses_public_names_only():
+    for code in OWN:
+        for module, names in re.findall(r"from (jaxlocal[\w.]*) import (.*)", code):
+            exported = importlib.import_module(module)
+            assert set(names.split(", ")) <= set(getattr(exported, "__all__", dir(exported)))
+
+
+def test_the_table_of_methods_is_that_of_the_library():
+    rows = re.findall(
+        r"^\| `\w+` \| .* \| .*\|$", README[README.index("## Methods") :], re.MULTILINE
+    )
+    documented = [row for row in rows if row.split("`")[1] in METHODS]
+    known = dict(zip(METHODS, method_rows(), strict=True))
+    assert len(documented) >= 16
+    for row in documented:
+        tidy = lambda text: re.sub(r"\s+", " ", text)
+        assert tidy(row) == tidy(known[row.split("`")[1]])
 
 
 def test_the_program_is_a_loop_of_fifteen_lines():

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import own
 import problems
 import pytest
 from hypothesis import given, settings
@@ -118,6 +119,7 @@ def test_from_matrix_is_any_matrix(mesh):
 
 
 MIXERS = {
+    "halfway_mean": lambda layout: own.halfway_mean(),
     "mean": lambda layout: mixing.mean(),
     "hub_mean": lambda layout: mixing.hub_mean(),
     "ring": lambda layout: mixing.hub_diffusion(hub_matrix("ring", layout)),
