@@ -1,16 +1,17 @@
-"""Runs side by side: who is told apart how, what costs are read off, and what stops it."""
+"""The comparison of runs: their labels, the costs to reach an accuracy, the table, the picture and
+the errors."""
 
 import dataclasses
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+from binaries import call, one_sentence
+from matplotlib.figure import Figure
+from short_runs import SMALL, run
 
-from experiments import train as binary
 from experiments.building.config import Config
 from experiments.comparing.compare import compare
 from experiments.comparing.labels import labels
@@ -18,12 +19,13 @@ from experiments.comparing.reading import load_runs
 from experiments.comparing.table import common_accuracy, cost_to_reach
 from jaxlocal import ConfigurationError
 
-ROOT = Path(__file__).parents[2]
+matplotlib.use("Agg")
+SAVE = Figure.savefig
 ACCURACIES = [0.1, 0.5, 0.9, 0.8]
 
 
 def lines(accuracies=ACCURACIES, bits=8_000_000):
-    """A run measured every 10 steps, that says one model after another."""
+    """The metrics of a run that is measured every 10 steps and sends `bits` in between."""
     return [
         {
             "step": 10 * i,
@@ -49,21 +51,26 @@ def write_run(folder, metrics=None, ended="finished", **flags):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def drawn(monkeypatch):
-    """The figures that were saved."""
-    import matplotlib
+    """The figures that are saved, as empty files: rendering one takes a second."""
+    return _saved_figures(monkeypatch, lambda figure, path, **options: path.touch())
 
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
 
-    figures, save = [], Figure.savefig
+@pytest.fixture
+def rendered(monkeypatch, drawn):
+    """The figures that are saved, in files as a user gets them."""
+    return _saved_figures(monkeypatch, SAVE)
 
-    def spy(figure, *arguments, **options):
+
+def _saved_figures(monkeypatch, save):
+    figures = []
+
+    def record(figure, *arguments, **options):
         figures.append(figure)
         return save(figure, *arguments, **options)
 
-    monkeypatch.setattr(Figure, "savefig", spy)
+    monkeypatch.setattr(Figure, "savefig", record)
     return figures
 
 
@@ -103,7 +110,7 @@ def test_costs_are_those_of_the_first_measurement_at_the_target(tmp_path):
     assert cost_to_reach(high, 0.9, "step") == 20.0
 
 
-def test_the_table_says_how_good_the_runs_ended_and_what_they_said(tmp_path, capsys):
+def test_the_table_shows_the_last_measurements_and_the_costs(tmp_path, capsys):
     folders = [
         write_run(tmp_path / "four", local_steps=4),
         write_run(tmp_path / "two", lines([0.1, 0.4, 0.5, 0.6], 800), ended="diverged: NaN"),
@@ -111,28 +118,28 @@ def test_the_table_says_how_good_the_runs_ended_and_what_they_said(tmp_path, cap
     compare(folders, tmp_path / "compare.png", None)
     header, four, two, *rest = capsys.readouterr().out.splitlines()
     assert "sent to 0.6000" in header  # the most that both reach
-    words = lambda line: " ".join(line.split())
-    assert words(four) == "four 0.125 0.375 0.8000 0.9000 3 3 MB 7.0 2 MB 5.0"
-    assert words(two) == "two 0.125 0.375 0.6000 0.6000 3 300 B 7.0 300 B 7.0"
+    columns = lambda line: " ".join(line.split())
+    assert columns(four) == "four 0.125 0.375 0.8000 0.9000 3 3 MB 7.0 2 MB 5.0"
+    assert columns(two) == "two 0.125 0.375 0.6000 0.6000 3 300 B 7.0 300 B 7.0"
     assert f"{folders[1]}: diverged: NaN" in rest
     compare(folders, tmp_path / "compare.png", 0.95)
     assert capsys.readouterr().out.splitlines()[1].split()[-2:] == ["—", "—"]
 
 
-def test_the_picture_has_every_result_over_every_cost(tmp_path, drawn):
+def test_the_picture_has_every_result_over_every_cost(tmp_path, rendered):
     folders = [write_run(tmp_path / name, lines(bits=b)) for name, b in [("a", 8e6), ("b", 8e7)]]
     compare(folders, tmp_path / "compare.png", None)
-    axes = np.array(drawn[0].axes).reshape(3, 3)
+    axes = np.array(rendered[0].axes).reshape(3, 3)
     for row, key in zip(axes, ["train_loss", "eval_loss", "eval_accuracy"], strict=True):
         wanted = [line[key] for line in lines()]
         assert all(list(line.get_ydata()) == wanted for axis in row for line in axis.get_lines())
-    steps, said, seconds = (
+    steps, sent, seconds = (
         [list(line.get_xdata()) for line in axis.get_lines()] for axis in axes[0]
     )
     assert steps == [[0, 10, 20, 30]] * 2
-    assert said == [[0, 1, 2, 3], [0, 10, 20, 30]]
+    assert sent == [[0, 1, 2, 3], [0, 10, 20, 30]]
     assert seconds == [[1, 3, 5, 7]] * 2
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["a", "b"]
+    assert [text.get_text() for text in rendered[0].legends[0].get_texts()] == ["a", "b"]
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "compare.png"]
 
@@ -164,7 +171,7 @@ def test_seeds_are_compared_as_far_as_all_of_them_have_come(tmp_path):
     np.testing.assert_allclose(many.values["eval_accuracy"], [[0.1, 0.5], [0.1, 0.7]])
 
 
-def test_a_seed_that_is_still_going_on_waits_for_its_end(tmp_path, capsys):
+def test_a_seed_that_has_not_ended_is_left_out(tmp_path, capsys):
     write_run(tmp_path / "many" / "seed_0")
     late = write_run(tmp_path / "many" / "seed_1", lines([0.1]))
     (late / "summary.json").unlink()
@@ -184,12 +191,12 @@ def test_a_regression_has_losses_only(tmp_path, drawn, capsys):
         compare(folders, tmp_path / "compare.png", 0.5)
 
 
-def test_a_run_that_diverged_or_says_nothing_is_drawn(tmp_path, drawn):
+def test_a_run_that_diverged_or_sends_nothing_is_drawn(tmp_path, rendered):
     broken = lines(bits=0)
     broken[-1] |= {"train_loss": None, "eval_loss": None, "eval_accuracy": None}
     one = write_run(tmp_path / "one", broken)
     compare([one], tmp_path / "compare.png", None)
-    assert np.isnan(drawn[0].axes[0].get_lines()[0].get_ydata()[-1])
+    assert np.isnan(rendered[0].axes[0].get_lines()[0].get_ydata()[-1])
     nothing = [line | {"train_loss": None} for line in lines([0.1, None, None, None])]
     compare([write_run(tmp_path / "at_once", nothing)], tmp_path / "compare.png", None)
     compare([one, tmp_path / "at_once"], tmp_path / "compare.png", None)
@@ -226,41 +233,35 @@ def test_metrics_that_no_run_left_are_refused(tmp_path, metrics, words):
     assert str(folder) in str(caught.value)
 
 
-def test_other_mistakes_are_told_with_their_values(tmp_path):
-    run, picture = write_run(tmp_path / "run"), tmp_path / "compare.png"
+def test_other_mistakes_are_reported_with_their_values(tmp_path):
+    good, picture = write_run(tmp_path / "run"), tmp_path / "compare.png"
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "odd" / "seed_0")
     write_run(tmp_path / "odd" / "seed_1", [line | {"step": 2 * line["step"]} for line in lines()])
     for folders, output, words in [
         ([], picture, "give the folders of the runs"),
-        ([run, tmp_path / "none"], picture, "there is no folder .*none"),
-        ([run, tmp_path / "empty"], picture, "empty is no run"),
-        ([run, tmp_path / "odd" / ".." / "run"], picture, "given twice"),
+        ([good, tmp_path / "none"], picture, "there is no folder .*none"),
+        ([good, tmp_path / "empty"], picture, "empty is no run"),
+        ([good, tmp_path / "odd" / ".." / "run"], picture, "given twice"),
         ([tmp_path / "odd"], picture, "odd were not measured at the same steps"),
-        ([run], tmp_path / "compare.txt", "compare.txt should end in .png"),
-        ([run], tmp_path / "none" / "compare.png", "none.compare.png cannot be written"),
+        ([good], tmp_path / "compare.txt", "compare.txt should end in .png"),
+        ([good], tmp_path / "none" / "compare.png", "none.compare.png cannot be written"),
     ]:
         with pytest.raises(ConfigurationError, match=words):
             compare(folders, output, None)
     assert not picture.exists()
 
 
-def call(*arguments):
-    command = [sys.executable, "-m", "experiments.compare", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
-def test_the_binary_compares_two_runs_of_the_other(tmp_path):
-    small = Config(
-        dataset="least_squares", model="linear", workers=4, batch_size=8, steps=8, eval_every=4
-    )
+def test_the_binary_compares_two_runs_of_the_other(tmp_path, rendered):
     for name, method in [("often", "data_parallel"), ("rarely", "local_sgd")]:
-        config = dataclasses.replace(small, method=method, workdir=str(tmp_path / name))
-        assert binary.train(config) == 0
-    done = call(tmp_path / "often", tmp_path / "rarely", f"--output={tmp_path / 'both.png'}")
-    assert done.returncode == 0, done.stderr
-    assert "method=data_parallel" in done.stdout and "method=local_sgd" in done.stdout
-    assert done.stdout.splitlines()[-1] == str(tmp_path / "both.png")
+        short = dataclasses.replace(SMALL, method=method, steps=8, eval_every=4)
+        assert run(dataclasses.replace(short, checkpoint_every=0), tmp_path / name)[0] == 0
+    done = call(
+        "compare", tmp_path / "often", tmp_path / "rarely", f"--output={tmp_path / 'both.png'}"
+    )
+    assert done.status == 0, done.error
+    assert "method=data_parallel" in done.out and "method=local_sgd" in done.out
+    assert done.out.splitlines()[-1] == str(tmp_path / "both.png")
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -269,9 +270,8 @@ def test_mistakes_of_the_binary_end_in_one_sentence_and_status_two(tmp_path):
         ([tmp_path / "none"], "there is no folder"),
         (["--target_accuracy=1.5"], "target_accuracy"),
     ]:
-        done = call(*arguments)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ") and words in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
-    done = call("--help")
-    assert done.returncode == 0 and "WORKDIR" in done.stdout and "--output:" in done.stdout
+        done = call("compare", *arguments)
+        assert done.status == 2
+        assert one_sentence(done.error) and words in done.error
+    done = call("compare", "--help")
+    assert done.status == 0 and "WORKDIR" in done.out and "--output:" in done.out

@@ -1,11 +1,10 @@
-"""Preparing sets: what is downloaded when, and what a user is told."""
+"""Preparing datasets: what is downloaded, and what is reported to the user."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_images
+from binaries import call
 
 from experiments.launching.statuses import explained
 from experiments.preparing import download
@@ -14,27 +13,16 @@ from jaxlocal.data import load
 from jaxlocal.errors import ConfigurationError
 
 tfds = pytest.importorskip("tensorflow_datasets")
-PROJECT = Path(__file__).parents[2]
-
-
-def command(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.prepare", *flags],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 @pytest.fixture
 def packages(monkeypatch):
-    """As if all packages were installed that preparing needs."""
+    """All packages that preparing needs count as installed."""
     monkeypatch.setattr(download, "NEEDED", ())
 
 
 def downloads(monkeypatch, effect):
-    """Put `effect(builder)` in the place of the download; return the list of its arguments."""
+    """Replace the download by `effect(builder)`; returns the list of the options it was given."""
     calls = []
 
     def download_and_prepare(builder, **options):
@@ -51,7 +39,7 @@ def write_kmnist(builder):
     folder.rename(builder.data_path)
 
 
-def test_a_set_is_prepared_once_in_array_records(tmp_path, packages, monkeypatch):
+def test_a_dataset_is_prepared_once_in_array_records(tmp_path, packages, monkeypatch):
     calls = downloads(monkeypatch, write_kmnist)
     sentence = prepare("kmnist", str(tmp_path))
     assert f"kmnist is prepared in {tmp_path}: 12 training and 7 test images" in sentence
@@ -63,27 +51,29 @@ def test_a_set_is_prepared_once_in_array_records(tmp_path, packages, monkeypatch
     assert len(calls) == 1
 
 
-def test_what_cannot_be_trained_on_is_told_before_it_is_downloaded(tmp_path, packages, monkeypatch):
+def test_a_dataset_that_cannot_be_trained_on_is_refused_before_the_download(
+    tmp_path, packages, monkeypatch
+):
     calls = downloads(monkeypatch, lambda builder: None)
-    for name, told in {
+    for name, reason in {
         "imagenette": "'imagenette' have no fixed size",
         "ag_news_subset": "none is clearly the image",
         "digits": "'digits' is not read from files",
         "cifar": "did you mean 'cifar10' or 'cifar100'",
         "emnist/lettrs": "did you mean 'letters'",
     }.items():
-        with pytest.raises(ConfigurationError, match=told):
+        with pytest.raises(ConfigurationError, match=reason):
             prepare(name, str(tmp_path))
     assert not calls and not list(tmp_path.iterdir())
 
 
-def test_a_set_made_of_another_is_prepared_as_that(tmp_path):
+def test_a_dataset_made_of_another_is_prepared_as_that_other(tmp_path):
     tiny_images.write(tmp_path, "mnist")
     assert prepare("mnist_binary", str(tmp_path)).startswith("mnist is already prepared")
 
 
 @pytest.mark.parametrize(
-    "error, status, told",
+    "error, status, reason",
     [
         (ConnectionError("no route\nto host"), 1, "ConnectionError: no route to host"),
         (AssertionError("put the files there yourself"), 1, "put the files there yourself"),
@@ -92,7 +82,7 @@ def test_a_set_made_of_another_is_prepared_as_that(tmp_path):
     ],
 )
 def test_a_failure_is_one_sentence_and_a_status(
-    error, status, told, tmp_path, packages, monkeypatch
+    error, status, reason, tmp_path, packages, monkeypatch
 ):
     def fail(builder):
         raise error
@@ -101,13 +91,14 @@ def test_a_failure_is_one_sentence_and_a_status(
     with pytest.raises(BaseException) as raised:
         prepare("kmnist", str(tmp_path))
     sentence, ended = explained(raised.value)
-    assert ended == status and "\n" not in sentence and told in sentence and "kmnist" in sentence
+    assert ended == status and "\n" not in sentence
+    assert reason in sentence and "kmnist" in sentence
     with pytest.raises(ConfigurationError, match="is not prepared"):
         load("kmnist", tmp_path)
 
 
 def test_an_interrupted_preparation_leaves_nothing_that_looks_prepared(tmp_path, monkeypatch):
-    # What TensorFlow Datasets does itself: all is written in a folder of another name.
+    # TensorFlow Datasets itself writes all files in a folder of another name.
     from tensorflow_datasets.core.utils import file_utils
 
     place = tmp_path / "kmnist" / "3.0.1"
@@ -129,13 +120,13 @@ def test_missing_packages_are_named_and_nothing_is_written(tmp_path, monkeypatch
     assert not calls and not list(tmp_path.iterdir())
 
 
-def test_no_name_is_told():
-    done = command()
-    assert done.returncode == 2
-    assert done.stderr == "error: give --dataset=NAME, the dataset to prepare\n"
+def test_a_missing_name_is_a_mistake():
+    done = call("prepare")
+    assert done.status == 2
+    assert done.error == "error: give --dataset=NAME, the dataset to prepare\n"
 
 
-def test_the_other_format_is_told(tmp_path):
+def test_another_format_of_files_is_refused(tmp_path):
     info = tiny_images.write(tmp_path) / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(ConfigurationError, match="is prepared as tfrecord"):
@@ -144,9 +135,9 @@ def test_the_other_format_is_told(tmp_path):
 
 def test_the_command_line(tmp_path):
     tiny_images.write(tmp_path)
-    done = command("--dataset=tiny_images", f"--data_dir={tmp_path}")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "already prepared" in done.stdout
-    done = command("--datset=tiny_images", f"--data_dir={tmp_path}")
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr == "error: Unknown command line flag 'datset'. Did you mean: dataset ?\n"
+    done = call("prepare", "--dataset=tiny_images", f"--data_dir={tmp_path}")
+    assert (done.status, done.error) == (0, "")
+    assert "already prepared" in done.out
+    done = call("prepare", "--datset=tiny_images", f"--data_dir={tmp_path}")
+    assert done.status == 2 and not done.out
+    assert done.error == "error: Unknown command line flag 'datset'. Did you mean: dataset ?\n"
