@@ -1,12 +1,13 @@
-"""Data: where examples come from, who holds them, and which of them make each batch.
+"""Datasets, partitions of the examples among workers, batches, augmentation and streaming.
 
-Everything here is numpy on the host, but for `crop_and_flip`, which runs in the compiled step.
-Grain, TensorFlow Datasets, Pillow and scikit-learn are imported only when they are needed.
+All functions compute with NumPy on the host, except `crop_and_flip`, which runs in the compiled
+step. Grain, TensorFlow Datasets, Pillow and scikit-learn are imported only when they are needed.
 """
 
+from jaxlocal.data import text
 from jaxlocal.data.augment import AUGMENTATIONS, CropFlip, crop_and_flip, parse_augmentation
 from jaxlocal.data.batches import Batches, BatchPlan, make_batches, plan_batches
-from jaxlocal.data.examples import ArraySource, ExampleSource
+from jaxlocal.data.examples import ArraySource, Examples, ExampleSource
 from jaxlocal.data.partitions import (
     PARTITIONS,
     UNEQUAL_FRACTIONS,
@@ -15,7 +16,7 @@ from jaxlocal.data.partitions import (
     parse_partition,
     shard_sizes,
 )
-from jaxlocal.data.reading import StreamError, Transform
+from jaxlocal.data.reading import Source, StreamError, Transform
 from jaxlocal.data.sources import DATASETS, Dataset, load
 from jaxlocal.data.streaming import Stream
 
@@ -30,7 +31,9 @@ __all__ = [
     "CropFlip",
     "Dataset",
     "ExampleSource",
+    "Examples",
     "Partition",
+    "Source",
     "Stream",
     "StreamError",
     "Transform",
@@ -42,4 +45,5 @@ __all__ = [
     "parse_partition",
     "plan_batches",
     "shard_sizes",
+    "text",
 ]

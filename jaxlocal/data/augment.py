@@ -1,15 +1,16 @@
-"""Augmentation: random crops and flips of images, drawn on the host, applied where the images are.
+"""Augmentation of images by random crops and flips.
 
-| spec | what |
+| spec | augmentation |
 |---|---|
-| `none` | nothing |
-| `flip` | mirrored left to right with probability 1/2 |
-| `crop`, `crop:PAD` | a window of the image's own size, uniform in the image padded by PAD zeros |
+| `none` | none |
+| `flip` | each image is mirrored left to right with probability 1/2 |
+| `crop`, `crop:PAD` | a random window of the image's size, out of the image padded by PAD zeros |
 | `crop,flip`, `crop:PAD,flip` | both |
 
-Draws are a pure function of (seed, step), so that a run on a resident pool and a streamed one see
-the same images, wherever they start. Workers are numbered hub by hub; grouping them into other hubs
-changes no number.
+The host draws the random numbers, and the images are changed where they are: on the device or on
+the host. The numbers are a pure function of (seed, step), so a run with all examples on the device
+and a streamed run see the same images, from whichever step they start. Workers are numbered hub by
+hub; the numbers do not depend on the grouping into hubs.
 """
 
 from dataclasses import dataclass
@@ -24,21 +25,21 @@ from jaxlocal.errors import ConfigurationError, unknown
 
 AUGMENTATIONS = ("none", "flip", "crop")
 
-# The purposes of random numbers are distinct over this package: up to 4 they are those of others.
+# The second entry of every seed in `jaxlocal.data` is distinct: other files use 0 to 4 and 6.
 _AUGMENTATION = 5
 _LARGEST_PAD = 127  # shifts are int8
 
 
 @dataclass(frozen=True)
 class CropFlip:
-    """A random crop of images padded with zeros, and a random horizontal flip.
+    """Random crop of images that are padded with zeros, and random horizontal flip.
 
     Args:
-      pad: how far the window may move in each direction, 0 to 127 pixels; 0 for no crop.
-      flip: whether half of the images are mirrored.
+      pad: largest shift of the crop in each direction, 0 to 127 pixels; 0 for no crop.
+      flip: whether each image is mirrored with probability 1/2.
 
     Raises:
-      ConfigurationError: a pad that is out of range.
+      ConfigurationError: `pad` is out of range.
 
     >>> draws = CropFlip(pad=4).draw(0, 10, 3, 2, 4, 32)
     >>> draws["shift"].shape, draws["flip"].shape
@@ -62,13 +63,19 @@ class CropFlip:
         hubs: int,
         workers_per_hub: int,
         batch_size: int,
-    ) -> dict[str, NDArray]:
-        """What `crop_and_flip` does to each image of some steps.
+    ) -> dict[str, NDArray[Any]]:
+        """Draw the shift and the flip of each image of some steps, for `crop_and_flip`.
+
+        Args:
+          seed: the run's seed, not negative.
+          start_step: the first step.
+          steps, hubs, workers_per_hub, batch_size: numbers of steps, of hubs, of workers in a hub,
+            and of examples in a batch.
 
         Returns:
-          shift: int8 [steps, hubs, workers_per_hub, batch_size, 2], pixels by which the window
-            moves down and right, -pad to pad.
-          flip: bool [steps, hubs, workers_per_hub, batch_size].
+          A dict of "shift", int8 [steps, hubs, workers_per_hub, batch_size, 2], the pixels by which
+          the window moves down and right, -pad to pad; and "flip", bool [steps, hubs,
+          workers_per_hub, batch_size].
         """
         shape = (steps, hubs * workers_per_hub, batch_size)
         shift, flip = np.zeros((*shape, 2), np.int8), np.zeros(shape, bool)
@@ -84,10 +91,16 @@ class CropFlip:
 
 
 def parse_augmentation(spec: str) -> CropFlip | None:
-    """The augmentation that a spec names, or None.
+    """Parse the spec of an augmentation, such as "crop:4,flip".
+
+    Args:
+      spec: see `jaxlocal.data.augment`.
+
+    Returns:
+      The augmentation; None for "none".
 
     Raises:
-      ConfigurationError: an unknown name, one given twice, or a padding that is not 1 to 127.
+      ConfigurationError: a name is unknown or repeated, or a padding is not from 1 to 127.
 
     >>> parse_augmentation("crop:2,flip")
     CropFlip(pad=2, flip=True)
@@ -106,19 +119,23 @@ def parse_augmentation(spec: str) -> CropFlip | None:
     if len(set(names)) < len(names):
         raise ConfigurationError(f"augmentation {spec!r} names {_repeated(names)!r} more than once")
     if "none" in names and len(names) > 1:
-        raise ConfigurationError(f"augmentation 'none' stands alone, got {spec!r}")
+        raise ConfigurationError(f"augmentation 'none' cannot be combined with others, got {spec!r}")
     return None if names == ["none"] else CropFlip(pad, "flip" in names)
 
 
 def crop_and_flip(images: Any, shift: Any, flip: Any) -> jax.Array:
-    """Move each image's window, zeros beyond its edges, then mirror where asked; compiles anywhere.
+    """Crop images at shifted windows, with zeros beyond the edges, and mirror some, in JAX.
 
-    out[y, x] = image[y + down, x' + right], with x' = W - 1 - x where flipped, else x.
+    out[y, x] = image[y + down, x' + right] where x' = W - 1 - x for a mirrored image, else x; zero
+    outside of the image.
 
     Args:
       images: [..., H, W, C], of any dtype.
-      shift: whole numbers [..., 2], pixels down and right.
-      flip: bool [...].
+      shift: integers [..., 2], pixels down and right.
+      flip: bool [...], whether each image is mirrored.
+
+    Returns:
+      [..., H, W, C], of the dtype of `images`.
 
     >>> image = np.arange(1, 7).reshape(2, 3, 1)
     >>> print(crop_and_flip(image, np.array([0, 1]), np.array(False))[..., 0])
@@ -130,7 +147,7 @@ def crop_and_flip(images: Any, shift: Any, flip: Any) -> jax.Array:
     rows = jnp.arange(height) + shift[..., :1]
     columns = jnp.arange(width)
     columns = jnp.where(flip[..., None], columns[::-1], columns) + shift[..., 1:]
-    # One axis after the other: two gathers of lines are faster than one of pixels.
+    # Two gathers, of rows and of columns, are faster than one gather of pixels.
     rows, columns = rows[..., :, None, None], columns[..., None, :, None]
     moved = _take(_take(images, rows, -3), columns, -2)
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
@@ -142,8 +159,13 @@ def _take(images: jax.Array, index: jax.Array, axis: int) -> jax.Array:
     return jnp.take_along_axis(images, near, axis, mode="promise_in_bounds")
 
 
-def crop_and_flip_on_host(images: NDArray, shift: NDArray, flip: NDArray) -> NDArray:
-    """`crop_and_flip` in numpy, without JAX; the values are the same.
+def crop_and_flip_on_host(
+    images: NDArray[Any], shift: NDArray[Any], flip: NDArray[Any]
+) -> NDArray[Any]:
+    """Crop and mirror images as `crop_and_flip`, in NumPy; the values are the same.
+
+    Args:
+      images, shift, flip: as for `crop_and_flip`.
 
     >>> image = np.arange(1, 7).reshape(2, 3, 1)
     >>> print(crop_and_flip_on_host(image, np.array([0, 1]), np.array(True))[..., 0])
@@ -166,7 +188,7 @@ def crop_and_flip_on_host(images: NDArray, shift: NDArray, flip: NDArray) -> NDA
 
 
 def _overlap(size: int, shift: int) -> tuple[slice, slice]:
-    """What a moved window sees: where that lies in the image, and where in the window."""
+    """The part of an axis that a shifted window overlaps, as slices of the image and the window."""
     length = max(0, size - abs(shift))
     source, target = max(0, shift), max(0, -shift)
     return slice(source, source + length), slice(target, target + length)

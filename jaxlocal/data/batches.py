@@ -1,13 +1,13 @@
-"""Batches: which examples each worker takes at each step.
+"""Batches: the examples that each worker takes at each step.
 
-Indices are a pure function of (seed, partition, first step, number of steps), so a run can resume,
-and be cut into calls, anywhere. Workers are numbered hub by hub; grouping them into other hubs
-changes no number.
+Example numbers are a pure function of (seed, partition, first step, number of steps), so a run can
+be resumed at any step and cut into calls at any step. Workers are numbered hub by hub; the numbers
+do not depend on the grouping into hubs.
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,29 +15,32 @@ from numpy.typing import NDArray
 from jaxlocal.data.partitions import Partition, assign, parse_partition, shard_sizes
 from jaxlocal.errors import ConfigurationError
 
-# The purposes of random numbers are distinct over this package: sources 0, partitions 1.
+# The second entry of every seed in `jaxlocal.data` is distinct: other files use 0, 1, 5 and 6.
 _EPOCH, _DRAW, _PASS = 2, 3, 4
 
-# Fills an array [steps, workers, batch] with the examples of the steps from a first one on.
+# fill(start_step, out) writes the example numbers of the steps from start_step on to
+# out [steps, workers, batch].
 _Fill = Callable[[int, NDArray[np.int32]], None]
 
 
 class BatchPlan(NamedTuple):
-    """What is known of the batches from counts alone."""
+    """Sizes of shards and epochs, which are known without reading any inputs."""
 
-    shard_sizes: NDArray[np.int64]  # [hubs, workers_per_hub], examples each worker holds
+    shard_sizes: NDArray[np.int64]  # [hubs, workers_per_hub], number of examples a worker holds
     epoch_steps: int  # steps in which all workers together take each example about once
 
 
 class Batches(NamedTuple):
-    """The batches of a run."""
+    """The batches of a run, as example numbers.
+
+    `indices(start_step, steps)` gives the example numbers of some steps, int32 [steps, hubs,
+    workers_per_hub, batch_size].
+    """
 
     indices: Callable[[int, int], NDArray[np.int32]]
-    """indices(start_step, steps): example numbers, [steps, hubs, workers_per_hub, batch_size]."""
-    shard_sizes: NDArray[np.int64]  # [hubs, workers_per_hub], examples each worker holds
+    shard_sizes: NDArray[np.int64]  # [hubs, workers_per_hub], number of examples a worker holds
     epoch_steps: int  # steps in which all workers together take each example about once
-    shards: list[NDArray[np.int32]]
-    """The examples that each worker holds, hub by hub; empty where no one holds any for good."""
+    shards: list[NDArray[np.int32]]  # example numbers of each worker; [] without fixed shards
 
 
 def plan_batches(
@@ -46,21 +49,28 @@ def plan_batches(
     hubs: int,
     workers_per_hub: int,
     batch_size: int,
-    targets: Callable[[], NDArray] | None = None,
+    targets: Callable[[], NDArray[Any]] | None = None,
     seed: int = 0,
 ) -> BatchPlan:
-    """Shard sizes and the length of an epoch, before any inputs are read.
+    """Compute the sizes of shards and the length of an epoch, without reading inputs.
 
-    An epoch is floor(examples / (workers * batch_size)) steps, and at least one.
+    An epoch is max(1, floor(examples / (workers * batch_size))) steps.
 
     Args:
-      targets: reads the labels [examples]; called for `dirichlet` alone, whose sizes depend on
-        them.
-      seed: that of the run, on which the sizes of `dirichlet` depend too.
+      spec: the partition, see `jaxlocal.data.partitions`.
+      examples: number of training examples.
+      hubs, workers_per_hub, batch_size: numbers of hubs, of workers in a hub and of examples in a
+        batch, all at least 1.
+      targets: `targets()` reads the labels [examples]. It is called for `dirichlet` only, whose
+        sizes depend on the labels.
+      seed: the run's seed, not negative; the sizes of `dirichlet` depend on it.
+
+    Returns:
+      The plan.
 
     Raises:
-      ConfigurationError: a spec that is wrong, a size that is not positive, a negative seed, a
-        batch larger than the shard of a worker, or labels that are needed and not given.
+      ConfigurationError: the spec is wrong, a size is not positive, the seed is negative, a batch
+        is larger than the shard of a worker, or `dirichlet` is given no labels.
 
     >>> plan_batches("iid", examples=60_000, hubs=2, workers_per_hub=4, batch_size=16).epoch_steps
     468
@@ -89,29 +99,30 @@ def plan_batches(
 
 def make_batches(
     spec: str,
-    targets: NDArray,
+    targets: NDArray[Any],
     hubs: int,
     workers_per_hub: int,
     batch_size: int,
     seed: int,
 ) -> Batches:
-    """The batches of a run under a partition.
+    """Make the batches of a run: the example numbers of each worker at each step.
 
-    - `iid`: one permutation of all examples an epoch, without repeats; what does not fill a step is
-      left out, a different remainder each epoch.
-    - `fresh`: uniform draws from the whole set, with replacement.
-    - `sorted`, `unequal`, `dirichlet`: each worker reshuffles its own shard at each pass of its
-      own; what does not fill a batch is left out of that pass.
+    - `iid`: every epoch takes one permutation of all examples, without repeats. The examples that
+      do not fill a step are left out; they differ from epoch to epoch.
+    - `fresh`: every batch is drawn uniformly from all examples, with replacement.
+    - `sorted`, `unequal`, `dirichlet`: each worker shuffles its shard before each pass over it. The
+      examples that do not fill a batch are left out of that pass.
 
     Args:
-      spec: see `jaxlocal.data.partitions`.
-      targets: [examples] labels; `sorted` and `dirichlet` go by them, the others need their number
-        only.
-      hubs, workers_per_hub, batch_size: sizes, all at least 1.
-      seed: of every random choice here, not negative.
+      spec: the partition, see `jaxlocal.data.partitions`.
+      targets: [examples], the labels. `sorted` and `dirichlet` partition by them; the other kinds
+        use only their number.
+      hubs, workers_per_hub, batch_size: numbers of hubs, of workers in a hub and of examples in a
+        batch, all at least 1.
+      seed: the seed of all random choices here, not negative.
 
     Returns:
-      Batches; its `indices` may be called from any thread.
+      The batches; `indices` may be called from any thread.
 
     Raises:
       ConfigurationError: see `plan_batches`.
@@ -158,7 +169,7 @@ def _fill_iid(examples: int, workers: int, batch_size: int, seed: int) -> _Fill:
     used = steps * workers * batch_size
 
     @functools.lru_cache(maxsize=1)
-    def epoch(number: int) -> NDArray:
+    def epoch(number: int) -> NDArray[Any]:
         order = np.random.default_rng((seed, _EPOCH, number)).permutation(examples)
         return order[:used].reshape(steps, workers, batch_size)
 
@@ -179,7 +190,7 @@ def _fill_fresh(examples: int, seed: int) -> _Fill:
 
 
 def _fill_shards(shards: list[NDArray[np.int32]], batch_size: int, seed: int) -> _Fill:
-    # Workers with shards of one size begin their passes together, so one generator serves them all.
+    # Workers with shards of equal size start their passes at the same step and share a generator.
     sizes = np.array([len(shard) for shard in shards])
     groups = [
         _fill_group(np.flatnonzero(sizes == size), shards, batch_size, seed)
@@ -194,14 +205,14 @@ def _fill_shards(shards: list[NDArray[np.int32]], batch_size: int, seed: int) ->
 
 
 def _fill_group(
-    members: NDArray, shards: list[NDArray[np.int32]], batch_size: int, seed: int
+    members: NDArray[Any], shards: list[NDArray[np.int32]], batch_size: int, seed: int
 ) -> _Fill:
     held = np.stack([shards[worker] for worker in members])
     size = held.shape[1]
     steps = size // batch_size
 
     @functools.lru_cache(maxsize=1)
-    def reshuffled(number: int) -> NDArray:
+    def reshuffled(number: int) -> NDArray[Any]:
         order = np.random.default_rng((seed, _PASS, size, number)).permuted(held, axis=1)
         batches = order[:, : steps * batch_size].reshape(len(members), steps, batch_size)
         return batches.swapaxes(0, 1)
@@ -214,7 +225,7 @@ def _fill_group(
 
 
 def _passes(start_step: int, steps: int, period: int) -> Iterator[tuple[int, slice, slice]]:
-    """For each pass of `period` steps: its number, which of its steps, their place in the call."""
+    """The passes that a call spans: the number, the steps in the pass, the steps in the call."""
     step, stop = start_step, start_step + steps
     while step < stop:
         number, first = divmod(step, period)

@@ -1,4 +1,4 @@
-"""Examples by number: what datasets are read from, one by one or all at once."""
+"""Sources of examples, which are read by number, one by one or all at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,26 +6,29 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-Examples = dict[str, NDArray]
+Examples = dict[str, NDArray[Any]]
 
 
 class ExampleSource(Protocol):
-    """Examples by number, {"inputs": array, "targets": scalar}; crosses to other processes."""
+    """A source of examples {"inputs": array, "targets": scalar} by number, which can be pickled."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int, /) -> dict[str, Any]: ...
     def __getitems__(self, numbers: Sequence[int], /) -> list[dict[str, Any]]: ...
 
     def examples(self) -> Examples:
-        """All of them, in two arrays."""
+        """Read all examples, {"inputs": [n, ...], "targets": [n]}."""
 
-    def targets(self) -> NDArray:
-        """All targets [n], read without the inputs where they lie apart."""
+    def targets(self) -> NDArray[Any]:
+        """Read all targets [n], without the inputs where the files allow it."""
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Examples that are in memory.
+    """A source of examples that are in memory.
+
+    Args:
+      arrays: {"inputs": [n, ...], "targets": [n]}.
 
     >>> import numpy as np
     >>> source = ArraySource({"inputs": np.eye(3), "targets": np.arange(3)})
@@ -47,5 +50,5 @@ class ArraySource:
     def examples(self) -> Examples:
         return self.arrays
 
-    def targets(self) -> NDArray:
+    def targets(self) -> NDArray[Any]:
         return self.arrays["targets"]

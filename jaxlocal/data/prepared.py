@@ -1,7 +1,6 @@
-"""Prepared sets: labelled images in the files of TensorFlow Datasets, read without TensorFlow.
+"""Read labelled images from files that TensorFlow Datasets prepared, without TensorFlow.
 
-Nothing is looked for on the network. Files are opened at the first read, and anew in every process
-that a split is sent to.
+Nothing here uses the network. Files are opened at the first read, in each process that reads.
 """
 
 import difflib
@@ -26,15 +25,15 @@ Folder = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class PreparedSplit:
-    """The examples of one split, by number: {"inputs": image, "targets": int32 label}."""
+    """The examples of one split by number: {"inputs": image, "targets": int32 label}."""
 
     name: str
     folder: str
     split: str
     length: int
-    image: str  # the features that are read
-    label: str
-    classes: tuple[int, ...] = ()  # of each label; () for labels that are classes themselves
+    image: str  # name of the feature with the image
+    label: str  # name of the feature with the label
+    classes: tuple[int, ...] = ()  # the class of each label; () where they are equal
 
     def __len__(self) -> int:
         return self.length
@@ -50,19 +49,19 @@ class PreparedSplit:
                 for example in self._images.__getitems__(found)
             ]
 
-    def examples(self) -> dict[str, NDArray]:
-        """All of them: {"inputs": [n, *shape], "targets": int32 [n]}."""
+    def examples(self) -> dict[str, NDArray[Any]]:
+        """Read all examples: {"inputs": [n, *shape], "targets": int32 [n]}."""
         examples = self.__getitems__(range(self.length))
         return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
     def targets(self) -> NDArray[np.int32]:
-        """All labels [n]; no image is decoded."""
+        """Read all labels [n], without decoding an image."""
         out = np.empty(self.length, np.int32)
         with _in_one_sentence(self.name, self.folder):
             source = self._open({self.image})
             for start in range(0, self.length, _AT_ONCE):
-                some = source.__getitems__(range(start, min(start + _AT_ONCE, self.length)))
-                out[start : start + len(some)] = [self._target(example) for example in some]
+                records = source.__getitems__(range(start, min(start + _AT_ONCE, self.length)))
+                out[start : start + len(records)] = [self._target(record) for record in records]
         return out
 
     @cached_property
@@ -74,7 +73,7 @@ class PreparedSplit:
 
         builder = tfds.builder_from_directory(self.folder)
         features = builder.info.features
-        # Masks and the like take as long to decode as the image itself.
+        # Other images, such as masks, take as long to decode as the image itself.
         others = {key for key, kind in features.items() if isinstance(kind, tfds.features.Image)}
         skipped = skipped | (others - {self.image})
         decoders = {key: tfds.decode.SkipDecoding() for key in skipped}
@@ -94,25 +93,28 @@ class PreparedSplit:
 
 
 class Prepared(NamedTuple):
-    """A set of labelled images that lies prepared in a folder."""
+    """A prepared dataset of labelled images."""
 
     train: PreparedSplit
     test: PreparedSplit
-    input_shape: tuple[int, ...]
-    classes: int
+    input_shape: tuple[int, ...]  # (height, width, channels)
+    classes: int  # number of classes
 
 
 def find(name: str, data_dir: Folder | None, own: Iterable[str] = ()) -> Prepared:
-    """The set of a name in the folder of prepared sets.
+    """Find a prepared dataset by its name.
 
     Args:
       name: NAME or NAME/CONFIG.
-      data_dir: see `root`.
-      own: names that are known besides those of TensorFlow Datasets.
+      data_dir: the folder of prepared datasets, see `root`.
+      own: names of datasets to suggest in addition to those of TensorFlow Datasets.
+
+    Returns:
+      The dataset; no example is read.
 
     Raises:
-      ConfigurationError: an unknown name; a set that is not prepared, damaged, prepared in a format
-        that needs TensorFlow, or not of images of one size and their labels.
+      ConfigurationError: the name is unknown, or the dataset is not prepared, is damaged, is
+        prepared in a format that needs TensorFlow, or does not hold labelled images of one size.
     """
     folder = root(data_dir)
     builder = located(name, folder)
@@ -131,19 +133,26 @@ def find(name: str, data_dir: Folder | None, own: Iterable[str] = ()) -> Prepare
 
 
 def root(data_dir: Folder | None) -> str:
-    """The folder of prepared sets: the given one, else TFDS_DATA_DIR, else that of TensorFlow
-    Datasets."""
+    """The folder of prepared datasets.
+
+    It is `data_dir` if given, else the environment variable TFDS_DATA_DIR if set, else the default
+    of TensorFlow Datasets.
+    """
     from tensorflow_datasets.core import constants
 
-    # TensorFlow Datasets reads the variable only once, when it is first imported.
+    # TensorFlow Datasets reads the variable only once, at its first import.
     return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or constants.DATA_DIR)
 
 
 def located(name: str, folder: str) -> Any:
-    """The builder of a set that lies in a folder of prepared sets; None if it does not.
+    """The builder of a dataset in a folder of prepared datasets; None if it is not there.
+
+    Args:
+      name: NAME or NAME/CONFIG.
+      folder: the folder of prepared datasets.
 
     Raises:
-      ConfigurationError: it is damaged, or in a format that needs TensorFlow.
+      ConfigurationError: the dataset is damaged, or in a format that needs TensorFlow.
     """
     from tensorflow_datasets.core import naming, read_only_builder, registered
 
@@ -164,8 +173,15 @@ def located(name: str, folder: str) -> Any:
 
 
 def check_known(name: str, own: Iterable[str] = ()) -> None:
-    """Whether TensorFlow Datasets has a set of this name and, where that can be known, of this
-    configuration."""
+    """Raise an error if TensorFlow Datasets has no dataset with this name and configuration.
+
+    Args:
+      name: NAME or NAME/CONFIG.
+      own: names of datasets to suggest in addition to those of TensorFlow Datasets.
+
+    Raises:
+      ConfigurationError: the name or the configuration is unknown.
+    """
     import tensorflow_datasets as tfds
 
     base, slash, config = name.partition("/")
@@ -173,11 +189,11 @@ def check_known(name: str, own: Iterable[str] = ()) -> None:
     if base not in names:
         known = dict.fromkeys([*own, *difflib.get_close_matches(base, names)])
         raise ConfigurationError(
-            f"{unknown('dataset', base, known)}, and the other sets of TensorFlow Datasets"
+            f"{unknown('dataset', base, known)}, and the other datasets of TensorFlow Datasets"
         )
     try:
         configs = tfds.builder_cls(base).builder_configs
-    except ImportError:  # of what only its preparation needs
+    except ImportError:  # of a package that only the preparation needs
         return
     if slash and config not in configs:
         if configs:
@@ -186,15 +202,20 @@ def check_known(name: str, own: Iterable[str] = ()) -> None:
 
 
 def image_and_label(name: str, features: Any) -> tuple[str, str]:
-    """The names of the feature that is the image and of the one that is its label."""
+    """Names of the feature with the image and of the feature with its label.
+
+    Raises:
+      ConfigurationError: there is no image or no label, there are several and none has the usual
+        name, or the images are not uint8 of one size.
+    """
     import tensorflow_datasets as tfds
 
     def one_of(kind: type, usual: str) -> str:
-        # By its very type: what is made from an image, such as a mask, is a class of its own.
+        # The types must be equal, since features such as masks are subclasses of Image.
         found = [key for key, feature in features.items() if type(feature) is kind]
         if usual not in found and len(found) != 1:
             raise ConfigurationError(
-                f"dataset {name!r} is not one of images with labels: its features are "
+                f"dataset {name!r} does not hold images with labels: its features are "
                 f"{', '.join(sorted(features))}, and none is clearly the {usual}"
             )
         return usual if usual in found else found[0]
@@ -212,19 +233,23 @@ def image_and_label(name: str, features: Any) -> tuple[str, str]:
 
 
 def evaluation_split(name: str, splits: Iterable[str]) -> str:
-    """The split that is held out: test, else validation."""
+    """The held-out split: test if there is one, else validation.
+
+    Raises:
+      ConfigurationError: there is no split train, or no held-out split.
+    """
     splits = set(splits)
     for split in ("test", "validation"):
         if {"train", split} <= splits:
             return split
     raise ConfigurationError(
-        f"dataset {name!r} needs the splits train and test or validation, it has "
+        f"dataset {name!r} needs the splits train and test or validation, and has "
         f"{', '.join(sorted(splits)) or 'none'}"
     )
 
 
 def require(dataset: str, package: str, *modules: str) -> None:
-    """One sentence, at once, if none of the modules that would serve is installed."""
+    """Raise an error that names the package to install if none of these modules is installed."""
     if not any(importlib.util.find_spec(module) for module in modules):
         raise ConfigurationError(
             f"dataset {dataset!r} needs {package}, which is not installed: "
@@ -236,11 +261,12 @@ def _length(name: str, builder: Any, split: str) -> int:
     for path in builder.info.splits[split].filepaths:
         if not Path(path).exists():
             raise FileNotFoundError(f"{path.name} is missing")
-    return builder.info.splits[split].num_examples
+    return int(builder.info.splits[split].num_examples)
 
 
 @contextmanager
 def _in_one_sentence(name: str, folder: str) -> Iterator[None]:
+    """Turn every error into a ConfigurationError of one sentence."""
     try:
         yield
     except ConfigurationError:
@@ -249,11 +275,11 @@ def _in_one_sentence(name: str, folder: str) -> Iterator[None]:
         raise ConfigurationError(
             f"dataset {name!r} needs {error.name or error}, which is not installed"
         ) from error
-    except Exception as error:  # array_record, protobuf and Pillow raise kinds of their own
+    except Exception as error:  # array_record, protobuf and Pillow raise their own classes
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigurationError(
             f"the files of {name} in {folder} are damaged ({cause}): delete them and prepare them "
-            "anew, or point --data_dir at a folder where they are whole"
+            "again, or point --data_dir at a folder with intact files"
         ) from error
 
 

@@ -1,6 +1,6 @@
-"""Reading: the batches of a step, put together from single examples.
+"""Read the batches of a step, which are put together from single examples.
 
-A reader is a pure function of the step, and crosses to other processes.
+A reader is a pure function of the step, and can be pickled for other processes.
 """
 
 import functools
@@ -16,24 +16,30 @@ from numpy.typing import NDArray
 from jaxlocal.data.augment import CropFlip, crop_and_flip_on_host
 from jaxlocal.errors import ConfigurationError
 
-# The purposes of random numbers are distinct over this package: up to 5 they are those of others.
+# The second entry of every seed in `jaxlocal.data` is distinct: other files use 0 to 5.
 _TRANSFORM = 6
 _ON_DEVICE = {np.dtype(np.int64): np.dtype(np.int32), np.dtype(np.float64): np.dtype(np.float32)}
 
 Transform = Callable[[Any, np.random.Generator], Mapping[str, Any]]
+_Form = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]  # shape and dtype of each array, by name
 
 
 class Source(Protocol):
-    """Examples, read by number; may have `__getitems__(numbers)`, which reads many at once."""
+    """Examples by number; an optional `__getitems__(numbers)` reads several of them at once."""
 
     def __getitem__(self, number: int, /) -> Any: ...
 
 
 class StreamError(RuntimeError):
-    """A step could not be read."""
+    """The batches of a step could not be read.
 
-    def __init__(self, step: int, cause: str):
-        super().__init__(step, cause)  # as its arguments, so that it crosses processes
+    Args:
+      step: the step.
+      cause: the error, in one line.
+    """
+
+    def __init__(self, step: int, cause: str) -> None:
+        super().__init__(step, cause)  # its arguments, so that it can be pickled
         self.step, self.cause = step, cause
 
     def __str__(self) -> str:
@@ -41,30 +47,32 @@ class StreamError(RuntimeError):
 
 
 class Reader:
-    """Reads the batches of a step: examples, transformed and stacked, then augmented."""
+    """Reads the batches of a step: it transforms, stacks and augments the examples."""
 
     def __init__(
         self,
         source: Source,
-        indices: Callable[[int, int], NDArray],
+        indices: Callable[[int, int], NDArray[Any]],
         seed: int,
         augmentation: CropFlip | None,
         transform: Transform | None,
-        workers: Sequence[int] | NDArray | None = None,
+        workers: Sequence[int] | NDArray[Any] | None = None,
     ):
         self._source, self._indices, self._seed = source, indices, seed
         self._augmentation, self._transform = augmentation, transform
         self._whole = indices(0, 1).shape[1:]  # hubs, workers, batch
-        everyone = range(math.prod(self._whole[:-1]))
-        self._workers = list(everyone if workers is None else workers)  # that are read, by number
+        all_workers = range(math.prod(self._whole[:-1]))
+        self._workers = list(all_workers if workers is None else workers)  # numbers of those read
         batch = self._whole[-1:]
         self._grid = self._whole if workers is None else (len(self._workers), *batch)
         numbers = self._of_workers(indices(0, 1)[0])
-        self._form: dict[str, tuple[tuple[int, ...], np.dtype]] = {}  # of every example
+        self._form: _Form = {}  # that of every example
         try:
             [first] = self._examples(numbers.ravel()[:1].tolist(), 0)
         except Exception as error:
-            raise ConfigurationError(f"the first example cannot be read: {told(error)}") from error
+            raise ConfigurationError(
+                f"the first example cannot be read: {in_one_line(error)}"
+            ) from error
         self._form = _form(first)
         if augmentation and ("inputs" not in first or first["inputs"].ndim != 3):
             raise ConfigurationError(
@@ -73,23 +81,24 @@ class Reader:
 
     @property
     def step_bytes(self) -> int:
+        """Bytes of the batches of one step."""
         sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in self._form.values())
         return max(1, math.prod(self._grid) * sum(sizes))
 
-    def empty(self, steps: int) -> dict[str, NDArray]:
-        """Arrays for the batches of some steps."""
+    def empty(self, steps: int) -> dict[str, NDArray[Any]]:
+        """Empty arrays for the batches of some steps."""
         return {
             name: np.empty((steps, *self._grid, *shape), dtype)
             for name, (shape, dtype) in self._form.items()
         }
 
-    def __call__(self, step: int) -> dict[str, NDArray]:
+    def __call__(self, step: int) -> dict[str, NDArray[Any]]:
         try:
             return self._read(step)
-        except BaseException as error:  # sys.exit too: Grain waits for ever for who left politely
-            raise StreamError(step, told(error)) from error
+        except BaseException as error:  # also sys.exit, after which Grain would wait forever
+            raise StreamError(step, in_one_line(error)) from error
 
-    def _read(self, step: int) -> dict[str, NDArray]:
+    def _read(self, step: int) -> dict[str, NDArray[Any]]:
         numbers = self._of_workers(self._indices(step, 1)[0])
         examples = self._examples(numbers.ravel().tolist(), step)
         batches = {
@@ -102,50 +111,51 @@ class Reader:
             batches["inputs"] = crop_and_flip_on_host(batches["inputs"], *moves)
         return batches
 
-    def _of_workers(self, values: NDArray) -> NDArray:
-        """The rows, of arrays [hubs, workers, batch, ...], of the workers that are read."""
+    def _of_workers(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The rows of the workers that are read, of an array [hubs, workers, batch, ...]."""
         rows = values.reshape(-1, *values.shape[2:])[self._workers]
         return rows.reshape(*self._grid, *values.shape[3:])
 
-    def _examples(self, numbers: list[int], step: int) -> list[dict[str, NDArray]]:
+    def _examples(self, numbers: list[int], step: int) -> list[dict[str, NDArray[Any]]]:
         at_once = getattr(self._source, "__getitems__", None)
         found = iter(at_once(numbers) if at_once else map(self._source.__getitem__, numbers))
         examples = []
-        for place, number in enumerate(numbers):
+        for position, number in enumerate(numbers):
             try:
-                examples.append(self._prepared(next(found), step, place))
+                examples.append(self._prepared(next(found), step, position))
             except Exception as error:
                 error.add_note(f"in example {number}")
                 raise
         return examples
 
-    def _prepared(self, example: Any, step: int, place: int) -> dict[str, NDArray]:
+    def _prepared(self, example: Any, step: int, position: int) -> dict[str, NDArray[Any]]:
         if self._transform:
-            row, at = divmod(place, self._grid[-1])
-            purpose = (self._seed, _TRANSFORM, step, self._workers[row], at)
-            example = self._transform(example, np.random.default_rng(purpose))
+            row, column = divmod(position, self._grid[-1])
+            seed = (self._seed, _TRANSFORM, step, self._workers[row], column)
+            example = self._transform(example, np.random.default_rng(seed))
         arrays = {name: np.asarray(value) for name, value in example.items()}
         for name, array in arrays.items():
             arrays[name] = array.astype(_ON_DEVICE.get(array.dtype, array.dtype), copy=False)
         form = _form(arrays)
         if self._form and form != self._form:
-            raise ValueError(f"{_shown(form)}, where the first example is {_shown(self._form)}")
+            raise ValueError(f"{_shown(form)}, but the first example is {_shown(self._form)}")
         return arrays
 
     def __reduce__(self) -> Any:
         return _rebuilt, (pickled(self.__dict__),)
 
 
-def _form(arrays: dict[str, NDArray]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def _form(arrays: dict[str, NDArray[Any]]) -> _Form:
+    """Shape and dtype of each array."""
     return {name: (array.shape, array.dtype) for name, array in arrays.items()}
 
 
-def _shown(form: dict[str, tuple[tuple[int, ...], np.dtype]]) -> str:
+def _shown(form: _Form) -> str:
     return ", ".join(f"{name} {dtype}{list(shape)}" for name, (shape, dtype) in form.items())
 
 
 def pickled(value: Any) -> bytes:
-    """As Grain pickles, functions by value where need be, and memoized local ones too."""
+    """Pickle a value as Grain does, by value where needed, and also memoized local functions."""
     import cloudpickle
 
     class Pickler(cloudpickle.Pickler):
@@ -160,7 +170,8 @@ def pickled(value: Any) -> bytes:
 
 
 def _memoized(function: Callable[..., Any], parameters: dict[str, Any]) -> Callable[..., Any]:
-    return functools.lru_cache(**parameters)(function)
+    memoized: Callable[..., Any] = functools.lru_cache(**parameters)(function)
+    return memoized
 
 
 def _rebuilt(state: bytes) -> Reader:
@@ -169,8 +180,8 @@ def _rebuilt(state: bytes) -> Reader:
     return reader
 
 
-def told(error: BaseException) -> str:
-    """An error in one line."""
+def in_one_line(error: BaseException) -> str:
+    """The class, the text and the notes of an error in one line."""
     notes = " ".join(getattr(error, "__notes__", []))
-    words = " ".join(f"{error} {notes}".split())[:400]
-    return f"{type(error).__name__}: {words}"
+    text = " ".join(f"{error} {notes}".split())[:400]
+    return f"{type(error).__name__}: {text}"

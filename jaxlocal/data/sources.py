@@ -1,15 +1,15 @@
-"""Sources: real datasets and synthetic problems, described at once and read when asked.
+"""Datasets: real ones and synthetic problems. Their sizes are known before any example is read.
 
-| name | what |
+| name | dataset |
 |---|---|
-| `digits` | scikit-learn's 8x8 digits, nothing to download |
-| `docstrings`, `docstrings:LENGTH` | Python's documentation strings, in sequences of characters |
-| `mnist`, `cifar10` | as TensorFlow Datasets prepared them, in array_record files |
-| `NAME`, `NAME/CONFIG` | another set of TensorFlow Datasets, of images of one size with labels |
+| `digits` | scikit-learn's 8x8 digits, which need no download |
+| `docstrings`, `docstrings:LENGTH` | Python's docstrings, in sequences of LENGTH characters |
+| `mnist`, `cifar10` | MNIST and CIFAR-10 as TensorFlow Datasets prepared them |
+| `NAME`, `NAME/CONFIG` | another dataset of TensorFlow Datasets, of labelled images of one size |
 | `mnist_binary` | MNIST with class 1 for the digits 0 to 4 and class 0 for 5 to 9 |
-| `least_squares` | Gaussian inputs, a linear target with noise |
+| `least_squares` | Gaussian inputs, and a linear target with noise |
 | `perceptron` | two linearly separable classes with a margin |
-| `two_quadratics`, `two_quadratics:R` | the two examples that make Local SGD slow over R rounds |
+| `two_quadratics`, `two_quadratics:R` | two examples on which Local SGD needs more than R rounds |
 """
 
 import importlib.util
@@ -25,15 +25,14 @@ from jaxlocal.data.examples import ArraySource, Examples, ExampleSource
 from jaxlocal.data.prepared import find, require
 from jaxlocal.errors import ConfigurationError, unknown
 
-# The purposes of random numbers are distinct over this package: partitions 1, batches 2 to 4,
-# augmentation 5, transformations 6.
+# The second entry of every seed in `jaxlocal.data` is distinct: other files use 1 to 6.
 _SYNTHESIS = 0
 
 _SYNTHETIC_TRAIN, _SYNTHETIC_TEST, _SYNTHETIC_FEATURES = 4096, 1024, 32
 _NOISE = 0.1
 _MARGIN = 0.5
 
-# Mean and standard deviation of each channel over the training pixels, in units of 255.
+# Mean and standard deviation of each channel over the training pixels, as fractions of 255.
 _PIXELS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -41,38 +40,45 @@ _PIXELS = {
 
 
 class Dataset(NamedTuple):
-    """A dataset: its sizes, and how to read it."""
+    """A dataset: its sizes, and functions that read it.
+
+    `train_source()` and `test_source()` give the examples by number: inputs [*input_shape], uint8,
+    float32 or int32 tokens; targets int32 or float32. Examples in files are read when needed.
+    """
 
     name: str
     train_source: Callable[[], ExampleSource]
-    """Training examples by number: inputs [*input_shape] uint8 or float32, targets int32 or
-    float32. What lies in files stays there until it is asked for."""
     test_source: Callable[[], ExampleSource]
-    train_examples: int
-    test_examples: int
-    input_shape: tuple[int, ...]
-    classes: int  # 0 for regression
-    mean: tuple[float, ...] = (0.0,)  # over channels
-    scale: tuple[float, ...] = (1.0,)  # over channels
-    start: NDArray[np.float32] | None = None  # [features], where its linear model starts
+    train_examples: int  # number of training examples
+    test_examples: int  # number of test examples
+    input_shape: tuple[int, ...]  # shape of one example
+    classes: int  # number of classes; 0 for regression
+    mean: tuple[float, ...] = (0.0,)  # of each channel
+    scale: tuple[float, ...] = (1.0,)  # standard deviation of each channel
+    start: NDArray[np.float32] | None = None  # [features], initial weights of its linear model
 
     def train(self) -> Examples:
-        """Reads all training examples: {"inputs": [n, *input_shape], "targets": [n]}."""
+        """Read all training examples: {"inputs": [n, *input_shape], "targets": [n]}."""
         return self.train_source().examples()
 
     def test(self) -> Examples:
-        """Reads all test examples."""
+        """Read all test examples: {"inputs": [n, *input_shape], "targets": [n]}."""
         return self.test_source().examples()
 
-    def targets(self) -> NDArray:
-        """Reads the training targets [n] alone: no image is decoded."""
+    def targets(self) -> NDArray[Any]:
+        """Read the training targets [n], without decoding an image."""
         return self.train_source().targets()
 
     def normalize(self, inputs: Any) -> Any:
-        """What enters the model, float32: (inputs / 255 if they are uint8, less mean) / scale.
-        Tokens, integers of another type, enter as they are.
+        """Normalize stored inputs to the float32 inputs of a model: (inputs - mean) / scale.
 
-        Inputs may be a numpy or a JAX array; the result is of the same kind.
+        uint8 inputs are first divided by 255. int32 tokens are returned as they are.
+
+        Args:
+          inputs: [..., *input_shape], a NumPy or a JAX array.
+
+        Returns:
+          An array of the same kind and shape.
         """
         if inputs.dtype == np.int32:
             return inputs
@@ -90,20 +96,24 @@ class _Request(NamedTuple):
 
 
 def load(spec: str, data_dir: str | os.PathLike[str] | None = None, seed: int = 0) -> Dataset:
-    """The dataset of a name; `train` and `test` read it, anew at each call.
+    """Load a dataset by its name. Only its sizes are read; `train` and `test` read the examples.
 
     Args:
-      spec: one of DATASETS, `two_quadratics` with an argument if wanted; or the NAME or NAME/CONFIG
-        of another set of TensorFlow Datasets, whose test set is its split test, else validation,
-        and whose label is its feature label, else the only one.
-      data_dir: where TensorFlow Datasets keeps what it prepared; by default TFDS_DATA_DIR, or
-        its own default.
-      seed: of a synthetic problem; not of the real ones nor of their splits.
+      spec: one of `DATASETS`, with an argument for `docstrings` and `two_quadratics`, see
+        `jaxlocal.data.sources`; or NAME or NAME/CONFIG of another dataset of TensorFlow Datasets.
+        Of the latter, the test set is the split test, else validation, and the label is the
+        feature "label", else the only label.
+      data_dir: folder of datasets that TensorFlow Datasets prepared; by default the environment
+        variable TFDS_DATA_DIR, else the default of TensorFlow Datasets.
+      seed: seed of a synthetic problem, not negative. Real datasets and their splits do not depend
+        on it.
+
+    Returns:
+      The dataset.
 
     Raises:
-      ConfigurationError: an unknown name, a dataset that is not prepared or not of images of one
-        size with labels, a package that is not installed. What reads examples raises it for files
-        that are damaged.
+      ConfigurationError: the name is unknown, the dataset is not prepared or does not hold labelled
+        images of one size, or a package is not installed. Reading damaged files raises it too.
 
     >>> data = load("least_squares", seed=1)
     >>> data.train_examples, data.input_shape, data.train()["targets"].shape
@@ -116,8 +126,8 @@ def load(spec: str, data_dir: str | os.PathLike[str] | None = None, seed: int = 
     if name not in _SOURCES:
         if not importlib.util.find_spec("tensorflow_datasets"):
             raise ConfigurationError(
-                f"{unknown('dataset', spec, DATASETS)}, and with tensorflow-datasets, which is not "
-                "installed, those that it has"
+                f"{unknown('dataset', spec, DATASETS)}, and those of tensorflow-datasets, which is "
+                "not installed"
             )
         return _prepared(request)
     if colon and name not in ("docstrings", "two_quadratics"):
@@ -153,8 +163,7 @@ def _mnist_binary(request: _Request) -> Dataset:
 
 
 def _prepared(request: _Request, classes: tuple[int, ...] = ()) -> Dataset:
-    """A set of TensorFlow Datasets, of which `classes` are those of its labels if they are not the
-    labels themselves."""
+    """A dataset of TensorFlow Datasets; `classes`, if any, are the classes of its labels."""
     name = request.spec
     require(name, "tensorflow-datasets", "tensorflow_datasets")
     require(name, "array_record", "array_record")
@@ -195,7 +204,9 @@ def _docstrings(request: _Request) -> Dataset:
 
 
 def _least_squares(request: _Request) -> Dataset:
-    def make(generator: np.random.Generator, inputs: NDArray, direction: NDArray) -> Examples:
+    def make(
+        generator: np.random.Generator, inputs: NDArray[Any], direction: NDArray[Any]
+    ) -> Examples:
         targets = inputs @ direction + _NOISE * generator.normal(size=len(inputs))
         return _float32(inputs, targets)
 
@@ -203,7 +214,9 @@ def _least_squares(request: _Request) -> Dataset:
 
 
 def _perceptron(request: _Request) -> Dataset:
-    def make(generator: np.random.Generator, inputs: NDArray, direction: NDArray) -> Examples:
+    def make(
+        generator: np.random.Generator, inputs: NDArray[Any], direction: NDArray[Any]
+    ) -> Examples:
         sides = np.where(inputs @ direction >= 0, 1.0, -1.0)
         inputs = inputs + _MARGIN * sides[:, None] * direction
         return {"inputs": inputs.astype(np.float32), "targets": (sides > 0).astype(np.int32)}
@@ -212,9 +225,9 @@ def _perceptron(request: _Request) -> Dataset:
 
 
 def _synthetic(
-    request: _Request, make: Callable[[Any, NDArray, NDArray], Examples], classes: int
+    request: _Request, make: Callable[[Any, NDArray[Any], NDArray[Any]], Examples], classes: int
 ) -> Dataset:
-    """A problem of Gaussian inputs and one unit direction: `make` gives the examples from those."""
+    """A problem whose examples `make` computes from Gaussian inputs and a unit direction."""
 
     def read(part: slice) -> ArraySource:
         generator = np.random.default_rng((request.seed, _SYNTHESIS))
@@ -236,10 +249,11 @@ def _synthetic(
 
 
 def _two_quadratics(request: _Request) -> Dataset:
-    """Two unit vectors a_1, a_2 with cosine 1 - 1/(R + 1/2); example i costs (a_i . x)^2 / 2.
+    """Two unit vectors a_1, a_2 with cosine 1 - 1/(R + 1/2); example i has loss (a_i . x)^2 / 2.
 
-    From the unit vector along a_1 - a_2, `start`, no number of local steps nor a step size up to 1
-    brings Local SGD on two workers below 1/(4e(R + 1/2)) in R rounds. It is tested on itself.
+    Local SGD on two workers starts at the unit vector along a_1 - a_2. In R rounds, with any number
+    of local steps and any step size up to 1, its loss stays above 1/(4e(R + 1/2)). The test set is
+    the training set.
 
     Reference: Qin, Etesami, Uribe, "Faster Convergence of Local SGD for Over-Parameterized Models",
     TMLR 2024, https://arxiv.org/abs/2201.12719 (the instance is derived here)
@@ -258,7 +272,7 @@ def _two_quadratics(request: _Request) -> Dataset:
     return Dataset(request.spec, read, read, 2, 2, (2,), classes=0, start=start)
 
 
-def _float32(inputs: NDArray, targets: NDArray) -> Examples:
+def _float32(inputs: NDArray[Any], targets: NDArray[Any]) -> Examples:
     return {"inputs": inputs.astype(np.float32), "targets": targets.astype(np.float32)}
 
 

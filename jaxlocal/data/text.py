@@ -1,7 +1,8 @@
-"""Text that every machine has: the documentation strings of Python's own standard library.
+"""Text dataset of the docstrings of Python's standard library, which every machine has.
 
-They are read from its sources and nothing is imported or downloaded. A character is a token: the 95
-printable ones of ASCII in their order, the newline, and one token for all others.
+The docstrings are read from the library's sources; nothing is imported or downloaded. Tokens are
+characters: the 95 printable ASCII characters in their order, the newline, and one token for all
+other characters.
 """
 
 import ast
@@ -11,6 +12,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,8 @@ ALPHABET = "".join(map(chr, range(32, 127))) + "\n" + "\N{REPLACEMENT CHARACTER}
 VOCABULARY = len(ALPHABET)
 _NEWLINE, _OTHER = 95, 96
 
-# Not everywhere installed, not of the library itself, or long files with hardly any documentation.
+# Modules that are not installed everywhere or not part of the library, and long files with hardly
+# any docstrings.
 _LEFT_OUT = {
     *("test", "tests", "site-packages", "dist-packages", "__pycache__", "lib-dynload"),
     *("idlelib", "tkinter", "turtle.py", "turtledemo", "lib2to3", "distutils", "ensurepip"),
@@ -33,23 +36,23 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def load_docstrings(length: int = 128) -> tuple[Examples, Examples]:
-    """Sequences of characters and, at each place, the next character.
+    """Load Python's docstrings as sequences of characters with the next character as target.
 
-    A string that stands in several places is taken once; about every tenth module, chosen by its
-    name, is held out for the test; each side is joined by empty lines and cut, so that no sequence
-    is part of both. The text follows the version of Python: about 1.2 million characters for
+    Equal docstrings are taken once. About every tenth module, chosen by its name, is held out for
+    the test. The docstrings of each side are joined by empty lines and cut into sequences, so no
+    sequence is in both. The text depends on the version of Python: about 1.2 million characters for
     training and 0.1 million for the test.
 
     Args:
-      length: characters in a sequence.
+      length: number of characters in a sequence.
 
     Returns:
-      Training and test examples, {"inputs", "targets"}: int32 tokens [n, length] below
+      Training and test examples {"inputs", "targets"}, int32 tokens [n, length] below
       `VOCABULARY`.
 
     Raises:
-      ConfigurationError: the length is no positive integer or longer than the text, or this Python
-        comes without the sources of its library.
+      ConfigurationError: the length is not a positive integer or is longer than the text, or the
+        sources of Python's library are not installed.
 
     >>> train, test = load_docstrings(64)
     >>> train["inputs"].shape[1], bool((train["inputs"][:, 1:] == train["targets"][:, :-1]).all())
@@ -66,7 +69,7 @@ def load_docstrings(length: int = 128) -> tuple[Examples, Examples]:
 
 
 def encode(text: str) -> NDArray[np.int32]:
-    """The tokens of a text, [characters].
+    """Encode a text as tokens, int32 [characters].
 
     >>> encode("Hi\\n").tolist()
     [40, 73, 95]
@@ -76,8 +79,8 @@ def encode(text: str) -> NDArray[np.int32]:
     return np.where(printable, codes - 32, np.where(codes == 10, _NEWLINE, _OTHER)).astype(np.int32)
 
 
-def decode(tokens: NDArray) -> str:
-    """The text of tokens [characters]; what `encode` had no token for reads as U+FFFD.
+def decode(tokens: NDArray[Any]) -> str:
+    """Decode tokens [characters] to a text; characters without a token become U+FFFD.
 
     >>> decode(encode("π is 3.14"))
     '� is 3.14'
@@ -85,7 +88,7 @@ def decode(tokens: NDArray) -> str:
     return "".join(ALPHABET[token] for token in np.asarray(tokens))
 
 
-def _cut(tokens: NDArray, length: int) -> Examples:
+def _cut(tokens: NDArray[Any], length: int) -> Examples:
     whole = len(tokens) // (length + 1) * (length + 1)
     sequences = tokens[:whole].reshape(-1, length + 1)
     return {"inputs": sequences[:, :-1].copy(), "targets": sequences[:, 1:].copy()}
@@ -93,18 +96,18 @@ def _cut(tokens: NDArray, length: int) -> Examples:
 
 @functools.cache
 def _tokens() -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """The text for training and the one for the test."""
+    """The tokens of the text for training, and of the text for the test."""
     root = Path(sysconfig.get_path("stdlib"))
     modules = list(_modules(root))
     if not modules:
         raise ConfigurationError(
-            f"docstrings come from the sources of Python's own library, and {root} holds none"
+            f"docstrings come from the sources of Python's library, and {root} holds none"
         )
     seen: set[str] = set()
     texts: tuple[list[str], list[str]] = ([], [])
     for module in modules:
         name = module.relative_to(root).as_posix()
-        held_out = zlib.crc32(name.encode()) % 10 == 9  # wherever else a module is missing
+        held_out = zlib.crc32(name.encode()) % 10 == 9  # does not depend on other modules
         for text in _docstrings(ast.parse(module.read_bytes())):
             if text not in seen:
                 seen.add(text)
@@ -114,7 +117,7 @@ def _tokens() -> tuple[NDArray[np.int32], NDArray[np.int32]]:
 
 
 def _modules(folder: Path) -> Iterator[Path]:
-    """The source files of a folder's modules and packages, in an order that is always the same."""
+    """The source files of a folder's modules and packages, in a fixed order."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name in _LEFT_OUT or path.name.startswith("_sysconfigdata"):
             continue
@@ -125,7 +128,7 @@ def _modules(folder: Path) -> Iterator[Path]:
 
 
 def _docstrings(definition: ast.AST) -> Iterator[str]:
-    """Those of a module, class or function, and of the definitions in its body."""
+    """The docstrings of a module, class or function, and of the definitions in its body."""
     if isinstance(definition, _DOCUMENTED):
         yield from filter(None, [ast.get_docstring(definition)])
         for statement in definition.body:

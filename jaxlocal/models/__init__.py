@@ -1,56 +1,75 @@
-"""The models of the papers, by name, and the adapters for a user's own.
+"""The models of the papers by name, adapters for a user's own model, and the loss to train it.
 
-A model is a pair of pure functions, `Model(init, apply)`. To train one of your own, give `from_nnx`
-a function that builds a Flax NNX module, `from_linen` a Linen module, or `from_functions` two plain
-functions. `in_precision` makes any of them compute in bfloat16.
+A model is a pair of pure functions, `Model(init, apply)`. To train your own, give `from_nnx` a
+function that builds a Flax NNX module, `from_linen` a Linen module, or `from_functions` two plain
+functions. `training_loss` makes the loss of a model, and `evaluation_metrics` its metrics of each
+example. `in_precision` makes any model compute in bfloat16.
 """
 
 from collections.abc import Callable
 from functools import partial
 
 from jaxlocal.errors import ConfigurationError, lookup
-from jaxlocal.models import mll_cnn, resnet, simple, transformer
 from jaxlocal.models.adapters import Model, from_functions, from_linen, from_nnx
+from jaxlocal.models.cnn import mll_cnn
 from jaxlocal.models.precision import in_precision
+from jaxlocal.models.resnet import resnet18, small_resnet
+from jaxlocal.models.simple import linear, logistic, mlp
+from jaxlocal.models.supervised import evaluation_metrics, example_metrics, training_loss
+from jaxlocal.models.transformers import transformer
 
 __all__ = [
     "MODELS",
     "Model",
     "build",
+    "evaluation_metrics",
+    "example_metrics",
     "from_functions",
     "from_linen",
     "from_nnx",
     "in_precision",
+    "linear",
+    "logistic",
+    "mll_cnn",
+    "mlp",
     "outputs_for",
+    "resnet18",
+    "small_resnet",
+    "training_loss",
+    "transformer",
 ]
 
 MODELS: dict[str, Callable[[tuple[int, ...], int], Model]] = {
-    "logistic": simple.logistic,
-    "linear": simple.linear,
-    "mlp": simple.mlp,
-    "mll_cnn": mll_cnn.mll_cnn,
-    "resnet18_layer_norm": partial(resnet.resnet18, norm="layer"),
-    "resnet18_group_norm": partial(resnet.resnet18, norm="group"),
-    "resnet18_batch_norm": partial(resnet.resnet18, norm="batch"),
-    "small_resnet_layer_norm": partial(resnet.small_resnet, norm="layer"),
-    "small_resnet_batch_norm": partial(resnet.small_resnet, norm="batch"),
-    "transformer": transformer.transformer,
-    "small_transformer": partial(transformer.transformer, layers=2, width=64, heads=2),
+    "logistic": logistic,
+    "linear": linear,
+    "mlp": mlp,
+    "mll_cnn": mll_cnn,
+    "resnet18_layer_norm": partial(resnet18, norm="layer"),
+    "resnet18_group_norm": partial(resnet18, norm="group"),
+    "resnet18_batch_norm": partial(resnet18, norm="batch"),
+    "small_resnet_layer_norm": partial(small_resnet, norm="layer"),
+    "small_resnet_batch_norm": partial(small_resnet, norm="batch"),
+    "transformer": transformer,
+    "small_transformer": partial(transformer, layers=2, width=64, heads=2),
 }
 
 
 def build(name: str, input_shape: tuple[int, ...], outputs: int) -> Model:
-    """The model of that name.
+    """Build a model by its name.
 
     Args:
       name: a key of `MODELS`.
-      input_shape: the shape of one example, `(features,)`, `(height, width, channels)` or, for the
-        transformer, `(length,)` of tokens.
-      outputs: number of logits, so outputs have shape `[batch, outputs]`; with 1, `[batch]`. The
-        transformer's have `[batch, length, outputs]`.
+      input_shape: the shape of one example: `(features,)`, `(height, width, channels)` or, for the
+        transformer, `(length,)` in tokens.
+      outputs: number of logits. Outputs have shape `[batch, outputs]`, or `[batch]` for 1 output;
+        those of the transformer have shape `[batch, length, outputs]`.
+
+    Returns:
+      The model.
 
     Raises:
-      ConfigurationError: an unknown name, no outputs, or examples of a shape the model cannot take.
+      ConfigurationError: the name is unknown, `outputs` is less than 1, or the model cannot take
+        examples of this shape.
 
     >>> import jax
     >>> model = build("mll_cnn", (28, 28, 1), outputs=62)
@@ -60,12 +79,15 @@ def build(name: str, input_shape: tuple[int, ...], outputs: int) -> Model:
     """
     make = lookup("model", name, MODELS)
     if outputs < 1:
-        raise ConfigurationError(f"{name} needs 1 output or more, and {outputs} were asked for")
+        raise ConfigurationError(f"{name} needs 1 output or more, got {outputs}")
     return make(tuple(input_shape), outputs)
 
 
 def outputs_for(classes: int) -> int:
-    """How many logits tell so many classes apart: one for two classes, otherwise one a class.
+    """Number of logits for a number of classes: 1 for two classes, otherwise one for each class.
+
+    Args:
+      classes: number of classes, 2 or more.
 
     >>> outputs_for(2), outputs_for(10)
     (1, 10)

@@ -1,5 +1,4 @@
-"""A model as two pure functions, and how a Flax module, NNX or Linen, or plain functions become
-one."""
+"""Adapters that make a model (two pure functions) from a Flax module or from plain functions."""
 
 import functools
 import inspect
@@ -14,37 +13,50 @@ from jaxlocal.errors import ConfigurationError
 
 Tree = Any
 
-# How Flax's own layers, and modules that are written after them, are told that this is training.
-_TRAIN = ("train", "training", "is_training")
-_REST = ("deterministic", "use_running_average")
+# The keywords by which Flax's layers and users' modules distinguish training from evaluation.
+_TRUE_IN_TRAINING = ("train", "training", "is_training")
+_FALSE_IN_TRAINING = ("deterministic", "use_running_average")
 
-# What a call creates or draws, and no one carries from one call to the next.
-_PASSING = nnx.Any(nnx.RngState, nnx.Intermediate)
+# Variables that no call reads from an earlier call: random streams and sown intermediate values.
+_TRANSIENT = nnx.Any(nnx.RngState, nnx.Intermediate)
 
 
 class Model(NamedTuple):
-    """What training needs of a model: two pure functions of plain pytrees."""
+    """A model as two pure functions of pytrees, which may be jitted, scanned, vmapped and sharded.
 
-    init: Callable[[jax.Array], tuple[Tree, Tree]]  # key -> (params, model_state); {} if no state
+    - `init(key)` gives (params, model_state); model_state is {} where there is none.
+    - `apply(params, model_state, inputs, key, train)` gives (outputs, model_state). Inputs and
+      outputs lead with [batch]; `key` may be None where nothing is drawn at random; `train` is a
+      Python bool.
+
+    >>> model = Model(
+    ...     init=lambda key: (jnp.ones(3), {}),
+    ...     apply=lambda params, model_state, inputs, key, train: (inputs @ params, model_state),
+    ... )
+    >>> params, model_state = model.init(jax.random.key(0))
+    >>> model.apply(params, model_state, jnp.ones((2, 3)), None, True)
+    (Array([3., 3.], dtype=float32), {})
+    """
+
+    init: Callable[[jax.Array], tuple[Tree, Tree]]
     apply: Callable[..., tuple[jax.Array, Tree]]
-    # (params, model_state, inputs [batch, ...], key, train) -> (outputs [batch, ...], model_state)
 
 
 def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
-    """The model that an NNX module is.
+    """Make a model from a Flax NNX module.
 
-    `params` holds the module's `nnx.Param` variables and `model_state` its other ones, such as
-    batch statistics, each as nested dictionaries of arrays. Random streams are kept in neither:
-    every `apply` seeds them from its `key`, so that dropout follows the step and the worker that
-    the key was folded from. `key` may be None where nothing is drawn. `train`, a Python bool,
-    chooses between the module's `train()` and `eval()`.
+    `params` holds the module's `nnx.Param` variables and `model_state` its other variables, such as
+    batch statistics, each as nested dictionaries of arrays. Neither holds random streams: every
+    `apply` seeds them from its `key`, so dropout differs by step and by worker as the key does.
+    `key` may be None where nothing is drawn. `train`, a Python bool, chooses between the module's
+    `train()` and `eval()`.
 
     Args:
-      make_module: builds the module from its random streams; `module(inputs)` gives its outputs.
-        It is called by every `init` and by the first `apply`, so it should have no side effects.
+      make_module: `make_module(rngs)` builds the module, and `module(inputs)` gives its outputs.
+        Every `init` and the first `apply` call it, so it should have no side effects.
 
     Returns:
-      The model; `init` and `apply` are pure and may be jitted, scanned, vmapped and sharded.
+      The model.
 
     >>> model = from_nnx(lambda rngs: nnx.Linear(3, 2, rngs=rngs))
     >>> params, model_state = model.init(jax.random.key(0))
@@ -61,13 +73,13 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
 
     def init(key: jax.Array) -> tuple[Tree, Tree]:
         _, params, _, state = _split(make_module(nnx.Rngs(key)))
-        return _plain(params), _plain(state)
+        return _as_dict(params), _as_dict(state)
 
     def apply(
         params: Tree, model_state: Tree, inputs: jax.Array, key: jax.Array | None, train: bool
     ) -> tuple[jax.Array, Tree]:
-        graph, of_params, streams, of_state = blueprint()
-        filled = _filled(of_params, params), streams, _filled(of_state, model_state)
+        graph, param_shapes, streams, state_shapes = blueprint()
+        filled = _filled(param_shapes, params), streams, _filled(state_shapes, model_state)
         module = nnx.merge(graph, *filled, copy=True)
         if key is not None:
             nnx.reseed(module, policy="match_shape", **_stream_keys(streams, key))
@@ -76,24 +88,27 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         else:
             module.eval()
         outputs = module(inputs)
-        return outputs, _plain(_split(module)[3])
+        return outputs, _as_dict(_split(module)[3])
 
     return Model(init, apply)
 
 
 def from_linen(module: linen.Module, inputs: Any, streams: Sequence[str] = ("dropout",)) -> Model:
-    """The model that a Linen module is.
+    """Make a model from a Flax Linen module.
 
-    `params` is the module's collection of that name and `model_state` all its other collections,
-    such as `batch_stats`, by name. `train` is told by those of the keywords train, training,
-    is_training, deterministic and use_running_average that the module's call has and its fields
-    leave open.
+    `params` is the module's collection `params`, and `model_state` holds all its other collections,
+    such as `batch_stats`, by name. `apply` passes `train` on by the keywords train, training and
+    is_training, and its negation by deterministic and use_running_average: by each of these that
+    the module's `__call__` takes and that the module's fields do not fix.
 
     Args:
       module: `module(inputs)` gives its outputs.
-      inputs: a batch, or what has its shape and dtype, such as a `jax.ShapeDtypeStruct`.
-      streams: the random streams to be given a key of their own in each `apply`, folded from its
-        `key`; another stream draws from one more key, that of `params`.
+      inputs: a batch of example inputs, or its shape and dtype as a `jax.ShapeDtypeStruct`.
+      streams: names of random streams. Each `apply` folds a separate key for each of them from its
+        `key`; a stream that is not named here draws from the key of the stream `params`.
+
+    Returns:
+      The model.
 
     >>> model = from_linen(linen.Dense(2), jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params, model_state = model.init(jax.random.key(0))
@@ -103,7 +118,9 @@ def from_linen(module: linen.Module, inputs: Any, streams: Sequence[str] = ("dro
     shape, dtype = inputs.shape, inputs.dtype
     names = [
         name
-        for name in _named(inspect.signature(type(module).__call__), (*_TRAIN, *_REST))
+        for name in _taken(
+            inspect.signature(type(module).__call__), (*_TRUE_IN_TRAINING, *_FALSE_IN_TRAINING)
+        )
         if getattr(module, name, None) is None
     ]
 
@@ -112,11 +129,11 @@ def from_linen(module: linen.Module, inputs: Any, streams: Sequence[str] = ("dro
             return {}
         return {n: jax.random.fold_in(key, number) for number, n in enumerate(("params", *streams))}
 
-    def told(train: bool) -> dict[str, Any]:
-        return {name: train == (name in _TRAIN) for name in names}
+    def mode(train: bool) -> dict[str, Any]:
+        return {name: train == (name in _TRUE_IN_TRAINING) for name in names}
 
     def init(key: jax.Array) -> tuple[Tree, Tree]:
-        variables = module.init(key, jnp.zeros(shape, dtype), **told(False))
+        variables = module.init(key, jnp.zeros(shape, dtype), **mode(False))
         state = dict(linen.meta.unbox(variables))
         return state.pop("params", {}), state
 
@@ -125,73 +142,82 @@ def from_linen(module: linen.Module, inputs: Any, streams: Sequence[str] = ("dro
     ) -> tuple[jax.Array, Tree]:
         variables = {"params": params, **model_state}
         outputs, changed = module.apply(
-            variables, inputs, rngs=keys(key), mutable=list(model_state), **told(train)
+            variables, inputs, rngs=keys(key), mutable=list(model_state), **mode(train)
         )
         return outputs, {**model_state, **changed}
 
     return Model(init, apply)
 
 
-def from_functions(init: Callable, apply: Callable) -> Model:
-    """The model that two plain functions are.
+def from_functions(init: Callable[[jax.Array], Any], apply: Callable[..., Any]) -> Model:
+    """Make a model from two plain functions.
 
     Args:
       init: `init(key)` gives the parameters, any pytree of arrays.
-      apply: `apply(params, inputs)` gives the outputs. It is told, by these names, what else it
-        asks for: `key`, None where nothing is to be drawn, and `train`, a Python bool. If it asks
-        for `model_state`, `init` gives (params, model_state) and `apply` (outputs, model_state).
+      apply: `apply(params, inputs)` gives the outputs. It may take further arguments by these
+        names: `key`, which is None where nothing is drawn at random, `train`, a Python bool, and
+        `model_state`. With `model_state`, `init` gives (params, model_state) and `apply` gives
+        (outputs, model_state).
+
+    Returns:
+      The model.
 
     Raises:
-      ConfigurationError: the functions cannot be called so.
+      ConfigurationError: `init` or `apply` cannot be called with these arguments.
 
     >>> model = from_functions(lambda key: {"w": jnp.ones(3)}, lambda params, x: x @ params["w"])
     >>> params, model_state = model.init(jax.random.key(0))
     >>> model.apply(params, model_state, jnp.ones((2, 3)), None, train=True)
     (Array([3., 3.], dtype=float32), {})
     """
-    _fits("init(key)", init, 1, ())
-    names = _fits("apply(params, inputs)", apply, 2, ("key", "train", "model_state"))
+    _keywords_taken("init(key)", init, 1, ())
+    offered = ("key", "train", "model_state")
+    names = _keywords_taken("apply(params, inputs)", apply, 2, offered)
     if "model_state" in names:
-        begin, step = init, apply
+        stateful_init, stateful_apply = init, apply
     else:
-        begin = lambda key: (init(key), {})
-        step = lambda params, inputs, **told: (apply(params, inputs, **told), {})
+        stateful_init = lambda key: (init(key), {})
+        stateful_apply = lambda params, inputs, **keywords: (apply(params, inputs, **keywords), {})
 
     def apply_fn(
         params: Tree, model_state: Tree, inputs: jax.Array, key: jax.Array | None, train: bool
     ) -> tuple[jax.Array, Tree]:
-        offered = {"key": key, "train": train, "model_state": model_state}
-        return step(params, inputs, **{name: offered[name] for name in names})
+        values = {"key": key, "train": train, "model_state": model_state}
+        keywords = {name: values[name] for name in names}
+        outputs, new_state = stateful_apply(params, inputs, **keywords)
+        return outputs, new_state
 
-    return Model(begin, apply_fn)
+    return Model(stateful_init, apply_fn)
 
 
-def _fits(form: str, function: Callable, arguments: int, offered: tuple[str, ...]) -> list[str]:
-    """Those of the offered keywords that the function takes beside its arguments."""
+def _keywords_taken(
+    form: str, function: Callable[..., Any], arguments: int, offered: tuple[str, ...]
+) -> list[str]:
+    """The offered keywords that a function takes; an error where it does not take the arguments."""
     try:
         signature = inspect.signature(function)
-        names = _named(signature, offered)
+        names = _taken(signature, offered)
         signature.bind(*range(arguments), **dict.fromkeys(names))
     except (TypeError, ValueError) as error:
-        more = f", which may also ask for {', '.join(offered)}" if offered else ""
+        more = f", with or without the keywords {', '.join(offered)}" if offered else ""
         raise ConfigurationError(
             f"{function!r} cannot be called as {form}{more}: {error}"
         ) from None
     return names
 
 
-def _named(signature: inspect.Signature, names: Sequence[str]) -> list[str]:
-    """Those of the names that the signature has."""
+def _taken(signature: inspect.Signature, names: Sequence[str]) -> list[str]:
+    """The names that are parameters of the signature."""
     return [name for name in names if name in signature.parameters]
 
 
 def _split(module: nnx.Module) -> tuple[Any, ...]:
-    """The module's structure, parameters, passing variables and every other variable."""
-    return nnx.split(module, nnx.Param, _PASSING, ...)
+    """The module's structure, parameters, transient variables and all other variables."""
+    return nnx.split(module, nnx.Param, _TRANSIENT, ...)
 
 
-def _plain(state: nnx.State) -> Tree:
-    """Nested dictionaries of arrays with string keys, which sort and are saved everywhere alike."""
+def _as_dict(state: nnx.State[Any, Any]) -> Tree:
+    """Nested dictionaries of arrays with string keys, which sort the same way in every file."""
     tree: dict[str, Any] = {}
     for path, leaf in nnx.to_flat_state(state):
         *above, name = map(str, path)
@@ -200,8 +226,8 @@ def _plain(state: nnx.State) -> Tree:
     return tree
 
 
-def _filled(state: nnx.State, tree: Tree) -> nnx.State:
-    """The state with the values of `tree`, as `_plain` made it."""
+def _filled(state: nnx.State[Any, Any], tree: Tree) -> nnx.State[Any, Any]:
+    """The state with the values of `tree`, the inverse of `_as_dict`."""
 
     def fill(path: tuple[Any, ...], leaf: Any) -> Any:
         value = functools.reduce(lambda at, part: at[str(part)], path, tree)
@@ -210,8 +236,8 @@ def _filled(state: nnx.State, tree: Tree) -> nnx.State:
     return nnx.map_state(fill, state)
 
 
-def _stream_keys(streams: nnx.State, key: jax.Array) -> dict[str, Any]:
-    """A key for each name of a random stream: two streams with one key would draw alike."""
+def _stream_keys(streams: nnx.State[Any, Any], key: jax.Array) -> dict[str, Any]:
+    """A separate key for each name of a random stream, so that no two draw the same numbers."""
     leaves = [leaf for _, leaf in nnx.to_flat_state(streams)]
     names = sorted({leaf.tag for leaf in leaves if isinstance(leaf, nnx.RngKey)})
     return {name: jax.random.fold_in(key, number) for number, name in enumerate(names)}

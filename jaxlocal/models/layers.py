@@ -1,5 +1,4 @@
-"""What the models share: their convolution, batch norm and last layer, and the check of their
-input."""
+"""Layers that the models share, and the check of an image's shape."""
 
 from functools import partial
 
@@ -13,8 +12,10 @@ Conv = partial(nnx.Conv, conv_general_dilated=conv_general_dilated)
 
 
 class BatchNorm(nnx.BatchNorm):
-    """Batch normalisation whose outputs have the type of its inputs: its statistics are float32,
-    and would make float32 of all that follows."""
+    """Batch normalisation whose outputs have the dtype of its inputs.
+
+    The statistics are float32; without the cast, all later layers would compute in float32.
+    """
 
     def __call__(
         self,
@@ -27,7 +28,7 @@ class BatchNorm(nnx.BatchNorm):
 
 
 class Logits(nnx.Linear):
-    """A last layer: `[batch, features]` to `[batch, outputs]`, or to `[batch]` for one output."""
+    """Last layer: `[batch, features]` to `[batch, outputs]`, or to `[batch]` for one output."""
 
     def __call__(self, inputs: jax.Array, out_sharding: object = None) -> jax.Array:
         logits = super().__call__(inputs, out_sharding)
@@ -35,15 +36,18 @@ class Logits(nnx.Linear):
 
 
 def image_sides(model: str, input_shape: tuple[int, ...], least: int = 1) -> tuple[int, int, int]:
-    """The height, width and channels of the images that a model is built for.
+    """Height, width and channels of the images that a model takes.
 
     Args:
-      model: its name, for the error.
+      model: the model's name, for the error.
       input_shape: the shape of one example.
-      least: the smallest height and width that the model can work on.
+      least: the smallest height and width that the model takes, in pixels.
+
+    Returns:
+      (height, width, channels).
 
     Raises:
-      ConfigurationError: an example is no image, or too small a one.
+      ConfigurationError: an example is not an image, or the image is too small.
 
     >>> image_sides("mll_cnn", (28, 28, 1))
     (28, 28, 1)

@@ -1,4 +1,4 @@
-"""A model that computes in half precision and is kept in float32."""
+"""Mixed precision: a model that computes in half precision and keeps its parameters in float32."""
 
 from typing import Any
 
@@ -12,22 +12,25 @@ Tree = Any
 
 
 def in_precision(model: Model, dtype: Any) -> Model:
-    """The model, computing in another floating type.
+    """Make a model compute in half precision, with parameters and model state in float32.
 
-    outputs = float32(apply(dtype(params), model_state, dtype(inputs))): parameters, and with them
-    gradients, optimizer states and averages, stay what `init` made them, as does `model_state`,
-    such as batch statistics. What is no floating point number, such as tokens, stays what it is.
+    outputs = float32(apply(dtype(params), model_state, dtype(inputs))). Parameters keep the dtype
+    that `init` gives them, and so do gradients, optimizer states, averages and the model state,
+    such as batch statistics. Integers, such as tokens, are not cast.
 
-    The layers of a module follow the type of their parameters and inputs unless they were given one
-    of their own. Those of Flax NNX that hold to float32 and pass it on are `nnx.BatchNorm` and
-    `nnx.Embed`: give them `dtype` where you build them.
+    The layers of a module compute in the dtype of their parameters and inputs, unless the module
+    fixes another one. Of Flax NNX, `nnx.BatchNorm` and `nnx.Embed` give float32 to all later
+    layers: pass `dtype` to them where you build them.
 
     Args:
-      model: what to compute.
-      dtype: a floating type, `jnp.bfloat16` say. float16 needs a loss that is scaled.
+      model: the model, in float32.
+      dtype: a floating-point dtype, such as `jnp.bfloat16`. float16 needs a scaled loss.
+
+    Returns:
+      The model in mixed precision; its outputs are float32.
 
     Raises:
-      ConfigurationError: the type is not floating point.
+      ConfigurationError: `dtype` is not floating-point.
 
     >>> from jaxlocal.models import build
     >>> model = in_precision(build("logistic", (3,), 2), "bfloat16")
@@ -44,7 +47,9 @@ def in_precision(model: Model, dtype: Any) -> Model:
     except TypeError:
         floating = False
     if not floating:
-        raise ConfigurationError(f"a model computes in a floating type, bfloat16 say, not {dtype}")
+        raise ConfigurationError(
+            f"a model computes in a floating-point dtype such as bfloat16, not {dtype}"
+        )
 
     def apply(
         params: Tree, model_state: Tree, inputs: jax.Array, key: jax.Array | None, train: bool
@@ -58,7 +63,7 @@ def in_precision(model: Model, dtype: Any) -> Model:
 
 
 def _cast(tree: Tree, dtype: Any) -> Tree:
-    """The tree, with its floating point leaves in that type."""
+    """The tree with its floating-point leaves in this dtype."""
 
     def one(leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

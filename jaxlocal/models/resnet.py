@@ -1,4 +1,4 @@
-"""Residual networks for small images: ResNet-18, and one small enough for two CPU cores."""
+"""Residual networks for small images: ResNet-18, and a ResNet-8 that trains on two CPU cores."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,7 +32,7 @@ def _conv(ins: int, outs: int, side: int, stride: int, rngs: nnx.Rngs) -> nnx.Co
 
 
 class Block(nnx.Module):
-    """Two 3x3 convolutions around which the input is added, projected where its shape changes."""
+    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
 
     def __init__(self, ins: int, outs: int, stride: int, norm: str, rngs: nnx.Rngs) -> None:
         self.conv1 = _conv(ins, outs, 3, stride, rngs)
@@ -52,7 +52,7 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A 3x3 stem without pooling, stages of blocks, a mean over pixels, a dense layer."""
+    """A 3x3 convolution without pooling, stages of blocks, a mean over pixels, a dense layer."""
 
     def __init__(
         self,
@@ -66,12 +66,13 @@ class ResNet(nnx.Module):
         ins = widths[0]
         self.stem = _conv(channels, ins, 3, 1, rngs)
         self.norm = NORMS[norm](ins, rngs=rngs)
-        made = []
+        blocks_of_all_stages = []
         for stage, outs in enumerate(widths):
             for number in range(blocks):
-                made.append(Block(ins, outs, 2 if stage and not number else 1, norm, rngs))
+                stride = 2 if stage and not number else 1
+                blocks_of_all_stages.append(Block(ins, outs, stride, norm, rngs))
                 ins = outs
-        self.blocks = nnx.List(made)
+        self.blocks = nnx.List(blocks_of_all_stages)
         self.logits = Logits(ins, outputs, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -84,14 +85,19 @@ class ResNet(nnx.Module):
 def resnet18(
     input_shape: tuple[int, ...], outputs: int, norm: str = "layer", width: int = 64
 ) -> Model:
-    """ResNet-18 with the stem for CIFAR, 3x3 with stride 1 and no pooling.
+    """ResNet-18 for small images: the first convolution is 3x3 with stride 1, without pooling.
 
-    Stages of 1, 2, 4 and 8 widths of channels, two blocks each; convolutions have no bias and start
-    from He's normal distribution. Workers that train apart disagree on batch statistics, so that
-    two of the norms treat each example on its own: "layer" takes mean and variance over height,
-    width and channels, "group" over height, width and each of 32 groups of channels. "batch" is the
-    paper's, over height, width and the worker's own batch; its running statistics, 0.9 old and 0.1
-    new at every step, are the model's state. All then scale and shift each channel.
+    Four stages of two blocks have width, 2 width, 4 width and 8 width channels. Convolutions have
+    no bias and start from He's normal distribution. The normalisation is one of three:
+
+    - "layer": mean and variance of each example over height, width and channels;
+    - "group": mean and variance of each example over height, width and each of 32 groups of
+      channels;
+    - "batch": mean and variance of each channel over height, width and the worker's batch, as in
+      the paper. Running statistics, 0.9 old + 0.1 new at every step, are the model state. Between
+      averages, the statistics of the workers differ.
+
+    Each of them then scales and shifts each channel.
 
     Args:
       input_shape: `(height, width, channels)` of one image.
@@ -99,9 +105,16 @@ def resnet18(
       norm: "layer", "group" or "batch".
       width: channels of the first stage, 64 in the paper.
 
+    Returns:
+      The model; its model state is {} unless the norm is "batch".
+
     Raises:
-      ConfigurationError: an example is no image; the norm is unknown; its groups do not divide
-        the width.
+      ConfigurationError: an example is not an image, the norm is unknown, or 32 groups do not
+        divide the width.
+
+    >>> params, _ = jax.eval_shape(resnet18((32, 32, 3), 10).init, jax.random.key(0))
+    >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+    11173962
 
     References: K. He, X. Zhang, S. Ren, J. Sun, Deep Residual Learning for Image Recognition, CVPR
     2016, https://arxiv.org/abs/1512.03385. Y. Wu, K. He, Group Normalization, ECCV 2018,
@@ -115,20 +128,28 @@ def resnet18(
 def small_resnet(
     input_shape: tuple[int, ...], outputs: int, norm: str = "layer", width: int = 16
 ) -> Model:
-    """The paper's ResNet for CIFAR at its smallest, 8 layers: three stages of one block with 1, 2
-    and 4 widths of channels.
+    """ResNet-8 for CIFAR: three stages of one block with width, 2 width and 4 width channels.
 
     Args:
       input_shape, outputs, norm: see `resnet18`.
       width: channels of the first stage, 16 in the paper.
 
+    Returns:
+      The model; its model state is {} unless the norm is "batch".
+
     Raises:
       ConfigurationError: see `resnet18`.
 
+    >>> params, model_state = jax.eval_shape(
+    ...     small_resnet((32, 32, 3), 10, norm="batch").init, jax.random.key(0)
+    ... )
+    >>> sum(leaf.size for leaf in jax.tree.leaves(params)), model_state["norm"]["mean"].shape
+    (78042, (16,))
+
     Reference: He et al. 2016, see `resnet18`, section 4.2 with n = 1.
 
-    Differs from the paper in: the input of a block is projected where its shape changes, not padded
-    with zeros.
+    Differs from the paper in: where the shape changes, the shortcut is a 1x1 convolution and not a
+    padding by zeros.
     """
     return _resnet("small_resnet", input_shape, outputs, (width, 2 * width, 4 * width), 1, norm)
 

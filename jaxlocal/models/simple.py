@@ -1,4 +1,4 @@
-"""Models for any input: linear and logistic regression, and a small perceptron."""
+"""Models for inputs of any shape: linear and logistic regression, and a multilayer perceptron."""
 
 import math
 
@@ -13,7 +13,7 @@ HIDDEN = 128
 
 
 class Flat(nnx.Module):
-    """One linear map of the flattened input, started at zero."""
+    """One linear map of the flattened input, with initial weights of zero."""
 
     def __init__(self, features: int, outputs: int, use_bias: bool, rngs: nnx.Rngs) -> None:
         zero = nnx.initializers.zeros_init()
@@ -24,7 +24,7 @@ class Flat(nnx.Module):
 
 
 class Perceptron(nnx.Module):
-    """The flattened input through two hidden layers with relu."""
+    """Two hidden layers with relu on the flattened input, and a dense layer."""
 
     def __init__(self, features: int, outputs: int, rngs: nnx.Rngs) -> None:
         self.first = nnx.Linear(features, HIDDEN, rngs=rngs)
@@ -37,11 +37,16 @@ class Perceptron(nnx.Module):
 
 
 def logistic(input_shape: tuple[int, ...], outputs: int) -> Model:
-    """Logistic regression with a bias, started at zero; softmax regression for several outputs.
+    """Logistic regression with a bias; softmax regression for several outputs.
+
+    Initial weights are zero.
 
     Args:
       input_shape: the shape of one example, of any rank.
       outputs: number of logits; with 1, outputs have shape `[batch]`.
+
+    Returns:
+      The model, without model state.
 
     >>> params, _ = logistic((28, 28, 1), 1).init(jax.random.key(0))
     >>> params["map"]["kernel"].shape
@@ -51,25 +56,41 @@ def logistic(input_shape: tuple[int, ...], outputs: int) -> Model:
 
 
 def linear(input_shape: tuple[int, ...], outputs: int = 1) -> Model:
-    """Linear regression without a bias, started at zero; outputs have shape `[batch]`.
+    """Linear regression without a bias; outputs have shape `[batch]`.
+
+    Initial weights are zero.
 
     Args:
       input_shape: the shape of one example, of any rank.
       outputs: 1.
 
+    Returns:
+      The model, without model state.
+
     Raises:
-      ConfigurationError: more outputs than one were asked for.
+      ConfigurationError: `outputs` is not 1.
+
+    >>> params, _ = linear((32,)).init(jax.random.key(0))
+    >>> jax.tree.map(jax.numpy.shape, params)
+    {'map': {'kernel': (32, 1)}}
     """
     if outputs != 1:
-        raise ConfigurationError(f"linear regression has 1 output, and {outputs} were asked for")
+        raise ConfigurationError(f"linear regression has 1 output, got {outputs}")
     return from_nnx(lambda rngs: Flat(math.prod(input_shape), 1, False, rngs))
 
 
 def mlp(input_shape: tuple[int, ...], outputs: int) -> Model:
-    """A perceptron with two hidden layers of 128 units and relu.
+    """Multilayer perceptron with two hidden layers of 128 units and relu.
 
     Args:
       input_shape: the shape of one example, of any rank.
       outputs: number of logits; with 1, outputs have shape `[batch]`.
+
+    Returns:
+      The model, without model state.
+
+    >>> params, _ = jax.eval_shape(mlp((28, 28, 1), 10).init, jax.random.key(0))
+    >>> params["first"]["kernel"].shape, params["logits"]["kernel"].shape
+    ((784, 128), (128, 10))
     """
     return from_nnx(lambda rngs: Perceptron(math.prod(input_shape), outputs, rngs))

@@ -1,5 +1,4 @@
-"""From a model and a dataset to what training asks for: a loss to differentiate, and metrics of
-examples."""
+"""Losses and metrics of a model for classification and regression, in training and evaluation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,20 +11,31 @@ from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model
 
 Tree = Any
+# (params, model_state, batch, key) -> (loss, (model_state, metrics))
+Loss = Callable[[Tree, Tree, Tree, jax.Array | None], tuple[jax.Array, tuple[Tree, Tree]]]
+Metrics = Callable[[Tree, Tree, Tree], dict[str, jax.Array]]
+Normalize = Callable[[Any], Any]  # stored inputs -> inputs of the model
 
 
 def example_metrics(outputs: jax.Array, targets: jax.Array, classes: int) -> dict[str, jax.Array]:
-    """Loss, and for classes accuracy, of each example; of a sequence, the means over its places.
+    """Loss of each example, and for classification also its accuracy.
+
+    The loss is half the squared error for regression, the sigmoid cross-entropy for two classes
+    with one logit, and the softmax cross-entropy otherwise. The metrics of a sequence are means
+    over its positions.
 
     Args:
-      outputs: logits [batch, classes], [batch] for two classes, or predictions [batch]; logits
-        [batch, length, classes] of sequences.
-      targets: [batch], classes or values; classes [batch, length] of sequences.
-      classes: 0 for regression, whose loss is half the squared error; for two classes with one
-        logit the sigmoid cross-entropy, otherwise the softmax cross-entropy.
+      outputs: predictions [batch] of regression; logits [batch] of two classes, [batch, classes]
+        of more, or [batch, length, classes] of sequences.
+      targets: values [batch] of regression; classes, integers [batch], or [batch, length] of
+        sequences.
+      classes: number of classes; 0 for regression.
+
+    Returns:
+      {"loss": [batch]} for regression, {"loss": [batch], "accuracy": [batch]} for classification.
 
     Raises:
-      ConfigurationError: outputs of a shape that is not one of these.
+      ConfigurationError: the shape of the outputs does not fit the targets and classes.
 
     >>> example_metrics(jnp.array([2.0]), jnp.array([1.0]), classes=0)["loss"]
     Array([0.5], dtype=float32)
@@ -43,30 +53,45 @@ def example_metrics(outputs: jax.Array, targets: jax.Array, classes: int) -> dic
 
 
 def _check_shapes(outputs: tuple[int, ...], targets: tuple[int, ...], classes: int) -> None:
-    one = outputs == targets and classes in (0, 2)
+    one_number = outputs == targets and classes in (0, 2)
     logits = classes > 0 and outputs[:-1] == targets and outputs[-1] >= max(2, classes)
-    if not (one or logits):
+    if not (one_number or logits):
         wanted = [targets] * (classes in (0, 2)) + [(*targets, classes)] * (classes > 0)
         raise ConfigurationError(
-            f"outputs of shape {outputs} do not fit targets of shape {targets} of {classes} "
-            f"classes; {' or '.join(map(str, wanted))} would"
+            f"outputs of shape {outputs} do not fit targets of shape {targets} with {classes} "
+            f"classes: outputs of shape {' or '.join(map(str, wanted))} would"
         )
 
 
-def training_loss(
-    model: Model, normalize: Callable[[jax.Array], jax.Array], classes: int
-) -> Callable:
-    """The loss for `jaxlocal.gradients(..., stateful=True)`: the mean over a batch's examples.
+def training_loss(model: Model, normalize: Normalize, classes: int) -> Loss:
+    """Make the loss of a model for `jaxlocal.gradients(..., stateful=True)`: the mean over a batch.
+
+    Batches are {"inputs": [batch, ...], "targets": [batch]}, or for sequences {"inputs": [batch,
+    length], "targets": [batch, length]}.
 
     Args:
-      model: what gives the outputs.
-      normalize: from stored inputs (uint8 images, say) to what enters the model; it runs in the
-        step, so that what is stored and moved stays small. Tokens it has to leave alone.
-      classes: see `example_metrics`. Batches are {"inputs": [batch, ...], "targets": [batch]}, of
-        sequences [batch, length].
+      model: the model.
+      normalize: `normalize(inputs)` makes the model's inputs of stored ones, such as uint8 images.
+        It runs in the compiled step, so that a device stores and moves the smaller dtype. It has
+        to leave tokens as they are.
+      classes: number of classes; 0 for regression. `example_metrics` describes the losses.
+
+    Returns:
+      `loss(params, model_state, batch, key)`, which gives (loss, (model_state, {})).
+
+    >>> from jaxlocal.models import build
+    >>> model = build("logistic", (3,), outputs=1)
+    >>> loss = training_loss(model, lambda inputs: inputs / 255, classes=2)
+    >>> params, model_state = model.init(jax.random.key(0))
+    >>> batch = {"inputs": jnp.ones((4, 3)), "targets": jnp.array([0, 1, 1, 0])}
+    >>> value, (model_state, metrics) = loss(params, model_state, batch, None)
+    >>> round(float(value), 4)  # log 2: all weights start at zero
+    0.6931
     """
 
-    def loss(params: Tree, model_state: Tree, batch: Tree, key: jax.Array):
+    def loss(
+        params: Tree, model_state: Tree, batch: Tree, key: jax.Array | None
+    ) -> tuple[jax.Array, tuple[Tree, Tree]]:
         inputs = normalize(batch["inputs"])
         outputs, model_state = model.apply(params, model_state, inputs, key, True)
         values = example_metrics(outputs, batch["targets"], classes)["loss"]
@@ -75,10 +100,24 @@ def training_loss(
     return loss
 
 
-def evaluation_metrics(
-    model: Model, normalize: Callable[[jax.Array], jax.Array], classes: int
-) -> Callable[[Tree, Tree, Tree], dict[str, jax.Array]]:
-    """The metrics for `jaxlocal.evaluation.Evaluation`: `example_metrics` of the model at rest."""
+def evaluation_metrics(model: Model, normalize: Normalize, classes: int) -> Metrics:
+    """Make the metrics of a model for `jaxlocal.evaluation.Evaluation`: loss and accuracy.
+
+    The model is applied with `train=False`, so without dropout and with running statistics.
+
+    Args:
+      model, normalize, classes: as for `training_loss`.
+
+    Returns:
+      `metrics(params, model_state, batch)`, which gives the `example_metrics` of a batch.
+
+    >>> from jaxlocal.models import build
+    >>> model = build("logistic", (3,), outputs=1)
+    >>> metrics = evaluation_metrics(model, lambda inputs: inputs / 255, classes=2)
+    >>> batch = {"inputs": jnp.ones((4, 3)), "targets": jnp.array([0, 1, 1, 0])}
+    >>> metrics(*model.init(jax.random.key(0)), batch)["accuracy"]
+    Array([ True, False, False,  True], dtype=bool)
+    """
 
     def metrics(params: Tree, model_state: Tree, batch: Tree) -> dict[str, jax.Array]:
         outputs, _ = model.apply(params, model_state, normalize(batch["inputs"]), None, False)

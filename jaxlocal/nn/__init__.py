@@ -1,4 +1,7 @@
-"""Layers that stay fast where many workers train in a loop: drop-ins for those of JAX and Flax."""
+"""Convolution and pooling layers that stay fast in a compiled training loop on CPU.
+
+They replace those of JAX and Flax: `fast_layers` replaces them in a loss that is already written.
+"""
 
 from jaxlocal.nn.convolution import conv_general_dilated
 from jaxlocal.nn.pooled import conv_relu_max_pool

@@ -1,10 +1,10 @@
 """A convolution whose gradients stay fast inside a loop on CPU.
 
-XLA:CPU brings a convolution into the form that it has a fast kernel for only where it stands in the
-entry computation. The weight gradient that JAX derives is in another form, so inside `lax.scan`,
-where all local training happens, it runs in a generic loop, some thirty times slower or worse. Here
-the three convolutions, forward, input gradient and weight gradient, are written in forms that are
-fast wherever they stand.
+XLA:CPU has a fast kernel for one form of convolution, and brings others into that form only in the
+entry computation of a program. The weight gradient that JAX derives has another form. Inside
+`lax.scan`, where all local training happens, XLA:CPU runs it in a generic loop, thirty times slower
+or worse. Here the forward convolution, the input gradient and the weight gradient are written in
+forms that are fast in every computation.
 """
 
 from collections.abc import Sequence
@@ -34,28 +34,31 @@ def conv_general_dilated(
     preferred_element_type: Any = None,
     out_sharding: Any = None,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, with gradients that are fast inside a loop on CPU.
+    """Convolution as `jax.lax.conv_general_dilated`, with gradients that are fast in a loop on CPU.
 
-    Give it to a Flax layer: `nnx.Conv(..., conv_general_dilated=conv_general_dilated)`, and so for
-    Linen. One to three spatial dimensions in any layout (channels last, `NHWC` by `HWIO`, saves
-    transposing), any strides, padding and dilation, and feature groups are fast. What is left, and
-    `why_slow` tells why, is handed to `jax.lax` unchanged. Values and gradients equal those of
-    `jax.lax` up to the order of summation; off the CPU they *are* those of `jax.lax`.
+    Flax layers take it as an argument, in NNX and in Linen:
+    `nnx.Conv(..., conv_general_dilated=conv_general_dilated)`.
 
-    The fast gradients are a `jax.custom_vjp`: reverse mode may be applied again, forward mode
-    (`jax.jvp`, `jax.hessian`) may not.
+    Fast are one to three spatial dimensions in any layout (channels last, `NHWC` by `HWIO`, needs
+    no transposition), with any strides, padding, dilation and feature groups. All other
+    convolutions run as in `jax.lax`, for instance those of integers or with batch groups. Values
+    and gradients equal those of `jax.lax` up to the order of summation. On other backends than
+    CPU, they are those of `jax.lax`.
+
+    The gradients are a `jax.custom_vjp`, which allows reverse mode any number of times, and no
+    forward mode (`jax.jvp`, `jax.hessian`).
 
     Args:
-      lhs: input, `[batch, height, width, in]` or as `dimension_numbers` says.
-      rhs: kernel, `[height, width, in, out]` or as `dimension_numbers` says.
+      lhs: input, `[batch, height, width, in]`, or in the layout of `dimension_numbers`.
+      rhs: kernel, `[height, width, in, out]`, or in the layout of `dimension_numbers`.
       window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
         batch_group_count, precision, preferred_element_type, out_sharding: as in `jax.lax`.
 
     Returns:
-      The convolved array, as `jax.lax.conv_general_dilated` gives it.
+      The convolved array, with the shape and dtype that `jax.lax` gives it.
 
     Raises:
-      Whatever `jax.lax.conv_general_dilated` raises for these arguments.
+      TypeError, ValueError: the same errors as `jax.lax.conv_general_dilated`.
 
     >>> image, kernel = jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 8))
     >>> layout = ("NHWC", "HWIO", "NHWC")
@@ -77,7 +80,7 @@ def conv_general_dilated(
     )
     if out_sharding is not None or why_slow(lhs, rhs, batch_group_count):
         return plain(lhs, rhs)
-    result = jax.eval_shape(plain, lhs, rhs)  # so that what is wrong is said as JAX says it
+    result = jax.eval_shape(plain, lhs, rhs)  # raises the errors of jax.lax
     image, kernel, output = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     lhs, rhs = lhs.transpose(_batch_first(image)), rhs.transpose(_taps_first(kernel))
     ones = (1,) * (lhs.ndim - 2)
@@ -96,10 +99,14 @@ def conv_general_dilated(
 
 
 def why_slow(lhs: Any, rhs: Any, batch_group_count: int = 1) -> str:
-    """Why `conv_general_dilated` leaves a convolution to `jax.lax`; "" where it does not.
+    """Reason why `conv_general_dilated` runs a convolution as in `jax.lax`; "" if it is fast.
 
     Args:
-      lhs, rhs: input and kernel, or what has their shapes and dtypes.
+      lhs, rhs: input and kernel, or their shapes and dtypes as `jax.ShapeDtypeStruct`.
+      batch_group_count: as in `jax.lax`.
+
+    Returns:
+      A few words for a message, such as "batch groups".
 
     >>> why_slow(jnp.ones((4, 9, 3), int), jnp.ones((2, 3, 5), int))
     'int32 by int32'
@@ -116,19 +123,22 @@ def why_slow(lhs: Any, rhs: Any, batch_group_count: int = 1) -> str:
 
 
 def _batch_first(spec: Sequence[int]) -> list[int]:
-    """The dimensions of an input or output in the order [batch, *spatial, channels]; JAX's specs
-    are [batch, channels, *spatial]."""
+    """The dimensions as [batch, *spatial, channels]; JAX's are [batch, channels, *spatial]."""
     return [spec[0], *spec[2:], spec[1]]
 
 
 def _taps_first(spec: Sequence[int]) -> list[int]:
-    """The dimensions of a kernel in the order [*taps, in, out]; JAX's are [out, in, *taps]."""
+    """The dimensions of a kernel as [*taps, in, out]; JAX's are [out, in, *taps]."""
     return [*spec[2:], spec[1], spec[0]]
 
 
-def _pads(padding: Any, lhs: jax.Array, rhs: jax.Array, strides: Any, dilation: Any):
-    """Before and after each spatial dimension; `jax.lax` refuses a word where the input is
-    dilated."""
+def _pads(
+    padding: Any, lhs: jax.Array, rhs: jax.Array, strides: Any, dilation: Any
+) -> tuple[tuple[int, int], ...]:
+    """The padding before and after each spatial dimension.
+
+    A string never meets a dilated input here: `jax.lax` raises an error for it.
+    """
     if not isinstance(padding, str):
         return tuple((int(low), int(high)) for low, high in padding)
     extents = [d * (n - 1) + 1 for d, n in zip(dilation, rhs.shape[:-2], strict=True)]
@@ -136,9 +146,10 @@ def _pads(padding: Any, lhs: jax.Array, rhs: jax.Array, strides: Any, dilation: 
 
 
 def equally_varying(*arrays: jax.Array) -> list[jax.Array]:
-    """The arrays, all varying over every mesh axis of `jax.shard_map` that any of them varies over.
+    """Cast arrays so that all of them vary over each mesh axis that one of them varies over.
 
-    Outside the custom_vjp, so that the cast's own transpose sums the gradient of a common operand.
+    `jax.shard_map` needs it. The cast stands outside of the custom_vjp, since its transpose sums
+    the gradient of an operand that is common to the devices.
     """
     varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
     return vary(list(arrays), sorted(frozenset().union(*varying)))
@@ -155,13 +166,13 @@ def _forward(plan: Plan, image: jax.Array, kernel: jax.Array) -> tuple[jax.Array
     return _convolve(plan, image, kernel), (image, kernel)
 
 
-def _backward(plan: Plan, saved: Any, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(plan: Plan, saved: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     image, kernel = saved
     plain = partial(forms.plain_gradients, plan)
-    if slope.size == 0:  # the kernel reaches beyond the padded image
-        return plain(image, kernel, slope)
+    if cotangent.size == 0:  # the kernel is larger than the padded image
+        return plain(image, kernel, cotangent)
     fast = partial(forms.gradients, plan)
-    return lax.platform_dependent(image, kernel, slope, cpu=fast, default=plain)
+    return lax.platform_dependent(image, kernel, cotangent, cpu=fast, default=plain)
 
 
 _convolve.defvjp(_forward, _backward)

@@ -1,8 +1,8 @@
-"""Maximum pooling that stays fast on CPU: over windows that do not overlap it is plain arithmetic.
+"""Max-pooling that stays fast on CPU, and average pooling.
 
 The gradient of a window maximum is a scatter, which XLA:CPU runs element by element. Windows that
-tile the image do not need it: the pool is the maximum of a few strided views of the image. Average
-pooling is Flax's own: its gradient is a plain window sum, and no other form was faster.
+do not overlap need no scatter: the pooling is the maximum of a few strided views of the image.
+Average pooling is Flax's own, since its gradient is a plain window sum and no form was faster.
 """
 
 import functools
@@ -13,14 +13,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx import avg_pool
 from jax import lax
 
-__all__ = ["avg_pool", "max_pool"]
-
-LARGEST_WINDOW = 16  # entries; a view for each entry of a larger window makes a program too long
+LARGEST_WINDOW = 16  # entries; with a view for each entry, a larger window makes a long program
 
 Padding = str | Sequence[tuple[int, int]]
+
+
+def avg_pool(
+    inputs: jax.Array,
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    padding: Padding = "VALID",
+    count_include_pad: bool = True,
+) -> jax.Array:
+    """Average pooling, as `flax.nnx.avg_pool`.
+
+    Args:
+      inputs: `[..., spatial dimensions, channels]`.
+      window_shape: the window's size along each spatial dimension.
+      strides: the step along each spatial dimension; as in Flax, 1 by default.
+      padding: "VALID", "SAME" or (low, high) for each spatial dimension.
+      count_include_pad: whether the mean counts the padding.
+
+    Returns:
+      The mean of each window, `[..., windows along each dimension, channels]`.
+
+    >>> avg_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2), (2, 2))[0, :, :, 0]
+    Array([[ 2.5,  4.5],
+           [10.5, 12.5]], dtype=float32)
+    """
+    pool: Any = nnx.avg_pool  # untyped in Flax
+    averages: jax.Array = pool(inputs, window_shape, strides, padding, count_include_pad)
+    return averages
 
 
 def max_pool(
@@ -29,15 +54,15 @@ def max_pool(
     strides: Sequence[int] | None = None,
     padding: Padding = "VALID",
 ) -> jax.Array:
-    """`flax.nnx.max_pool`, fast where the windows do not overlap.
+    """Max-pooling, as `flax.nnx.max_pool`, which is fast on CPU where the windows do not overlap.
 
-    Values and gradients equal those of Flax, ties included: the gradient goes to the first maximum
-    of a window in row-major order.
+    Values and gradients equal those of Flax, also for equal entries: the gradient goes to the
+    first maximum of a window in row-major order.
 
     Args:
       inputs: `[..., spatial dimensions, channels]`.
       window_shape: the window's size along each spatial dimension.
-      strides: the step along each spatial dimension; as in Flax, 1 where absent.
+      strides: the step along each spatial dimension; as in Flax, 1 by default.
       padding: "VALID", "SAME" or (low, high) for each spatial dimension.
 
     Returns:
@@ -57,7 +82,7 @@ def max_pool(
 def _tiles(
     inputs: jax.Array, window: tuple[int, ...], strides: Sequence[int] | None, padding: Padding
 ) -> bool:
-    """Whether windows of these strides lie side by side in the image, from its first corner on."""
+    """Whether the windows neither overlap nor leave gaps, and start at the image's first entry."""
     steps = (1,) * len(window) if strides is None else tuple(strides)
     sides = inputs.shape[-1 - len(window) : -1]
     if steps != window or inputs.ndim <= len(window) or 0 in inputs.shape:
@@ -69,7 +94,7 @@ def _tiles(
 
 
 def _whole_windows(inputs: jax.Array, window: tuple[int, ...]) -> jax.Array:
-    """The image without the rows and columns at its end that fill no window."""
+    """The image without the last rows and columns that do not fill a window."""
     for axis, size in enumerate(window, start=inputs.ndim - 1 - len(window)):
         whole = inputs.shape[axis] // size * size
         inputs = lax.slice_in_dim(inputs, 0, whole, axis=axis)
@@ -85,7 +110,7 @@ def _split(window: tuple[int, ...], image: jax.Array) -> jax.Array:
 
 
 def _views(window: tuple[int, ...], image: jax.Array) -> list[jax.Array]:
-    """The image's entries at each place of a window, in row-major order of the places."""
+    """For each position in a window, the image's entries there; positions in row-major order."""
     tiles = [_split(window, image)]
     for step in range(len(window)):
         axis = image.ndim - len(window) + step
@@ -103,19 +128,19 @@ def _forward(window: tuple[int, ...], image: jax.Array) -> tuple[jax.Array, Any]
     return largest, (image, largest)
 
 
-def _backward(window: tuple[int, ...], saved: Any, slope: jax.Array) -> tuple[jax.Array]:
+def _backward(window: tuple[int, ...], saved: Any, cotangent: jax.Array) -> tuple[jax.Array]:
     image, largest = saved
     views = _views(window, image)
     free, parts = jnp.ones_like(largest, bool), []
     for view in views:
         first = free & (view == largest)
         free = free & ~first
-        parts.append(jnp.where(first, slope, jnp.zeros_like(slope)))
+        parts.append(jnp.where(first, cotangent, jnp.zeros_like(cotangent)))
     return (_join(window, image.shape, parts),)
 
 
 def _join(window: tuple[int, ...], shape: tuple[int, ...], parts: list[jax.Array]) -> jax.Array:
-    """The image whose views are `parts`: `_views` the other way round."""
+    """The image whose views are `parts`, the inverse of `_views`."""
     lead = len(shape) - 1 - len(window)
     for step in reversed(range(len(window))):
         size = window[step]

@@ -1,17 +1,19 @@
-"""Checkpoints, by which a run goes on as if it had never stopped, and the model that it leaves.
+"""Save and resume runs by checkpoints, and export the trained model.
 
-All that a run is lies in its TrainState: parameters, optimizer and model states of every worker,
-memories of the stages, the anchor, the root key, the step. Rounds, messages and the order of the
-data follow from the step. Orbax writes checkpoints in the background, whole or not at all.
+The TrainState is all that a checkpoint needs: parameters, optimizer and model state of every
+worker, memories of the stages, the anchor, the root key and the step. Rounds, messages and the
+order of the data follow from the step, so a resumed run has the same bits as one that was not
+stopped. Orbax writes a checkpoint in the background, completely or not at all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from numpy.typing import NDArray
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.sharding import path_name
@@ -19,18 +21,20 @@ from jaxlocal.types import TrainState, Tree
 
 
 class SavingError(RuntimeError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint or a model could not be written; earlier checkpoints are intact."""
 
 
 class Checkpoints:
-    """The newest states of a run, in a folder with a subfolder for each step.
+    """Save and restore the newest states of a run, in a folder with a subfolder for each step.
+
+    Use it as a context manager, which waits for the writes at its end.
 
     Args:
-      folder: made where it is missing.
-      keep: how many of the newest stay.
+      folder: the folder; it is created if it is missing.
+      keep: number of newest checkpoints to keep, 1 or more.
 
     Raises:
-      ConfigurationError: a folder that cannot be made, fewer than one to keep.
+      ConfigurationError: the folder cannot be created, or `keep` is less than 1.
 
     >>> import jaxlocal, optax, tempfile
     >>> grad_fn = jaxlocal.gradients(lambda w, batch, key: (w - batch) ** 2)
@@ -46,7 +50,7 @@ class Checkpoints:
     (5, {'best': 0.5})
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2):
+    def __init__(self, folder: str | Path, keep: int = 2) -> None:
         if keep < 1:
             raise ConfigurationError(f"at least 1 checkpoint must be kept, got {keep}")
         import orbax.checkpoint as ocp
@@ -56,7 +60,7 @@ class Checkpoints:
             max_to_keep=keep,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
-            # Where a folder cannot be made in the background, Orbax waits for it for five minutes.
+            # If a folder cannot be created in the background, Orbax waits for it for five minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
@@ -79,21 +83,27 @@ class Checkpoints:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if error is not None and jax.process_count() > 1:
-            return  # to close is to wait for the other processes, who know of no error
+            return  # closing would wait for the other processes, which have no error
         try:
             self._guarded(self._manager.close)
         except SavingError:
-            if error is None:  # else what is under way already tells more
+            if error is None:  # an error of the caller is more informative
                 raise
 
     @property
     def steps(self) -> list[int]:
-        """Of which steps there are checkpoints, the newest last."""
+        """The steps of the checkpoints in the folder, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, notes: Mapping[str, Any] | None = None) -> None:
-        """Save a state and notes, which JSON can hold. Returns when the state may be donated; the
-        rest goes on in the background, and what fails there is raised by the next call or `wait`.
+        """Save a state in the background.
+
+        It returns when the state may be donated. The next `save`, `wait` or the end of the context
+        raises an error that occurs in the background.
+
+        Args:
+          state: the state.
+          notes: values to save with it, which JSON can hold.
 
         Raises:
           ConfigurationError: there is a checkpoint of this step already.
@@ -109,22 +119,26 @@ class Checkpoints:
         self._guarded(lambda: self._manager.save(int(state.step), args=arguments, force=True))
 
     def wait(self) -> None:
-        """Until all is on disk.
+        """Wait until all checkpoints are on disk.
 
         Raises:
-          SavingError: it could not be written.
+          SavingError: a checkpoint could not be written.
         """
         self._guarded(self._manager.wait_until_finished)
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state and its notes.
+        """Restore the newest checkpoint.
 
         Args:
-          shapes: as `RoundFn.shapes` gives them, with the shardings of this run's devices, which
-            may be others than those of the run that saved.
+          shapes: the shapes of the state, as `RoundFn.shapes` gives them. They hold the shardings
+            of this run's devices, which may differ from those of the run that saved.
+
+        Returns:
+          (state, notes).
 
         Raises:
-          ConfigurationError: there is none; it is damaged; it is that of another run.
+          ConfigurationError: there is no checkpoint, or the newest one is damaged or belongs to
+            another run.
         """
         if not self.steps:
             raise ConfigurationError(f"there is no checkpoint in {self.folder}")
@@ -136,7 +150,7 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=arguments)
             return restored.state, dict(restored.notes)
-        except Exception as error:  # Orbax and TensorStore raise kinds of their own
+        except Exception as error:  # Orbax and TensorStore raise their own classes
             raise self._damaged(step, error) from error
 
     def _check_shapes(self, step: int, shapes: TrainState) -> None:
@@ -146,35 +160,35 @@ class Checkpoints:
         except Exception as error:
             raise self._damaged(step, error) from error
         wanted = _described(shapes)
-        names = (saved.keys() | wanted.keys()) - {"key"}  # a typed key has data of its own
+        names = (saved.keys() | wanted.keys()) - {"key"}  # Orbax saves a typed key in its own form
         for name in sorted(names):
             if saved.get(name) != wanted.get(name):
-                its, ours = saved.get(name, "nothing"), wanted.get(name, "nothing")
+                in_file, in_run = saved.get(name, "nothing"), wanted.get(name, "nothing")
                 raise ConfigurationError(
-                    f"the checkpoint {self.folder / str(step)} is that of another run: it has "
-                    f"{its} for {name}, this run {ours}"
+                    f"the checkpoint {self.folder / str(step)} belongs to another run: it has "
+                    f"{in_file} for {name}, this run {in_run}"
                 )
 
     def _damaged(self, step: int, error: Exception) -> ConfigurationError:
         older = [t for t in self.steps if t < step]
-        then = f"to go on from step {older[-1]}" if older else "to start anew"
+        then = f"resume from step {older[-1]}" if older else "start again"
         return ConfigurationError(
             f"the checkpoint {self.folder / str(step)} cannot be read ({_cause(error)}); delete "
-            f"that folder {then}"
+            f"that folder to {then}"
         )
 
-    def _guarded(self, call: Any) -> None:
+    def _guarded(self, call: Callable[[], Any]) -> None:
         try:
             call()
         except Exception as error:
-            left = f"; that of step {self.steps[-1]} is whole" if self.steps else ""
+            left = f"; that of step {self.steps[-1]} is intact" if self.steps else ""
             raise SavingError(
                 f"a checkpoint could not be written to {self.folder} ({_cause(error)}){left}"
             ) from error
 
 
 def _cause(error: BaseException) -> str:
-    """What an error says at its root, on one line: the end of it, where TensorStore names it."""
+    """The root cause of an error in one line; of a long text, the end, where TensorStore has it."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split()).split(" [tensorstore_spec=")[0]
@@ -182,7 +196,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _described(tree: Tree) -> dict[str, str]:
-    """Shape and dtype of every leaf by its path."""
+    """Shape and dtype of every leaf, by its path."""
     return {
         path_name(path): f"{x.dtype}{list(x.shape)}"
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -190,10 +204,10 @@ def _described(tree: Tree) -> dict[str, str]:
     }
 
 
-def _whole(x: Any) -> np.ndarray:
-    """The array on the host, where it may be split over devices of several processes."""
+def _on_host(x: Any) -> NDArray[Any]:
+    """The whole array on the host; it may be sharded over devices of several processes."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
 
 
@@ -202,12 +216,30 @@ def _is_key(dtype: Any) -> bool:
 
 
 def export(folder: str | Path, params: Tree, model_state: Tree) -> list[Path]:
-    """Write one model for use elsewhere; returns what was written. Of several processes all call
-    this, with the same.
+    """Export a model as an Orbax checkpoint and as a safetensors file.
 
-    `model`: an Orbax checkpoint {"params": ..., "model_state": ...}, which Flax programs restore
-    by `orbax.checkpoint.StandardCheckpointer().restore(folder / "model")`. `model.safetensors`:
-    the same arrays by names such as "params/first/kernel". What was there before is replaced.
+    - `model`: an Orbax checkpoint {"params": ..., "model_state": ...}, which Flax programs restore
+      by `orbax.checkpoint.StandardCheckpointer().restore(folder / "model")`.
+    - `model.safetensors`: the same arrays with names such as "params/first/kernel".
+
+    Existing files are replaced. If there are several processes, all of them make this call with the
+    same arguments.
+
+    Args:
+      folder: the folder; it is created if it is missing.
+      params: parameters of one model, such as those of `RoundFn.mean`.
+      model_state: model state of one model; {} if it has none.
+
+    Returns:
+      The two paths.
+
+    Raises:
+      SavingError: a file could not be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     [path.name for path in export(folder, {"w": np.ones(3)}, {})]
+    ['model', 'model.safetensors']
     """
     import orbax.checkpoint as ocp
     from safetensors.flax import save_file
@@ -215,7 +247,7 @@ def export(folder: str | Path, params: Tree, model_state: Tree) -> list[Path]:
     folder = Path(folder).absolute()
     tree = {"params": params, "model_state": model_state}
     arrays = {
-        path_name(path): jax.numpy.asarray(_whole(x))
+        path_name(path): jax.numpy.asarray(_on_host(x))
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
     checkpoint, single = folder / "model", folder / "model.safetensors"

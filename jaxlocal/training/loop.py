@@ -1,4 +1,4 @@
-"""The host's side of a run: which steps are dispatched when, and what was said by then."""
+"""The host loop of a run: it dispatches steps, reads losses and counts the bits that are sent."""
 
 import itertools
 import math
@@ -11,19 +11,25 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlocal import periods
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.training.round import RoundFn, check_length
-from jaxlocal.types import Info, MessageBits, Method, TrainState, Tree
+from jaxlocal.training.dispatching import dispatches, schedule
+from jaxlocal.training.round import RoundFn
+from jaxlocal.types import Info, MessageBits, TrainState, Tree
 
-# Dispatches that may be under way before the host looks at what the oldest of them reported.
+# Number of dispatches that may run before the host reads the losses of the oldest of them.
 _AHEAD = 2
 
 
 class Diverged(ArithmeticError):
-    """A worker's loss is NaN or infinite, or (worker and loss are None) a model is."""
+    """The loss of a worker, or a model, is NaN or infinite.
 
-    def __init__(self, step: int, worker: int | None = None, loss: float | None = None):
+    Args:
+      step: the step of the loss, or the step after which a model is not finite.
+      worker: the worker's number; None for a model.
+      loss: the worker's loss; None for a model.
+    """
+
+    def __init__(self, step: int, worker: int | None = None, loss: float | None = None) -> None:
         what = (
             "a model is not finite" if worker is None else f"the loss of worker {worker} is {loss}"
         )
@@ -32,96 +38,20 @@ class Diverged(ArithmeticError):
 
 
 class Progress(NamedTuple):
-    """Where a run stands after a dispatch. The state is donated to the next one: use it before."""
+    """The state of a run before its first step, or after a dispatch; `run` yields it.
+
+    The next dispatch donates `state`: use it, or copy it, before you ask for the next progress.
+    """
 
     state: TrainState
-    step: int
+    step: int  # steps taken
     round: int  # rounds that have ended
-    local_steps: int  # H of the round under way or just ended; of the first round at step 0
-    message_bits: MessageBits  # said so far
-    loss: float  # mean over workers and steps of the newest losses that have come back; NaN before
+    round_length: int  # H of the round that runs or that just ended; of the first round at step 0
+    message_bits: MessageBits  # bits sent so far
+    loss: float  # newest loss known, the mean over its dispatch's workers and steps; NaN before
     due: bool  # whether a measurement is due
-    save: bool  # whether a checkpoint is due; losses and models are finite then
-    distance: float  # if so, the consensus distance; before the synchronisation, if one took place
-
-
-class Dispatch(NamedTuple):
-    """A piece of a round that goes to the device at once."""
-
-    start: int
-    steps: int
-    round_length: int
-    ends_round: bool
-    due: bool
-
-
-def schedule(method: Method, steps: int) -> Iterator[int]:
-    """H of every round of a run of so many steps, or an error where they do not fit."""
-    inner = method.inner.steps
-    if steps < 1 or steps % inner:
-        fits = max(inner, steps - steps % inner)
-        raise ConfigurationError(
-            f"{steps} steps do not divide into the {inner} steps between hub averages; {fits} or "
-            f"{fits + inner} would"
-            if steps > 0
-            else f"a run must take at least 1 step, got {steps}"
-        )
-    return _in_whole_stages(method, steps)
-
-
-def _in_whole_stages(method: Method, remaining: int) -> Iterator[int]:
-    """The lengths; what remains at last joins the round before where it is too short for one."""
-    for length in periods.lengths(method.period, remaining):
-        if remaining - length <= method.outer.steps:
-            length = remaining
-        if length % method.inner.steps:
-            raise ConfigurationError(
-                f"a round of {length} steps is no multiple of the {method.inner.steps} steps of "
-                f"its inner stage"
-            )
-        check_length(method, length)
-        yield length
-        remaining -= length
-        if not remaining:
-            return
-
-
-def dispatches(
-    round_fn: RoundFn, steps: int, measure_every: int = 0, start: int = 0
-) -> Iterator[Dispatch]:
-    """The pieces in which a run goes to the device: rounds, cut where measurements are due, in
-    chunks; from a step on, where a piece may begin in the middle of a round."""
-    method, step = round_fn.method, 0
-    inner, ending = method.inner.steps, method.outer.steps
-    if measure_every < 0:
-        raise ConfigurationError(f"steps between measurements must be ≥ 0, got {measure_every}")
-
-    def due(step: int, end: int) -> bool:
-        return step == steps or (step % measure_every < inner if measure_every else step == end)
-
-    if not 0 <= start <= steps or start % inner:
-        raise ConfigurationError(
-            f"a run of {steps} steps, {inner} between hub averages, cannot go on from step {start}"
-        )
-    for length in schedule(method, steps):
-        end = step + length
-        local = end - ending  # from where on steps belong to what ends the round
-        step = min(max(step, start), end)
-        if local < step < end:
-            raise ConfigurationError(
-                f"a run cannot go on from step {step}, while the round from step {local} to {end} "
-                f"ends"
-            )
-        while step < local:
-            stops = range(step + inner, local + 1, inner)
-            stop = next(t for t in stops if t == local or due(t, end))
-            for size in round_fn.chunks(stop - step):
-                step += size
-                yield Dispatch(step - size, size, length, step == end, due(step, end))
-        if step < end:
-            measured = any(due(t, end) for t in range(step + inner, end + 1, inner))
-            step = end
-            yield Dispatch(local, ending, length, True, measured)
+    save: bool  # whether a checkpoint is due; the losses and models so far are then finite
+    distance: float  # consensus distance if a measurement is due, before a synchronisation; else 0
 
 
 def run(
@@ -132,68 +62,111 @@ def run(
     measure_every: int = 0,
     save_every: int = 0,
 ) -> Iterator[Progress]:
-    """Train from the state's step to that of the end; yields before step 0 and after every
-    dispatch. Stop by no longer asking.
+    """Train for a number of steps, and yield the progress after each dispatch.
 
-    The state of a step, saved and given again, goes on as if it had never stopped: where a run
-    stands follows from its step.
+        for progress in run(round_fn, state, batches, steps=200):
+            ...
+
+    It yields before step 0 and after every dispatch of steps to the devices. To stop a run, leave
+    the loop. To resume it, call `run` with the same arguments and a saved state: the run continues
+    from the state's step, with the same bits as a run that was not stopped.
 
     Args:
-      batches: `batches(start_step, steps)` → leaves [steps, hubs, workers, ...]; called while the
-        device is busy.
-      steps: of the whole run, which ends on a synchronisation; the same where it goes on.
-      measure_every: steps between measurements. A step is due at step 0, at every multiple (on
-        hubs: at the first hub average from there on; in steps that end a round: at its end) and
-        at the end; with 0, at the end of every round.
-      save_every: steps between checkpoints. One is due at the first dispatch from every multiple
-        on and at the end; with 0, never. It cuts no round.
+      round_fn: the round function.
+      state: the state to start from, as `round_fn.init` or `Checkpoints.restore` gives it; it is
+        donated.
+      batches: `batches(start_step, steps)` gives the batches of some steps, leaves [steps, hubs,
+        workers_per_hub, ...]. It is called while the devices compute, and must depend on its
+        arguments only.
+      steps: number of steps of the whole run, the same when it is resumed. The run ends with a
+        synchronisation.
+      measure_every: steps between measurements; 0 for one at the end of every round. A measurement
+        is due at step 0, at every multiple of `measure_every`, and at the end. With hubs, it is due
+        at the first hub average from the multiple on; for the steps of an outer stage, at the end
+        of the round.
+      save_every: steps between checkpoints; 0 for none. A checkpoint is due after the first
+        dispatch that reaches or passes a multiple of `save_every`, and at the end. Dispatches are
+        not cut for it.
+
+    Returns:
+      An iterator over the progress.
 
     Raises:
-      Diverged: a worker's loss is NaN or infinite; known at most two dispatches later, and before
-        any measurement and any checkpoint. On a mesh of several processes, which tell each other
-        their losses then only, known in all of them at the next measurement or checkpoint.
+      Diverged: the loss of a worker or a model is NaN or infinite. It is raised at most two
+        dispatches later, and before any measurement or checkpoint is due. On a mesh of several
+        processes, it is raised in all of them when the next measurement or checkpoint is due.
+      ConfigurationError: see `dispatches`; or `save_every` is negative.
+
+    >>> import jaxlocal, optax
+    >>> grad_fn = jaxlocal.gradients(lambda params, batch, key: (params - batch) ** 2)
+    >>> method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.25), period=4)
+    >>> round_fn = jaxlocal.RoundFn(method, jaxlocal.Layout(workers_per_hub=2))
+    >>> state = round_fn.init(np.float32(0), jax.random.key(0))
+    >>> ones = lambda start_step, steps: np.ones((steps, 1, 2), np.float32)
+    >>> for progress in run(round_fn, state, ones, steps=8):
+    ...     print(progress.step, progress.message_bits.workers, progress.state.params[0, 0])
+    0 0 0.0
+    4 32 0.9375
+    8 64 0.99609375
     """
-    turns = range(round_fn.method.outer.turns)
-    inner, outer = round_fn.stage_bits(state)[0], [round_fn.stage_bits(state, n)[1] for n in turns]
     if save_every < 0:
         raise ConfigurationError(f"steps between checkpoints must be ≥ 0, got {save_every}")
-    begin, losses, ending = int(state.step), _Losses(round_fn), round_fn.method.outer.steps
-    pieces = dispatches(round_fn, steps, measure_every, begin)
-    ends = itertools.accumulate(schedule(round_fn.method, steps))
-    rounds = sum(1 for _ in itertools.takewhile(lambda end: end <= begin, ends))
-    said = round_fn.message_bits(state, begin, rounds)
+    begin, ending = int(state.step), round_fn.method.outer.steps
+    losses, sent = _Losses(round_fn), _Sent(round_fn, state, steps)
     if begin == 0:
         first = next(schedule(round_fn.method, steps))
-        yield Progress(state, 0, 0, first, said, math.nan, True, False, 0.0)
-    for start, size, length, ends_round, due in pieces:
+        yield Progress(state, 0, 0, first, sent.bits, math.nan, True, False, 0.0)
+    for start, size, length, ends_round, due in dispatches(round_fn, steps, measure_every, begin):
         fed = batches(start, size)
         if not (ends_round and ending):
             state, info = round_fn.local_steps(state, fed)
             losses.add(start, info)
-            said = said.plus(inner, size // round_fn.method.inner.steps)
+            sent.add_steps(size)
         distance = float(round_fn.consensus_distance(state)) if due else 0.0
         if ends_round:
             state, info = round_fn.end_round(state, fed if ending else ())
             losses.add(start, info)
-            said, rounds = said.plus(outer[rounds % len(outer)]), rounds + 1
+            sent.add_end_of_round()
         now = start + size
         save = bool(save_every) and (now == steps or now // save_every > start // save_every)
         losses.check(0 if due or save else _AHEAD)
         if save and not math.isfinite(float(round_fn.consensus_distance(state))):
             raise Diverged(now)
-        yield Progress(state, now, rounds, length, said, losses.mean, due, save, distance)
+        yield Progress(state, now, sent.rounds, length, sent.bits, losses.mean, due, save, distance)
+
+
+class _Sent:
+    """The rounds that have ended and the bits that have been sent, from the state's step on."""
+
+    def __init__(self, round_fn: RoundFn, state: TrainState, steps: int) -> None:
+        method, begin = round_fn.method, int(state.step)
+        self._inner_steps = method.inner.steps
+        self._inner = round_fn.stage_bits(state)[0]
+        self._outer = [round_fn.stage_bits(state, n)[1] for n in range(method.outer.turns)]
+        ends = itertools.accumulate(schedule(method, steps))
+        self.rounds = sum(1 for _ in itertools.takewhile(lambda end: end <= begin, ends))
+        self.bits = round_fn.message_bits(state, begin, self.rounds)
+
+    def add_steps(self, steps: int) -> None:
+        self.bits = self.bits.plus(self._inner, steps // self._inner_steps)
+
+    def add_end_of_round(self) -> None:
+        self.bits = self.bits.plus(self._outer[self.rounds % len(self._outer)])
+        self.rounds += 1
 
 
 class _Losses:
-    """The losses that dispatches report, looked at a little later so that the device never waits
-    for the host."""
+    """The losses of the dispatches, which the host reads a little later than they are dispatched.
 
-    def __init__(self, round_fn: RoundFn):
+    So the devices never wait for the host.
+    """
+
+    def __init__(self, round_fn: RoundFn) -> None:
         self.mean = math.nan
         self._weight = round_fn.layout.weight
-        self._spread_out = round_fn.mesh.is_multi_process
+        self._several_processes = round_fn.mesh.is_multi_process
         everywhere = NamedSharding(round_fn.mesh, P())
-        self._told = jax.jit(lambda losses: losses, out_shardings=everywhere)
+        self._replicated = jax.jit(lambda losses: losses, out_shardings=everywhere)
         self._waiting: deque[tuple[int, Info]] = deque()
 
     def add(self, start: int, info: Info) -> None:
@@ -201,23 +174,25 @@ class _Losses:
             self._waiting.append((start, info))
 
     def check(self, ahead: int) -> None:
-        """Look at all but the newest few; at none yet where processes would have to tell each
-        other and not all are wanted."""
-        if self._spread_out and ahead:
+        """Read all losses except those of the newest `ahead` dispatches.
+
+        Several processes have to exchange their losses, and read none while `ahead` is positive.
+        """
+        if self._several_processes and ahead:
             return
         while len(self._waiting) > ahead:
-            start, info = self._waiting.popleft()
-            said = (info.worker["loss"], info.worker["active"])
-            losses, active = map(np.asarray, self._told(said) if self._spread_out else said)
-            losses = losses.astype(np.float64)
-            wrong = np.argwhere(~np.isfinite(losses))
-            if len(wrong):
-                step, hub, worker = wrong[0]
-                raise Diverged(
-                    start + int(step),
-                    int(hub * losses.shape[2] + worker),
-                    float(losses[tuple(wrong[0])]),
-                )
-            weight = active * self._weight
-            if weight.sum() > 0:
-                self.mean = float((losses * weight).sum() / weight.sum())
+            self._read(*self._waiting.popleft())
+
+    def _read(self, start: int, info: Info) -> None:
+        arrays = (info.worker["loss"], info.worker["active"])
+        if self._several_processes:
+            arrays = self._replicated(arrays)
+        losses, active = map(np.asarray, arrays)
+        losses = losses.astype(np.float64)
+        if not np.isfinite(losses).all():
+            step, hub, worker = map(int, np.argwhere(~np.isfinite(losses))[0])
+            number = hub * losses.shape[2] + worker
+            raise Diverged(start + step, number, float(losses[step, hub, worker]))
+        weight = active * self._weight
+        if weight.sum() > 0:
+            self.mean = float((losses * weight).sum() / weight.sum())

@@ -6,7 +6,7 @@ from plain_layers import digits
 
 
 def assert_same(ours, theirs):
-    """Equal trees, types included."""
+    """Equal trees, with equal dtypes."""
 
     def one(a, b):
         assert a.dtype == b.dtype
@@ -16,12 +16,12 @@ def assert_same(ours, theirs):
 
 
 def value_and_gradients(fn, *operands):
-    """fn(*operands) and, for slopes of small whole numbers, the gradients of its operands."""
+    """fn(*operands), and the gradients of its operands for a cotangent of small whole numbers."""
     value, pullback = jax.vjp(fn, *operands)
     return value, pullback(digits(value.shape, value.dtype, 2))
 
 
 def assert_equal_functions(ours, theirs, *operands, jit=jax.jit):
-    """Equal in value and gradients, in one program."""
+    """Equal values and gradients of two functions, computed in one program."""
     both = lambda *args: tuple(value_and_gradients(fn, *args) for fn in (ours, theirs))
     assert_same(*jit(both)(*operands))

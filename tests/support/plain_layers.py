@@ -1,4 +1,4 @@
-"""A small model of plain layers, which the tests of rewriting exchange for ours."""
+"""A small model of plain layers, which the tests of `fast_layers` replace by fast ones."""
 
 import warnings
 
@@ -11,13 +11,13 @@ from jax.extend import core
 
 from jaxlocal.nn import fast_layers, fast_layers_report
 
-# The programs that our layers are, in a rewritten one.
-OURS = ("conv_general_dilated", "_max_pooling", "_conv_relu_max_pool")
+# Names of the nested programs of the fast layers.
+FAST = ("conv_general_dilated", "_max_pooling", "_conv_relu_max_pool")
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def digits(shape, dtype=jnp.float32, seed=0):
-    """Small whole numbers: their sums of products are exact, in any order, so equal means equal."""
+    """Small whole numbers, whose sums of products are exact in every order of summation."""
     return jnp.asarray(np.random.default_rng(seed).integers(-2, 3, shape), dtype)
 
 
@@ -25,7 +25,7 @@ IMAGES, KERNEL = digits((2, 4, 6, 3)), digits((3, 3, 3, 2), seed=1)
 
 
 def moved(shape, layout, first):
-    """A shape of batch and channels, or of outputs and inputs, and sides, as the layout says."""
+    """The shape whose dimensions `first` names, in the order of a layout."""
     return tuple(shape[first.index(letter)] for letter in layout)
 
 
@@ -36,7 +36,7 @@ def convolve(images, kernel, layout=LAYOUT, strides=(1, 1), padding="SAME", **op
 
 
 def layers(kernel, images):
-    """A plain convolution and a pooling, and between them no relu, which would make them one."""
+    """A plain convolution and a pooling; with a relu between them, they would be one chain."""
     hidden = convolve(images, kernel)
     return linen.max_pool(jnp.abs(hidden), (2, 2), (2, 2))
 
@@ -54,11 +54,11 @@ def assert_same(ours, theirs):
 
 
 def plain_equations(jaxpr):
-    """The primitives of plain layers and of their gradients in a program, but for ours' insides."""
+    """Primitives of plain layers and of their gradients in a program, outside of fast layers."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name.startswith(("conv_general", "reduce_window_max", "select_and_")):
             yield eqn.primitive.name
-        elif eqn.params.get("name") not in OURS:
+        elif eqn.params.get("name") not in FAST:
             for inner in core.jaxprs_in_params(eqn.params):
                 yield from plain_equations(inner)
 
@@ -70,11 +70,11 @@ def left_plain(fn, *args):
 
 
 def assert_fast(plain, *args, argnums=(0, 1), layers=2):
-    """The rewritten function's value and gradients are those of the plain one, by other means."""
+    """The rewritten function has fast layers only, and the value and gradients of the plain one."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ours, theirs = (jax.value_and_grad(fn, argnums) for fn in (fast_layers(plain), plain))
-        assert_same(*jax.jit(lambda *args: (ours(*args), theirs(*args)))(*args))
-        assert not left_plain(ours, *args)
+        fast, slow = (jax.value_and_grad(fn, argnums) for fn in (fast_layers(plain), plain))
+        assert_same(*jax.jit(lambda *args: (fast(*args), slow(*args)))(*args))
+        assert not left_plain(fast, *args)
         assert len(fast_layers_report(plain, *args).fast) >= layers
-    assert left_plain(theirs, *args)
+    assert left_plain(slow, *args)

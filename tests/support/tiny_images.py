@@ -1,4 +1,4 @@
-"""A small set of images in the files of TensorFlow Datasets, written without TensorFlow."""
+"""A small dataset of images in the files of TensorFlow Datasets, written without TensorFlow."""
 
 import io
 import json
@@ -11,12 +11,12 @@ CLASSES = 3
 
 
 def image(split: str, number: int, shape=(4, 5, 3)) -> np.ndarray:
-    """Pixels that tell the split and the number."""
+    """An image whose pixels encode the split and the number."""
     return np.full(shape, 10 * number + (split != "train"), np.uint8)
 
 
 def features(**others):
-    """An image, its label, and more if wanted; None takes one away."""
+    """The features image and label, and others; None removes one."""
     import tensorflow_datasets as tfds
 
     kinds = {
@@ -29,10 +29,10 @@ def features(**others):
 def write(
     data_dir: Path, name="tiny_images", kinds=None, examples=EXAMPLES, config="", label=None
 ) -> Path:
-    """Prepare the set in a folder and return where its files are.
+    """Write the dataset to a folder, and return the folder of its files.
 
-    Examples have the label number % CLASSES, or `label`, in every feature that is one, and the same
-    image, if of one channel without the others, in every feature that is an image.
+    Each feature with a label has the value number % CLASSES, or `label`. Each feature with an image
+    has the same image, or its first channel.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core.example_serializer import ExampleSerializer

@@ -1,4 +1,4 @@
-"""Augmentation: the same numbers however they are asked for, the same images wherever they are."""
+"""Augmentation: the same draws for every cut of the steps, the same images on host and device."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def reference(image, down, right, mirrored):
 
 
 def padded_window(image, down, right, mirrored, pad):
-    """As papers say it: pad, cut, mirror."""
+    """The definition in papers: pad, cut, mirror."""
     height, width, _ = image.shape
     padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
     cut = padded[pad + down :, pad + right :][:height, :width]
@@ -35,13 +35,16 @@ def padded_window(image, down, right, mirrored, pad):
 
 @st.composite
 def problems(draw):
-    # Few shapes, since each compiles; some smaller than the padding.
+    # Few shapes, since each is compiled; some are smaller than the padding.
     shape = draw(st.sampled_from([(3, 5, 4, 3), (2, 4, 4, 1), (4, 1, 2, 2)]))
     dtype = draw(st.sampled_from([np.uint8, np.float32]))
     augmentation = CropFlip(draw(st.integers(0, 6)), draw(st.booleans()))
     seed = draw(st.integers(0, 2**40))
     images = np.random.default_rng(seed).integers(1, 256, shape).astype(dtype)
     return images, augmentation, seed
+
+
+crop_and_flip_compiled = jax.jit(crop_and_flip)
 
 
 @given(problems())
@@ -54,7 +57,7 @@ def test_images_on_host_and_device_are_those_of_the_definition(problem):
     for image, how, result in zip(images, each, expected, strict=True):
         np.testing.assert_array_equal(padded_window(image, *how, augmentation.pad), result)
     host = crop_and_flip_on_host(images, shift, flip)
-    device = np.asarray(crop_and_flip(images, shift, flip))
+    device = np.asarray(crop_and_flip_compiled(images, shift, flip))
     assert host.dtype == device.dtype == images.dtype
     np.testing.assert_array_equal(host, expected)
     np.testing.assert_array_equal(device, expected)
@@ -94,7 +97,7 @@ def test_it_compiles_in_shard_map_scan_map_and_vmap():
 @given(
     st.integers(0, 9), st.booleans(), st.lists(st.integers(0, 30), min_size=2), st.integers(0, 99)
 )
-def test_draws_are_the_same_however_they_are_asked_for(pad, flip, cuts, seed):
+def test_draws_do_not_depend_on_the_calls_and_hubs_that_they_are_cut_into(pad, flip, cuts, seed):
     augmentation, cuts = CropFlip(pad, flip), sorted(cuts)
     start, stop = cuts[0], cuts[-1]
     whole = augmentation.draw(seed, start, stop - start, 1, 6, 3)
@@ -115,7 +118,7 @@ def test_draws_are_uniform_and_differ():
     assert len(counts) == 5 and abs(counts - 16_000).max() < 5 * np.sqrt(80_000 * 0.2 * 0.8)
     assert abs(draws["flip"].sum() - 20_000) < 5 * np.sqrt(40_000 / 4)
     batches = {batch.tobytes() for batch in draws["shift"].reshape(-1, 80)}
-    assert len(batches) == 1000  # every worker at every step
+    assert len(batches) == 1000  # those of all workers and steps differ
     other = CropFlip(2).draw(2, 0, 100, 2, 5, 40)
     assert (other["shift"] != draws["shift"]).any(axis=(-1, -2)).all()
 
@@ -142,7 +145,7 @@ def test_specs(spec, expected):
 
 
 @pytest.mark.parametrize(
-    "spec, told",
+    "spec, message",
     [
         ("corp", "unknown augmentation 'corp'; did you mean 'crop'"),
         ("", "unknown augmentation ''; known: none, flip, crop"),
@@ -153,15 +156,15 @@ def test_specs(spec, expected):
         ("crop:", "from 1 to 127, got ''"),
         ("crop:128", "from 1 to 127, got '128'"),
         ("flip,flip", "'flip,flip' names 'flip' more than once"),
-        ("none,flip", "'none' stands alone, got 'none,flip'"),
+        ("none,flip", "'none' cannot be combined with others, got 'none,flip'"),
     ],
 )
-def test_wrong_specs_are_told(spec, told):
-    with pytest.raises(ConfigurationError, match=told):
+def test_wrong_specs_are_errors(spec, message):
+    with pytest.raises(ConfigurationError, match=message):
         parse_augmentation(spec)
 
 
 @pytest.mark.parametrize("pad", [-1, 128])
-def test_a_pad_out_of_range_is_told(pad):
+def test_a_pad_out_of_range_is_an_error(pad):
     with pytest.raises(ConfigurationError, match=f"0 to 127 pixels, got {pad}"):
         CropFlip(pad)

@@ -1,4 +1,4 @@
-"""Batches: pure in their steps, each example where and as often as its partition says."""
+"""Batches: a pure function of the steps, with the examples that the partition gives."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,20 +16,20 @@ FIXED = [spec for spec in SPECS if parse_partition(spec).fixed]
 
 @st.composite
 def runs(draw, specs):
-    """The arguments of make_batches, such that they fit."""
+    """Arguments of make_batches that fit together."""
     spec, hubs, workers = draw(st.sampled_from(specs)), draw(st.integers(1, 3)), 2
     batch = draw(st.integers(1, 5))
     examples = draw(st.integers(hubs * workers * batch, 200))
     # Two groups of equal size, of which the smaller holds 0.4 up to rounding.
     assume(not spec.startswith("unequal") or 0.4 * examples - 1 >= hubs * batch + hubs)
-    # Shares of 3 classes, of which a quarter is rarely too much to ask of each worker.
+    # With 3 classes, shares seldom give a worker less than a quarter of an equal part.
     assume(not spec.startswith("dirichlet") or examples >= 4 * hubs * workers * batch)
     targets = np.random.default_rng(examples).integers(3, size=examples)
     return spec, targets, hubs, workers, batch, draw(st.integers(0, 2**40))
 
 
 @given(runs(SPECS), st.lists(st.integers(0, 30), min_size=2, max_size=5))
-def test_steps_are_the_same_however_they_are_asked_for(run, cuts):
+def test_steps_do_not_depend_on_the_calls_that_they_are_cut_into(run, cuts):
     cuts = sorted(cuts)
     start, stop = cuts[0], cuts[-1]
     whole = make_batches(*run).indices(start, stop - start)
@@ -55,7 +55,7 @@ def test_iid_repeats_no_example_within_an_epoch(run, epoch):
 
 
 @given(runs(FIXED), st.integers(0, 3))
-def test_a_worker_passes_over_its_own_shard_without_repeats(run, number):
+def test_a_worker_passes_over_its_shard_without_repeats(run, number):
     spec, targets, hubs, workers, batch, seed = run
     batches = make_batches(*run)
     shards = assign(parse_partition(spec), targets, hubs * workers, seed, least=batch)
@@ -70,7 +70,7 @@ def test_a_worker_passes_over_its_own_shard_without_repeats(run, number):
 
 
 @given(runs(SPECS))
-def test_a_plan_needs_no_data_but_the_labels_of_dirichlet(run):
+def test_a_plan_reads_no_data_except_the_labels_of_dirichlet(run):
     spec, targets, hubs, workers, batch, seed = run
     read = lambda: targets if spec.startswith("dirichlet") else pytest.fail("read")
     plan = plan_batches(spec, len(targets), hubs, workers, batch, read, seed)
@@ -82,7 +82,7 @@ def test_a_plan_needs_no_data_but_the_labels_of_dirichlet(run):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_hubs_only_group_the_workers(spec):
+def test_batches_do_not_depend_on_the_grouping_into_hubs(spec):
     targets = np.arange(240) % 7
     flat = make_batches(spec, targets, 1, 6, 4, seed=3).indices(2, 30)
     hubs = make_batches(spec, targets, 3, 2, 4, seed=3).indices(2, 30)
@@ -90,26 +90,26 @@ def test_hubs_only_group_the_workers(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_seeds_workers_and_steps_differ(spec):
+def test_batches_of_seeds_workers_and_steps_differ(spec):
     targets = np.arange(4000) % 7
     one = make_batches(spec, targets, 1, 2, 50, seed=0).indices(0, 60)
     two = make_batches(spec, targets, 1, 2, 50, seed=1).indices(0, 60)
-    # 50 of at least 1000 examples, in order: no two batches drawn apart are equal.
+    # With 50 of at least 1000 examples in order, no two independent batches are equal.
     assert (one != two).any(axis=-1).all()
     assert len({batch.tobytes() for batch in one.reshape(-1, 50)}) == 120
 
 
 @pytest.mark.parametrize("spec", ["iid", "sorted", "unequal:0.4,0.6"])
-def test_what_a_pass_leaves_out_changes(spec):
+def test_the_examples_that_a_pass_leaves_out_change(spec):
     batches = make_batches(spec, np.zeros(22), 1, 2, 3, seed=0)
-    # A pass leaves an example out with a chance of at most 1/4 (2 of 8): 40 of them, never.
+    # A pass leaves an example out with probability at most 1/4 (2 of 8); 40 passes never do.
     assert set(batches.indices(0, 160).ravel().tolist()) == set(range(22))
 
 
 def test_fresh_draws_are_uniform_and_repeat():
     batches = make_batches("fresh", np.zeros(50), 2, 5, 40, seed=0)
     counts = np.bincount(batches.indices(0, 200).ravel(), minlength=50)
-    # 80,000 draws, 1600 expected of each: a binomial's deviation is 39.6; five of them.
+    # 1600 of 80,000 draws are expected of each; five standard deviations of 39.6 are allowed.
     assert abs(counts - 1600).max() < 200
     assert (batches.shard_sizes == 50).all() and batches.epoch_steps == 1
     batch = batches.indices(0, 1)[0, 0, 0]
@@ -117,7 +117,7 @@ def test_fresh_draws_are_uniform_and_repeat():
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_two_threads_see_the_same_batches(spec):
+def test_two_threads_get_the_same_batches(spec):
     targets = np.arange(97) % 5
     batches = make_batches(spec, targets, 2, 2, 3, seed=1)
     expected = make_batches(spec, targets, 2, 2, 3, seed=1).indices(0, 400)
@@ -126,7 +126,7 @@ def test_two_threads_see_the_same_batches(spec):
     np.testing.assert_array_equal(np.concatenate(parts), expected)
 
 
-def test_what_is_handed_out_is_the_callers_own():
+def test_the_caller_may_change_the_indices_it_got():
     batches = make_batches("iid", np.zeros(40), 1, 2, 4, seed=0)
     first = batches.indices(0, 5)
     kept = first.copy()
@@ -135,7 +135,7 @@ def test_what_is_handed_out_is_the_callers_own():
 
 
 @pytest.mark.parametrize(
-    "spec, examples, batch, told",
+    "spec, examples, batch, message",
     [
         (
             "iid",
@@ -154,18 +154,18 @@ def test_what_is_handed_out_is_the_callers_own():
         ("iid", 30, 0, "batch_size must be at least 1, got 0"),
     ],
 )
-def test_a_batch_that_does_not_fit_is_told(spec, examples, batch, told):
-    with pytest.raises(ConfigurationError, match=told):
+def test_a_batch_that_does_not_fit_is_an_error(spec, examples, batch, message):
+    with pytest.raises(ConfigurationError, match=message):
         make_batches(spec, np.zeros(examples, int), 2, 2, batch, seed=0)
 
 
-def test_a_plan_of_dirichlet_says_that_it_needs_labels():
-    told = "under partition 'dirichlet' depends on the labels of the 100 examples"
-    with pytest.raises(ConfigurationError, match=told):
+def test_a_plan_of_dirichlet_without_labels_is_an_error():
+    message = "under partition 'dirichlet' depends on the labels of the 100 examples"
+    with pytest.raises(ConfigurationError, match=message):
         plan_batches("dirichlet:0.3", 100, 1, 2, 4)
 
 
-def test_wrong_sizes_seeds_and_steps_are_told():
+def test_wrong_sizes_seeds_and_steps_are_errors():
     with pytest.raises(ConfigurationError, match="hubs must be at least 1, got 0"):
         plan_batches("iid", 10, 0, 2, 1)
     with pytest.raises(ConfigurationError, match="seed must not be negative, got -3"):

@@ -1,4 +1,4 @@
-"""Partitions: every example in one place, nobody empty, the papers' layouts."""
+"""Partitions: each example in one shard, no empty shard, and the shards of the papers."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def draw_targets(draw, examples):
 
 @st.composite
 def fixed_partitions(draw):
-    """A partition whose sizes counts tell, with targets and workers that suit it."""
+    """A partition whose sizes do not depend on labels, with targets and workers that fit it."""
     examples, workers = draw(st.integers(1, 300)), draw(st.integers(1, 24))
     assume(examples >= workers)
     targets = draw_targets(draw, examples)
@@ -32,7 +32,7 @@ def fixed_partitions(draw):
 
 
 @given(fixed_partitions(), st.integers(0, 9))
-def test_every_example_once_and_nobody_empty(drawn, seed):
+def test_every_example_is_in_one_shard_and_no_shard_is_empty(drawn, seed):
     partition, targets, workers = drawn
     shards = assign(partition, targets, workers, seed)
     np.testing.assert_array_equal(np.sort(np.concatenate(shards)), np.arange(len(targets)))
@@ -43,7 +43,7 @@ def test_every_example_once_and_nobody_empty(drawn, seed):
 
 
 @given(fixed_partitions())
-def test_sizes_are_those_that_were_asked_for(drawn):
+def test_sizes_are_the_given_fractions(drawn):
     partition, targets, workers = drawn
     sizes = shard_sizes(partition, len(targets), workers)
     fractions = partition.fractions or (1.0,)
@@ -54,7 +54,7 @@ def test_sizes_are_those_that_were_asked_for(drawn):
 
 
 @given(st.integers(1, 500), st.integers(1, 30))
-def test_iid_shares_equally_and_fresh_holds_everything(examples, workers):
+def test_iid_shards_are_equal_and_fresh_ones_hold_all_examples(examples, workers):
     assume(examples >= workers)
     iid = shard_sizes(Partition("iid"), examples, workers)
     assert (iid == examples // workers).all() and len(iid) == workers
@@ -70,8 +70,8 @@ def test_twenty_workers_on_ten_equal_classes_hold_the_labels_of_the_paper(spec, 
     assert [len(set(targets[shard])) for shard in shards] == labels_held
 
 
-def test_sorting_is_stable_and_follows_no_seed():
-    # Long enough that a sort which is not stable shows.
+def test_sorting_is_stable_and_does_not_depend_on_the_seed():
+    # Long enough that an unstable sort would show.
     targets = np.random.default_rng(0).integers(2, size=600)
     expected = sorted(range(600), key=lambda example: targets[example])
     for seed in (0, 1):
@@ -115,29 +115,29 @@ def test_shares_of_a_class_have_the_moments_of_the_dirichlet():
     classes, workers, alpha = 10_000, 5, 0.5
     shares = dirichlet_counts(np.repeat(np.arange(classes), 50), workers, alpha) / 50
     # Var = 1/K (1 - 1/K) / (K alpha + 1). A share is Beta(1/2, 2), whose fourth moment over its
-    # squared variance is 4.3: 10,000 of them tell the variance to sqrt(3.3 / 10,000) = 1.8 %, four
+    # squared variance is 4.3: 10,000 of them estimate it to sqrt(3.3 / 10,000) = 1.8 %, four
     # of which are allowed. Rounding to examples adds (1/50)^2 / 6, 0.1 % of it.
     np.testing.assert_allclose(shares.var(0), 0.2 * 0.8 / 3.5, rtol=0.075)
-    # The mean's own deviation is sqrt(0.0457 / 10,000) = 0.0021.
+    # The standard deviation of the mean is sqrt(0.0457 / 10,000) = 0.0021.
     np.testing.assert_allclose(shares.mean(0), 0.2, atol=0.009)
-    # Classes are drawn apart: correlations deviate by 1 / sqrt(10,000).
+    # Classes are independent: correlations deviate by 1 / sqrt(10,000).
     assert abs(np.corrcoef(shares[:-1, 0], shares[1:, 0])[0, 1]) < 0.04
 
 
-def test_a_large_alpha_gives_everyone_the_mix_of_the_whole_set():
+def test_a_large_alpha_gives_all_workers_the_same_proportions_of_classes():
     targets = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 1000))
     # Shares deviate by sqrt(1/8 7/8 / (8e6 + 1)) = 1.2e-4, an eighth of an example; rounding both
     # bounds moves a count by one at most.
     assert abs(dirichlet_counts(targets, 8, alpha=1e6) - 125).max() <= 2
 
 
-def test_a_small_alpha_gives_each_class_to_one_worker_and_everyone_some():
+def test_a_small_alpha_gives_each_class_to_one_worker_and_each_worker_some():
     counts = dirichlet_counts(np.repeat(np.arange(10), 100), workers=3, alpha=1e-6)
     assert ((counts == 100).sum(1) == 1).all() and ((counts == 0).sum(1) == 2).all()
     assert (counts.sum(0) > 0).all()
 
 
-def test_dirichlet_follows_its_seed_and_the_labels_alone():
+def test_dirichlet_depends_on_its_seed_and_the_labels_only():
     targets = np.random.default_rng(0).integers(6, size=900)
     partition = parse_partition("dirichlet:0.7")
     one, again, renamed, other = (
@@ -147,30 +147,30 @@ def test_dirichlet_follows_its_seed_and_the_labels_alone():
     for shard, same, also in zip(one, again, renamed, strict=True):
         assert shard.tolist() == same.tolist() == also.tolist()
     assert [len(shard) for shard in one] != [len(shard) for shard in other]
-    # Which examples of a class are a worker's is drawn too: not the first ones.
+    # The examples of a class that a worker holds are drawn too; they are not the first ones.
     mine = one[0][targets[one[0]] == 0]
     assert 1 < len(mine) < 150
     assert set(mine) != set(np.flatnonzero(targets == 0)[: len(mine)])
 
 
-def test_every_worker_of_a_dirichlet_partition_holds_what_it_needs():
+def test_every_worker_of_a_dirichlet_partition_holds_the_least_number():
     targets = np.repeat(np.arange(10), 144)
     partition = parse_partition("dirichlet:0.1")
     least = lambda **need: [
         min(map(len, assign(partition, targets, 8, s, **need))) for s in range(8)
     ]
     assert min(least(least=16)) >= 16
-    assert min(least()) < 16  # so that the need was the reason
+    assert min(least()) < 16  # without the requirement, shards are smaller
 
 
-def test_what_no_dirichlet_draw_can_give_is_told():
+def test_numbers_that_no_dirichlet_draw_can_give_are_errors():
     targets = np.repeat([0, 1], 50)
-    # Two classes, each with one worker: two of four hold nothing.
-    told = (
-        "no draw of 1000 with alpha 1e-06 gives each of 4 workers its 1 of the 100 examples: in "
-        r"the best of them worker \d holds 0; a larger alpha, fewer workers or smaller batches"
+    # Each of two classes goes to one worker, so two of four workers hold nothing.
+    message = (
+        "none of 1000 draws with alpha 1e-06 gives each of 4 workers 1 of the 100 examples: in "
+        r"the best draw worker \d holds 0; use a larger alpha, fewer workers or smaller batches"
     )
-    with pytest.raises(ConfigurationError, match=told):
+    with pytest.raises(ConfigurationError, match=message):
         assign(parse_partition("dirichlet:1e-6"), targets, 4, seed=0)
     with pytest.raises(
         ConfigurationError, match="100 examples are too few for 4 workers that need"
@@ -178,16 +178,20 @@ def test_what_no_dirichlet_draw_can_give_is_told():
         assign(parse_partition("dirichlet"), targets, 4, seed=0, least=26)
 
 
-def test_dirichlet_and_sorted_need_one_label_an_example():
-    with pytest.raises(ConfigurationError, match="by class, and the targets are float32 values"):
+def test_dirichlet_and_sorted_need_one_label_for_each_example():
+    with pytest.raises(
+        ConfigurationError, match="needs integer labels, and the targets are float32"
+    ):
         assign(parse_partition("dirichlet"), np.zeros(10, np.float32), workers=2, seed=0)
     for spec in ("dirichlet", "sorted"):
-        with pytest.raises(ConfigurationError, match=r"one label .* the targets are \[10, 3\]"):
+        with pytest.raises(
+            ConfigurationError, match=r"one label .* targets have the shape \[10, 3\]"
+        ):
             assign(parse_partition(spec), np.zeros((10, 3), int), workers=2, seed=0)
 
 
 @pytest.mark.parametrize(
-    "spec, told",
+    "spec, message",
     [
         ("sort", "did you mean 'sorted'"),
         ("iid:0.5", "takes no argument"),
@@ -208,13 +212,13 @@ def test_dirichlet_and_sorted_need_one_label_an_example():
         ("dirichlet:nan", "got nan"),
     ],
 )
-def test_a_wrong_spec_is_told(spec, told):
-    with pytest.raises(ConfigurationError, match=told):
+def test_a_wrong_spec_is_an_error(spec, message):
+    with pytest.raises(ConfigurationError, match=message):
         parse_partition(spec)
 
 
 @pytest.mark.parametrize(
-    "spec, examples, workers, told",
+    "spec, examples, workers, message",
     [
         ("unequal", 100, 12, "12 workers do not divide into 5 unequal groups"),
         ("unequal", 100, 50, "0.05 of 100 examples is 5, too few for the 10 workers"),
@@ -222,19 +226,19 @@ def test_a_wrong_spec_is_told(spec, told):
         ("sorted", 3, 4, "3 examples are too few for 4 workers"),
     ],
 )
-def test_sizes_that_do_not_fit_are_told_with_both_values(spec, examples, workers, told):
-    with pytest.raises(ConfigurationError, match=told):
+def test_sizes_that_do_not_fit_are_errors_with_both_values(spec, examples, workers, message):
+    with pytest.raises(ConfigurationError, match=message):
         shard_sizes(parse_partition(spec), examples, workers)
 
 
 @pytest.mark.parametrize("spec", ["iid", "fresh"])
-def test_what_assigns_nothing_for_good_says_so(spec):
+def test_a_partition_without_fixed_shards_assigns_none(spec):
     with pytest.raises(ConfigurationError, match="no worker a fixed shard"):
         assign(parse_partition(spec), np.zeros(10), workers=2, seed=0)
 
 
-def test_fractions_may_miss_one_by_rounding():
-    examples = 4_000_000  # of which 5e-7 are two
+def test_fractions_may_sum_to_one_up_to_rounding():
+    examples = 4_000_000  # 5e-7 of them are two
     sizes = shard_sizes(parse_partition("unequal:0.5,0.4999995"), examples, workers=4)
     assert sizes.sum() == examples
     with pytest.raises(ConfigurationError, match="sum to 1"):

@@ -1,4 +1,4 @@
-"""Sets of TensorFlow Datasets by their names: what is read of them, and what a user is told."""
+"""Datasets of TensorFlow Datasets by their names: reading them, and the errors."""
 
 import io
 import pickle
@@ -14,8 +14,8 @@ from jaxlocal.errors import ConfigurationError
 tfds = pytest.importorskip("tensorflow_datasets")
 
 
-def told(name, data_dir) -> str:
-    """The one sentence."""
+def error_of(name, data_dir) -> str:
+    """The one sentence of the error."""
     with pytest.raises(ConfigurationError) as caught:
         load(name, data_dir)
     assert "\n" not in str(caught.value)
@@ -28,7 +28,7 @@ def data(tmp_path):
     return load("tiny_images", tmp_path)
 
 
-def test_a_set_is_read_by_its_name(data):
+def test_a_dataset_is_read_by_its_name(data):
     assert (data.train_examples, data.test_examples) == (12, 7)
     assert (data.input_shape, data.classes) == ((4, 5, 3), 3)
     for split, examples in (("train", data.train()), ("test", data.test())):
@@ -53,7 +53,7 @@ def test_a_source_reads_by_number_and_is_a_sequence(data):
         source[12]
 
 
-def test_a_source_crosses_processes_without_what_it_has_opened(data, monkeypatch):
+def test_a_source_is_pickled_without_its_open_files(data, monkeypatch):
     source = data.test_source()
     before = pickle.dumps(source)
     assert source[3]["targets"] == 0
@@ -82,7 +82,7 @@ def test_targets_are_read_without_decoding_an_image(tmp_path, monkeypatch):
     decoded = []
     monkeypatch.setattr(Image, "open", lambda file: decoded.append(file) or original(file))
     data.train()
-    assert len(decoded) == 12 and isinstance(decoded[0], io.BytesIO)  # masks are not
+    assert len(decoded) == 12 and isinstance(decoded[0], io.BytesIO)  # no mask is decoded
 
 
 def test_batches_are_streamed_from_the_files(data):
@@ -110,7 +110,7 @@ def test_the_held_out_split_is_test_else_validation(tmp_path):
     assert len(load("one", tmp_path).test_source()) == 1
     examples = load("two", tmp_path).test()
     np.testing.assert_array_equal(examples["inputs"][1], tiny_images.image("validation", 1))
-    assert "needs the splits train and test or validation, it has extra, train" in told(
+    assert "needs the splits train and test or validation, and has extra, train" in error_of(
         "three", tmp_path
     )
 
@@ -122,24 +122,26 @@ def test_the_label_is_the_feature_label_else_the_only_one(tmp_path):
     tiny_images.write(tmp_path, "unclear", tiny_images.features(label=None, a=fine, b=coarse))
     assert load("two", tmp_path).classes == 3
     assert load("one", tmp_path).targets().tolist() == [n % 3 for n in range(12)]
-    assert told("unclear", tmp_path) == (
-        "dataset 'unclear' is not one of images with labels: its features are a, b, image, and "
+    assert error_of("unclear", tmp_path) == (
+        "dataset 'unclear' does not hold images with labels: its features are a, b, image, and "
         "none is clearly the label"
     )
 
 
-def test_what_is_not_labelled_images_of_one_size_is_told(tmp_path):
+def test_datasets_without_labelled_images_of_one_size_are_errors(tmp_path):
     sizes = tfds.features.Image(shape=(None, None, 3))
     depth = tfds.features.Image(shape=(4, 5, 1), dtype=np.uint16)
     tiny_images.write(tmp_path, "sizes", tiny_images.features(image=sizes))
     tiny_images.write(tmp_path, "depth", tiny_images.features(image=depth))
     tiny_images.write(tmp_path, "no_image", tiny_images.features(image=None))
-    assert "'sizes' have no fixed size: their shape is (None, None, 3)" in told("sizes", tmp_path)
-    assert "are uint16, not uint8" in told("depth", tmp_path)
-    assert "its features are label, and none is clearly the image" in told("no_image", tmp_path)
+    assert "'sizes' have no fixed size: their shape is (None, None, 3)" in error_of(
+        "sizes", tmp_path
+    )
+    assert "are uint16, not uint8" in error_of("depth", tmp_path)
+    assert "its features are label, and none is clearly the image" in error_of("no_image", tmp_path)
 
 
-def test_examples_without_labels_are_told_when_they_are_read(tmp_path):
+def test_examples_without_labels_are_errors_when_they_are_read(tmp_path):
     tiny_images.write(tmp_path, label=-1)
     data = load("tiny_images", tmp_path)
     for read in (data.test, data.targets, lambda: data.train_source()[0]):
@@ -147,7 +149,7 @@ def test_examples_without_labels_are_told_when_they_are_read(tmp_path):
             read()
 
 
-def test_damaged_files_are_told_in_one_sentence_whoever_reads(tmp_path):
+def test_damaged_files_are_one_sentence_for_every_reader(tmp_path):
     folder = tiny_images.write(tmp_path)
     (file,) = folder.glob("*-train*")
     file.write_bytes(file.read_bytes()[:100])
@@ -158,25 +160,25 @@ def test_damaged_files_are_told_in_one_sentence_whoever_reads(tmp_path):
     assert data.test()["targets"].shape == (7,)
 
 
-def test_an_unknown_name_is_told_with_the_nearest_of_both(tmp_path, monkeypatch):
+def test_an_unknown_name_is_an_error_with_the_nearest_names(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("connected"))
-    assert "unknown dataset 'cifar'; did you mean 'cifar10' or 'cifar100'?" in told(
+    assert "unknown dataset 'cifar'; did you mean 'cifar10' or 'cifar100'?" in error_of(
         "cifar", tmp_path
     )
-    assert "did you mean 'fashion_mnist'" in told("fashion_mnits", tmp_path)
-    assert "did you mean 'two_quadratics'" in told("two_quadratic:7", tmp_path)
-    assert "unknown configuration of emnist 'lettrs'; did you mean 'letters'" in told(
+    assert "did you mean 'fashion_mnist'" in error_of("fashion_mnits", tmp_path)
+    assert "did you mean 'two_quadratics'" in error_of("two_quadratic:7", tmp_path)
+    assert "unknown configuration of emnist 'lettrs'; did you mean 'letters'" in error_of(
         "emnist/lettrs", tmp_path
     )
-    assert "'kmnist' has no configurations, got 'kmnist/x'" in told("kmnist/x", tmp_path)
+    assert "'kmnist' has no configurations, got 'kmnist/x'" in error_of("kmnist/x", tmp_path)
     for name in ("", "..", "../mnist", "a b", "tiny_images/", "cifar100:3.0.2"):
-        assert "unknown dataset" in told(name, tmp_path)
+        assert "unknown dataset" in error_of(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "emnist/letters", "svhn_cropped", "coco"])
-def test_a_known_name_that_is_not_prepared_is_told_the_command(name, tmp_path, monkeypatch):
+def test_the_error_of_a_dataset_that_is_not_prepared_names_the_command(name, tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("connected"))
-    sentence = told(name, tmp_path)
+    sentence = error_of(name, tmp_path)
     assert f"{name} is not prepared in {tmp_path}" in sentence
     assert f"python -m experiments.prepare --dataset={name} --data_dir=FOLDER" in sentence
 

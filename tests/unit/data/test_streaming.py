@@ -1,4 +1,4 @@
-"""Streaming: the very batches of a resident pool, read ahead, and an end in words."""
+"""Streaming: the same batches as a pool on the device, read ahead, and clear errors."""
 
 import functools
 import os
@@ -19,7 +19,7 @@ from jaxlocal.data.reading import StreamError
 from jaxlocal.data.streaming import Stream
 from jaxlocal.errors import ConfigurationError
 
-# Processes that read import neither this file nor pytest's folders.
+# Reading processes import neither this file nor pytest's folders.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 GRID = (2, 3)  # hubs, workers
@@ -27,7 +27,7 @@ BATCH, SEED = 4, 7
 
 
 class Images:
-    """A set in memory that notes the process that reads, and what was read, if told a folder."""
+    """Examples in memory; with a folder, it notes the reading process and the examples read."""
 
     def __init__(self, examples=50, folder=None):
         self.images = np.random.default_rng(0).integers(1, 256, (examples, 6, 5, 3), np.uint8)
@@ -54,7 +54,7 @@ class AtOnce(Images):
 
 
 class Unpicklable(OSError):
-    """What would never arrive from another process."""
+    """An error that another process cannot send."""
 
     def __reduce__(self):
         raise TypeError("cannot be pickled")
@@ -65,7 +65,7 @@ def batches(spec="iid", examples=50):
 
 
 def one_by_one(start, steps):
-    """Example numbers that never repeat, so that what was read tells which steps were."""
+    """Example numbers without repeats, so that each example belongs to one step."""
     first = np.arange(start, start + steps) * 6
     return (first[:, None] + np.arange(6)).reshape(steps, 1, 2, 3)
 
@@ -74,7 +74,7 @@ crop_and_flip_compiled = jax.jit(crop_and_flip)
 
 
 def resident(source, indices, augmentation, start, steps):
-    """The same from a pool: a look-up, then the augmentation of the device."""
+    """The same batches from a pool: a look-up, then the augmentation of the device."""
     numbers = indices(start, steps)
     draws = augmentation.draw(SEED, start, steps, *GRID, BATCH)
     images = source.images[numbers]
@@ -93,12 +93,12 @@ def assert_equal(got, expected):
 def wait_for(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "in vain"
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.01)
 
 
 def alive(pid):
-    """Whether a process runs; one that has ended but that nobody has asked about does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
@@ -112,7 +112,7 @@ def readers(folder):
 
 @pytest.mark.parametrize("spec", ["iid", "fresh", "sorted"])
 @pytest.mark.parametrize("kind", [Images, AtOnce])
-def test_threads_give_the_batches_of_a_resident_pool(spec, kind):
+def test_threads_give_the_batches_of_a_pool(spec, kind):
     source, indices, augmentation = kind(), batches(spec), CropFlip(2)
     with Stream(source, indices, SEED, augmentation) as stream:
         expected = functools.partial(resident, source, batches(spec), augmentation)
@@ -120,7 +120,7 @@ def test_threads_give_the_batches_of_a_resident_pool(spec, kind):
             assert_equal(stream(start, steps), expected(start, steps))
 
 
-def test_processes_give_the_same_resume_like_grain_and_a_death_is_told(tmp_path):
+def test_processes_give_the_same_resume_like_grain_and_a_death_is_an_error(tmp_path):
     source, indices, augmentation = Images(folder=tmp_path), batches(), CropFlip(2)
     expected = functools.partial(resident, source, indices, augmentation)
     stream = Stream(source, indices, SEED, augmentation, processes=2, buffer_bytes=4096)
@@ -130,7 +130,7 @@ def test_processes_give_the_same_resume_like_grain_and_a_death_is_told(tmp_path)
     [iterator] = stream._running
     state = iterator.get_state()
     after = stream(21, 2)
-    iterator.set_state(state)  # Grain's own way back to where step 21 was next
+    iterator.set_state(state)  # by Grain's interface, back to before step 21
     for step in range(2):
         again = next(iterator)
         assert_equal(
@@ -143,19 +143,19 @@ def test_processes_give_the_same_resume_like_grain_and_a_death_is_told(tmp_path)
     assert len(pids) == 2 and all(map(alive, pids))
     os.kill(pids[1], signal.SIGKILL)
     begin = time.monotonic()
-    with pytest.raises(StreamError, match="step .* a process that reads was ended by SIGKILL"):
+    with pytest.raises(StreamError, match="step .* a reading process was ended by SIGKILL"):
         stream(23, 1000)
     assert time.monotonic() - begin < 15
-    assert not any(map(alive, pids))  # the other one has been ended, too
+    assert not any(map(alive, pids))  # the other process was ended too
 
 
-def test_an_error_in_a_process_is_told_and_nothing_is_left(tmp_path):
+def test_an_error_in_a_process_is_passed_on_and_no_process_is_left(tmp_path):
     source = Images(folder=tmp_path)
     source.broken = (12,)  # the first example of step 2
     stream = Stream(source, one_by_one, processes=1)
     assert stream(0, 2)["targets"].tolist() == one_by_one(0, 2).tolist()
-    told = r"^step 2 could not be read: Unpicklable: example12.jpg is truncated in example 12$"
-    with pytest.raises(StreamError, match=told) as raised:
+    message = r"^step 2 could not be read: Unpicklable: example12.jpg is truncated in example 12$"
+    with pytest.raises(StreamError, match=message) as raised:
         stream(2, 3)
     assert raised.value.step == 2
     pids = set(readers(tmp_path)) - {os.getpid()}
@@ -171,7 +171,7 @@ def test_an_abandoned_stream_ends_its_processes(tmp_path):
     assert not alive(pid)
 
 
-def test_a_transform_is_seeded_by_its_place():
+def test_a_transform_is_seeded_by_its_position():
     def transform(example, generator):
         corner = generator.integers(3)
         image = example["inputs"]
@@ -183,8 +183,8 @@ def test_a_transform_is_seeded_by_its_place():
     numbers = indices(4, 3)
     assert got["targets"].dtype == np.float32 and got["inputs"].shape == (3, *GRID, BATCH, 3, 2, 3)
     for at, number in np.ndenumerate(numbers):
-        step, hub, worker, place = at
-        seed = (SEED, 6, 4 + step, hub * GRID[1] + worker, place)
+        step, hub, worker, position = at
+        seed = (SEED, 6, 4 + step, hub * GRID[1] + worker, position)
         corner = np.random.default_rng(seed).integers(3)
         assert got["targets"][at] == corner
         image = source.images[number]
@@ -196,15 +196,15 @@ def test_it_reads_ahead_and_no_further_than_the_buffer(tmp_path):
     source = Images(10_000, tmp_path)
     with Stream(source, one_by_one, buffer_bytes=3 * step_bytes) as stream:
         stream(0, 1)
-        # Nobody asks for step 2: it is read while the consumer works.
+        # No call asks for step 2: it is read ahead.
         wait_for((tmp_path / "example12").exists)
         time.sleep(0.3)
         read = max(int(path.name[7:]) for path in tmp_path.glob("example*")) // 6
-    # Step 0, the buffer, one step before the buffer and what the threads hold.
+    # Step 0, the buffer, one step before the buffer and one step in each thread.
     assert read <= 3 + 1 + min(3, os.cpu_count())
 
 
-def test_a_call_after_an_error_starts_anew():
+def test_a_call_after_an_error_restarts_the_reading():
     source = Images()
     source.broken = (13,)
     with Stream(source, one_by_one) as stream:
@@ -215,21 +215,21 @@ def test_a_call_after_an_error_starts_anew():
         assert stream(3, 1)["targets"].tolist() == one_by_one(3, 1).tolist()
 
 
-def test_examples_that_differ_and_transforms_that_leave_are_told():
+def test_examples_that_differ_and_transforms_that_exit_are_errors():
     def other_shape(example, _):
         return {"inputs": example["inputs"][: 5 if example["targets"] == 8 else 6]}
 
     def leaves(example, _):
         return sys.exit(0) if example["targets"] == 8 else example
 
-    shapes = r"inputs uint8\[5, 5, 3\], where .* inputs uint8\[6, 5, 3\] in example 8"
-    for transform, told in [(other_shape, shapes), (leaves, "SystemExit: 0")]:
+    shapes = r"inputs uint8\[5, 5, 3\], but .* inputs uint8\[6, 5, 3\] in example 8"
+    for transform, message in [(other_shape, shapes), (leaves, "SystemExit: 0")]:
         stream = Stream(Images(), one_by_one, transform=transform)
-        with pytest.raises(StreamError, match="step 1 could not be read: .*" + told):
+        with pytest.raises(StreamError, match="step 1 could not be read: .*" + message):
             stream(0, 2)
 
 
-def test_mistakes_are_told_at_once(monkeypatch):
+def test_mistakes_are_errors_of_the_constructor(monkeypatch):
     source = Images()
     with pytest.raises(ConfigurationError, match="processes must not be negative, got -1"):
         Stream(source, one_by_one, processes=-1)
@@ -247,7 +247,7 @@ def test_mistakes_are_told_at_once(monkeypatch):
         Stream(source, one_by_one)
 
 
-# A shell's background jobs ignore SIGINT, and what they start does too; this one does not.
+# Background jobs of a shell and their children ignore SIGINT; this script does not.
 SCRIPT = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -273,7 +273,8 @@ if sys.argv[1] == "unguarded" or __name__ == "__main__":
 """
 
 
-def test_whatever_ends_a_program_ends_its_processes(tmp_path):
+@pytest.mark.slow  # four programs and their processes
+def test_every_end_of_a_program_ends_its_processes(tmp_path):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
     start = functools.partial(
@@ -288,7 +289,7 @@ def test_whatever_ends_a_program_ends_its_processes(tmp_path):
     orphan = start([sys.executable, str(path), "wait"])
     pids = {mode: programs[mode].stdout.readline().strip() for mode in ("end", "wait")}
     pids["orphan"] = orphan.stdout.readline().strip()
-    os.killpg(programs["wait"].pid, signal.SIGINT)  # as Ctrl-C does: the whole group
+    os.killpg(programs["wait"].pid, signal.SIGINT)  # to the whole group, as Ctrl-C does
     os.kill(orphan.pid, signal.SIGKILL)
     errors = {mode: program.communicate(timeout=60)[1] for mode, program in programs.items()}
     orphan.communicate(timeout=60)

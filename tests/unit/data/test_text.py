@@ -1,18 +1,18 @@
-"""Docstrings as text: what is read, how it is split and cut, and what a user's mistake is told."""
+"""Docstrings as text: reading, splitting, cutting, and the errors."""
 
 import sys
 
 import numpy as np
 import pytest
 
-from jaxlocal.data import text
+from jaxlocal.data import load, text
 from jaxlocal.data.text import ALPHABET, VOCABULARY, decode, encode, load_docstrings
 from jaxlocal.errors import ConfigurationError
 
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """A standard library of one's own, empty at first."""
+    """An empty folder in place of the standard library."""
     text._tokens.cache_clear()
     monkeypatch.setattr(text.sysconfig, "get_path", {"stdlib": str(tmp_path)}.get)
     yield tmp_path
@@ -25,7 +25,7 @@ def write(path, source):
 
 
 def whole_text(examples):
-    """What the sequences hold, put together again."""
+    """The text of the sequences, joined."""
     ends = np.concatenate([examples["inputs"], examples["targets"][:, -1:]], axis=1)
     return decode(ends.ravel())
 
@@ -38,9 +38,7 @@ def test_characters_are_tokens():
     assert encode("").shape == (0,)
 
 
-def test_docstrings_of_all_definitions_are_read_once_and_names_say_which_are_for_the_test(
-    library,
-):
+def test_docstrings_are_read_once_and_names_decide_which_are_for_the_test(library):
     write(
         library / "a.py",
         '"""Module a.\n\n    Indented."""\n'
@@ -67,7 +65,7 @@ def test_docstrings_of_all_definitions_are_read_once_and_names_say_which_are_for
     assert whole_text(test) == "Tenth."
 
 
-def test_sequences_are_cut_and_targets_are_what_comes_next(library):
+def test_sequences_are_cut_and_targets_are_the_next_characters(library):
     for number in range(10):
         write(library / f"m{number}.py", f'"""Number {number}, and no more."""')
     for examples in load_docstrings(7):
@@ -78,7 +76,7 @@ def test_sequences_are_cut_and_targets_are_what_comes_next(library):
     assert whole_text(load_docstrings(7)[1]) == "Number 1, and no more."[:16]  # by its crc32
 
 
-def test_a_module_more_or_less_changes_no_other_ones_side(library):
+def test_an_extra_module_does_not_change_the_side_of_others(library):
     sides = []
     for extra in (False, True):
         for number in range(30):
@@ -90,7 +88,7 @@ def test_a_module_more_or_less_changes_no_other_ones_side(library):
     assert sides[0] == sides[1]
 
 
-def test_a_python_without_sources_is_named(library):
+def test_a_python_without_sources_is_an_error(library):
     for path in (library, library / "python311.zip"):
         text.sysconfig.get_path = {"stdlib": str(path)}.get
         with pytest.raises(ConfigurationError, match=f"sources .* {path} holds none"):
@@ -98,12 +96,12 @@ def test_a_python_without_sources_is_named(library):
 
 
 @pytest.mark.parametrize("length", [0, -1, 1.5, "128", None])
-def test_a_bad_length_is_named(length):
+def test_a_wrong_length_is_an_error(length):
     with pytest.raises(ConfigurationError, match=f"1 or more, got {length!r}"):
         load_docstrings(length)
 
 
-def test_this_pythons_own():
+def test_docstrings_of_this_python():
     imported = set(sys.modules)
     train, test = load_docstrings()
     assert not {"antigravity", "this", "turtle"} & (set(sys.modules) - imported)
@@ -111,10 +109,22 @@ def test_this_pythons_own():
     assert len(train["inputs"]) > 5000 and len(test["inputs"]) > 500
     for examples in (train, test):
         assert examples["inputs"].min() == 0 and examples["inputs"].max() < VOCABULARY
-    # English beside code: the commonest character is the space, the next letter an e.
+    # In English text, the commonest character is the space, and the commonest letter the e.
     counts = np.bincount(train["inputs"].ravel(), minlength=VOCABULARY)
     assert [ALPHABET[n] for n in np.argsort(counts)[:-3:-1]] == [" ", "e"]
     held_out = {row.tobytes() for row in test["inputs"]}
     assert not held_out & {row.tobytes() for row in train["inputs"]}
     with pytest.raises(ConfigurationError, match=r"10000000 characters do not fit the \d+"):
         load_docstrings(10**7)
+
+
+def test_docstrings_enter_the_model_as_tokens():
+    data = load("docstrings:32")
+    train, test = data.train(), data.test()
+    assert data.input_shape == (32,) and data.train_examples == len(train["inputs"])
+    assert data.test_examples == len(test["targets"]) and data.targets().shape[1] == 32
+    assert data.classes > train["inputs"].max() and train["inputs"].dtype == np.int32
+    assert data.normalize(train["inputs"]) is train["inputs"]
+    for wrong in ("docstrings:0", "docstrings:-3", "docstrings:x", "docstrings:"):
+        with pytest.raises(ConfigurationError, match="length"):
+            load(wrong)

@@ -1,4 +1,4 @@
-"""A user's module becomes two pure functions, whatever it holds and wherever they run."""
+"""An NNX module becomes two pure functions, with all kinds of state and in all transformations."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ INPUTS = jax.random.normal(jax.random.key(1), (8, 5))
 
 
 class Users(nnx.Module):
-    """Twelve layers, whose numbers sort differently as strings; dropout; batch statistics."""
+    """Twelve layers, whose numbers sort differently as strings, dropout and batch statistics."""
 
     def __init__(self, rngs):
         start = nnx.initializers.constant
@@ -62,7 +62,7 @@ def test_variables_are_plain_trees_without_random_state(variables):
         assert type(leaf) is type(INPUTS) and leaf.dtype == jnp.float32
 
 
-def test_init_is_the_modules_own(variables):
+def test_init_gives_the_parameters_of_the_module(variables):
     module = Users(nnx.Rngs(KEY))
     for number, layer in enumerate(module.layers):
         np.testing.assert_array_equal(
@@ -77,7 +77,7 @@ def test_init_may_be_jitted_and_evaluated_in_shape(model, variables):
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)
 
 
-def test_at_rest_it_is_the_module_at_rest(model, variables):
+def test_in_evaluation_it_is_the_module_in_evaluation(model, variables):
     outputs, model_state = model.apply(*variables, INPUTS, None, False)
     module = Users(nnx.Rngs(KEY))
     module.eval()
@@ -85,7 +85,7 @@ def test_at_rest_it_is_the_module_at_rest(model, variables):
     jax.tree.map(np.testing.assert_array_equal, model_state, variables[1])
 
 
-def test_in_training_batch_statistics_move_as_the_modules(model, variables):
+def test_in_training_batch_statistics_move_as_in_the_module(model, variables):
     _, model_state = model.apply(*variables, INPUTS, KEY, True)
     module = Users(nnx.Rngs(KEY))
     module(INPUTS)
@@ -95,7 +95,7 @@ def test_in_training_batch_statistics_move_as_the_modules(model, variables):
     assert jax.tree.structure(model_state) == jax.tree.structure(variables[1])
 
 
-def test_dropout_follows_the_key_and_rests_in_evaluation(model, variables):
+def test_dropout_depends_on_the_key_and_is_off_in_evaluation(model, variables):
     def outputs(key, train):
         return np.asarray(model.apply(*variables, INPUTS, key, train)[0])
 
@@ -130,7 +130,7 @@ def test_jit_changes_nothing(model, variables):
 
 
 def workers(model):
-    """Three workers: their variables, inputs and keys, and what each gives on its own."""
+    """The variables, inputs and keys of three workers, and the result of each worker alone."""
     keys = jax.random.split(KEY, 3)
     inputs = jax.random.normal(KEY, (3, 8, 5))
     stacked = jax.vmap(model.init)(keys)
@@ -221,7 +221,7 @@ class Sowing(nnx.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
-def test_what_a_call_sows_is_not_carried():
+def test_sown_values_are_not_part_of_the_model_state():
     model = from_nnx(Sowing)
     params, model_state = model.init(KEY)
     assert model_state == {} == model.apply(params, model_state, INPUTS, None, False)[1]

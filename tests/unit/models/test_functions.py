@@ -1,4 +1,4 @@
-"""Plain functions become a model; those that cannot be called are refused at once."""
+"""Plain functions become a model, and functions that cannot be called are errors."""
 
 import functools
 
@@ -15,7 +15,7 @@ INPUTS = jnp.arange(6.0).reshape(2, 3)
 
 
 def start(key):
-    return (jnp.ones(3), jnp.zeros(()))  # a pair, which is no model state
+    return (jnp.ones(3), jnp.zeros(()))  # parameters only: a pair without model state
 
 
 def affine(params, inputs):
@@ -33,7 +33,7 @@ def test_two_functions_are_a_model_without_state():
     np.testing.assert_array_equal(outputs, INPUTS.sum(1))
 
 
-def test_key_and_train_are_told_where_they_are_asked_for():
+def test_key_and_train_are_passed_to_functions_that_take_them():
     def noisy(params, inputs, *, key, train):
         return inputs + params * jax.random.normal(key, inputs.shape) if train else inputs
 
@@ -44,14 +44,14 @@ def test_key_and_train_are_told_where_they_are_asked_for():
 
 
 @pytest.mark.parametrize("keyword", ["key", "train"])
-def test_either_may_be_asked_for_alone(keyword):
+def test_a_function_may_take_one_of_them_only(keyword):
     scope = {}
     exec(f"def apply(params, inputs, {keyword}=None): return {keyword}", scope)
     model = from_functions(start, scope["apply"])
-    assert model.apply(1.0, {}, INPUTS, "told", "told")[0] == "told"
+    assert model.apply(1.0, {}, INPUTS, "passed", "passed")[0] == "passed"
 
 
-def test_model_state_is_carried_where_it_is_asked_for():
+def test_model_state_is_passed_to_functions_that_take_it():
     def counting(params, inputs, model_state):
         return inputs * params, {"calls": model_state["calls"] + 1}
 
@@ -61,7 +61,7 @@ def test_model_state_is_carried_where_it_is_asked_for():
     assert state["calls"] == 1
 
 
-def test_partial_and_jitted_functions_will_do():
+def test_partial_and_jitted_functions_become_models():
     scaled = functools.partial(lambda scale, params, inputs: inputs * scale * params, 2.0)
     model = from_functions(lambda key: 1.0, jax.jit(scaled))
     np.testing.assert_array_equal(model.apply(1.0, {}, INPUTS, None, True)[0], 2 * INPUTS)
@@ -78,6 +78,6 @@ def test_partial_and_jitted_functions_will_do():
         (start, "affine", "'affine' cannot be called as apply"),
     ],
 )
-def test_functions_that_do_not_fit_are_refused_when_the_model_is_made(init, apply, sentence):
+def test_functions_that_do_not_fit_are_errors_when_the_model_is_made(init, apply, sentence):
     with pytest.raises(ConfigurationError, match=sentence):
         from_functions(init, apply)

@@ -1,4 +1,4 @@
-"""A Linen module becomes two pure functions, whatever it holds and wherever they run."""
+"""A Linen module becomes two pure functions, with all kinds of state and transformations."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ INPUTS = jax.random.normal(jax.random.key(1), (8, 5))
 
 
 class Users(linen.Module):
-    """Dropout, batch statistics, and a count of calls in a collection of its own."""
+    """Dropout, batch statistics, and a count of calls in another collection."""
 
     @linen.compact
     def __call__(self, inputs, train):
@@ -50,26 +50,26 @@ def assert_same(ours, theirs):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_variables_are_the_modules_own(variables):
+def test_variables_are_those_of_the_module(variables):
     params, model_state = variables
     own = Users().init(KEY, INPUTS, train=False)
     assert_same({"params": params, **model_state}, dict(own))
     assert set(model_state) == {"batch_stats", "calls"}
 
 
-def test_a_shape_is_as_good_as_inputs(variables):
+def test_a_shape_may_stand_for_inputs(variables):
     model = from_linen(Users(), jax.ShapeDtypeStruct((1, 5), jnp.float32))
     assert_same(model.init(KEY), variables)
 
 
-def test_at_rest_it_is_the_module_at_rest(model, variables):
+def test_in_evaluation_it_is_the_module_in_evaluation(model, variables):
     outputs, model_state = model.apply(*variables, INPUTS, None, False)
     own = {"params": variables[0], **variables[1]}
     assert_same(outputs, Users().apply(own, INPUTS, train=False, mutable="calls")[0])
     assert_same(model_state, variables[1])
 
 
-def test_in_training_the_state_moves(model, variables):
+def test_in_training_the_model_state_moves(model, variables):
     _, state = model.apply(*variables, INPUTS, KEY, True)
     assert state["calls"]["count"] == 1
     moved = jax.tree.map(lambda x: 0.1 * x, (INPUTS.mean(0), INPUTS.var(0)))
@@ -78,7 +78,7 @@ def test_in_training_the_state_moves(model, variables):
     assert jax.tree.structure(state) == jax.tree.structure(variables[1])
 
 
-def test_dropout_follows_the_key_and_rests_in_evaluation(model, variables):
+def test_dropout_depends_on_the_key_and_is_off_in_evaluation(model, variables):
     def outputs(key, train):
         return np.asarray(model.apply(*variables, INPUTS, key, train)[0])
 
@@ -88,15 +88,15 @@ def test_dropout_follows_the_key_and_rests_in_evaluation(model, variables):
     assert_same(outputs(KEY, False), outputs(other, False))
 
 
-def telling(keyword):
-    """A module that gives what it was told by that keyword."""
+def returning(keyword):
+    """A module that returns the value of this keyword."""
     scope = {}
     exec(f"def call(self, inputs, {keyword}): return inputs + {keyword}", scope)
-    return type("Telling", (linen.Module,), {"__call__": scope["call"], "__module__": __name__})()
+    return type("Returning", (linen.Module,), {"__call__": scope["call"], "__module__": __name__})()
 
 
 @pytest.mark.parametrize(
-    ("keyword", "rest"),
+    ("keyword", "in_evaluation"),
     [
         ("train", 0),
         ("training", 0),
@@ -105,13 +105,13 @@ def telling(keyword):
         ("use_running_average", 1),
     ],
 )
-def test_the_keyword_of_the_module_is_told(keyword, rest):
-    model = from_linen(telling(keyword), jnp.zeros(1))
-    assert model.apply({}, {}, jnp.zeros(1), None, False)[0] == rest
-    assert model.apply({}, {}, jnp.zeros(1), None, True)[0] == 1 - rest
+def test_train_is_passed_by_the_keyword_of_the_module(keyword, in_evaluation):
+    model = from_linen(returning(keyword), jnp.zeros(1))
+    assert model.apply({}, {}, jnp.zeros(1), None, False)[0] == in_evaluation
+    assert model.apply({}, {}, jnp.zeros(1), None, True)[0] == 1 - in_evaluation
 
 
-def test_what_a_field_says_is_not_said_again():
+def test_a_keyword_that_a_field_fixes_is_not_passed():
     fixed = from_linen(linen.Dropout(0.5, deterministic=True), INPUTS)
     assert_same(fixed.apply({}, {}, INPUTS, KEY, True)[0], INPUTS)
     free = from_linen(linen.Dropout(0.5), INPUTS)
@@ -129,7 +129,7 @@ class Noises(linen.Module):
 
 
 @pytest.mark.parametrize("streams", [("dropout",), ("dropout", "noise"), ()])
-def test_every_draw_is_its_own(streams):
+def test_all_draws_differ(streams):
     model = from_linen(Noises(), INPUTS, streams)
     drawn, _ = model.apply({}, {}, INPUTS, KEY, True)
     assert len({noise.tobytes() for noise in np.asarray(drawn)}) == 3
@@ -150,7 +150,7 @@ class Layers(linen.Module):
         return many()(inputs, None)[1]
 
 
-def test_a_stream_that_is_named_may_be_split_over_layers():
+def test_a_named_stream_may_be_split_over_layers():
     model = from_linen(Layers(), INPUTS, streams=("noise",))
     first, second = model.apply({}, {}, INPUTS, KEY, True)[0]
     assert (np.asarray(first) != np.asarray(second)).any()
@@ -200,7 +200,7 @@ class Boxed(linen.Module):
         return linen.Dense(3, kernel_init=start)(inputs)
 
 
-def test_parameters_are_plain_arrays_and_what_a_call_sows_is_not_carried():
+def test_parameters_are_plain_arrays_and_sown_values_are_not_part_of_the_model_state():
     model = from_linen(Boxed(), INPUTS)
     params, model_state = model.init(KEY)
     assert type(params["Dense_0"]["kernel"]) is type(INPUTS)

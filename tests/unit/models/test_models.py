@@ -1,4 +1,4 @@
-"""Each model is the one its paper describes: shapes, start, forward pass, and clear mistakes."""
+"""Each model is that of its paper: shapes, initial weights, forward pass; and clear errors."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def count(tree):
 
 
 def drawn(model):
-    """Parameters of the model's shapes, drawn by numpy, since compiling JAX's draws takes long."""
+    """Parameters of the model's shapes, drawn by NumPy, since JAX's draws take long to compile."""
     random = np.random.default_rng(0)
     shapes, _ = jax.eval_shape(model.init, KEY)
     return jax.tree.map(lambda leaf: jnp.float32(random.normal(size=leaf.shape) * 0.1), shapes)
@@ -35,7 +35,7 @@ def outputs_of(model, params, inputs):
 @pytest.mark.parametrize(
     ("name", "outputs"), [(name, 1) for name in ONE_OUTPUT] + [(name, 10) for name in CLASSIFIERS]
 )
-def test_every_model_has_the_shapes_it_promises(name, outputs):
+def test_every_model_has_the_shapes_of_its_docstring(name, outputs):
     model = build(name, (8, 8, 3), outputs)
     params, model_state = jax.eval_shape(model.init, KEY)
     inputs = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32)
@@ -51,7 +51,7 @@ def test_every_model_has_the_shapes_it_promises(name, outputs):
 
 
 @pytest.mark.parametrize("name", ["logistic", "linear", "mlp"])
-def test_vectors_fit_models_that_need_no_image(name):
+def test_models_for_any_input_take_vectors(name):
     model = build(name, (7,), 1)
     assert outputs_of(model, drawn(model), jnp.ones((3, 7))).shape == (3,)
 
@@ -64,16 +64,16 @@ def test_vectors_fit_models_that_need_no_image(name):
         (("mll_cnn", (784,), 10), r"images \[height, width, channels\].* shape \(784,\)"),
         (("resnet18_group_norm", (28, 28), 10), r"images .* shape \(28, 28\)"),
         (("mll_cnn", (3, 8, 1), 10), "4 x 4 or more; these have 3 x 8"),
-        (("mlp", (8,), 0), "1 output or more, and 0"),
-        (("linear", (8,), 3), "1 output, and 3"),
+        (("mlp", (8,), 0), "1 output or more, got 0"),
+        (("linear", (8,), 3), "1 output, got 3"),
     ],
 )
-def test_mistakes_are_named(arguments, sentence):
+def test_mistakes_are_errors(arguments, sentence):
     with pytest.raises(ConfigurationError, match=sentence):
         build(*arguments)
 
 
-def test_mistakes_in_a_norm_are_named():
+def test_mistakes_in_a_norm_are_errors():
     with pytest.raises(ConfigurationError, match="did you mean 'layer'"):
         resnet18((8, 8, 3), 10, norm="layers")
     for build_one in (resnet18, small_resnet):
@@ -117,8 +117,8 @@ def dense(inputs, layer):
 
 
 @pytest.mark.parametrize("shape", [(28, 28, 1), (7, 5, 3), (4, 4, 1)])
-def test_mll_cnn_is_the_papers(shape):
-    """Against the layers of the paper written out with those of JAX and Flax."""
+def test_mll_cnn_is_that_of_the_paper(shape):
+    """Against the layers of the paper, written out in JAX and Flax."""
     inputs = jax.random.normal(KEY, (2, *shape))
     model = mll_cnn(shape, 62)
     params = drawn(model)
@@ -131,14 +131,14 @@ def test_mll_cnn_is_the_papers(shape):
     np.testing.assert_allclose(outputs_of(model, params, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_mll_cnn_counts_on_emnist():
+def test_number_of_parameters_of_mll_cnn_on_emnist():
     params, _ = jax.eval_shape(build("mll_cnn", (28, 28, 1), 62).init, KEY)
     convolutions = (25 * 1 * 10 + 10) + (25 * 10 * 20 + 20)
     assert count(params) == convolutions + (7 * 7 * 20 * 100 + 100) + (100 * 62 + 62)
 
 
 def resnet_count(widths, blocks, channels, outputs):
-    """Convolutions without bias, and two numbers a channel for each norm that follows one."""
+    """Parameters of convolutions without bias, and two numbers for each channel of a norm."""
     conv = lambda side, ins, outs: side * side * ins * outs + 2 * outs
     total, ins = conv(3, channels, widths[0]), widths[0]
     for outs in widths:
@@ -148,7 +148,7 @@ def resnet_count(widths, blocks, channels, outputs):
     return total + ins * outputs + outputs
 
 
-def test_resnets_count_on_cifar10():
+def test_number_of_parameters_of_resnets_on_cifar10():
     for norm in ("layer", "group", "batch"):
         params, _ = jax.eval_shape(build(f"resnet18_{norm}_norm", (32, 32, 3), 10).init, KEY)
         assert count(params) == resnet_count((64, 128, 256, 512), 2, 3, 10) == 11_173_962
@@ -171,10 +171,10 @@ def group_norm(groups):
 
 
 def batch_norm(train):
-    """Mean and variance of a channel over the batch, or those that are kept."""
+    """Mean and variance of a channel over the batch, or the running ones."""
 
-    def norm(images, layer, kept):
-        mean, var = kept["mean"], kept["var"]
+    def norm(images, layer, running):
+        mean, var = running["mean"], running["var"]
         if train:
             mean, var = images.mean((0, 1, 2)), images.var((0, 1, 2))
         return (images - mean) / jnp.sqrt(var + 1e-5) * layer["scale"] + layer["bias"]
@@ -183,21 +183,21 @@ def batch_norm(train):
 
 
 def resnet_by_hand(norm, params, state, images):
-    def normed(images, tree, kept, name):
-        return norm(images, tree[name], kept.get(name))
+    def normed(images, tree, running, name):
+        return norm(images, tree[name], running.get(name))
 
     images = convolve(images, params["stem"]["kernel"], 1, 1)
     images = nnx.relu(normed(images, params, state, "norm"))
     for number in range(len(params["blocks"])):
         block = params["blocks"][str(number)]
-        kept = state.get("blocks", {}).get(str(number), {})
+        running = state.get("blocks", {}).get(str(number), {})
         stride = 2 if "conv_around" in block else 1
         inner = convolve(images, block["conv1"]["kernel"], stride, 1)
-        inner = nnx.relu(normed(inner, block, kept, "norm1"))
-        inner = normed(convolve(inner, block["conv2"]["kernel"], 1, 1), block, kept, "norm2")
+        inner = nnx.relu(normed(inner, block, running, "norm1"))
+        inner = normed(convolve(inner, block["conv2"]["kernel"], 1, 1), block, running, "norm2")
         if stride == 2:
             images = convolve(images, block["conv_around"]["kernel"], stride, 0)
-            images = normed(images, block, kept, "norm_around")
+            images = normed(images, block, running, "norm_around")
         images = nnx.relu(inner + images)
     return dense(images.mean((1, 2)), params["logits"])
 
@@ -210,9 +210,9 @@ def resnet_by_hand(norm, params, state, images):
         (small_resnet((9, 8, 3), 10, "batch", width=4), batch_norm(True), True),
         (small_resnet((9, 8, 3), 10, "batch", width=4), batch_norm(False), False),
     ],
-    ids=["layer", "group", "batch", "batch at rest"],
+    ids=["layer", "group", "batch", "batch in evaluation"],
 )
-def test_resnets_are_the_papers(model, norm, train):
+def test_resnets_are_those_of_the_papers(model, norm, train):
     inputs = jax.random.normal(KEY, (2, 9, 8, 3))
     params = drawn(model)
     shapes = jax.eval_shape(model.init, KEY)[1]
@@ -223,7 +223,7 @@ def test_resnets_are_the_papers(model, norm, train):
             resnet_by_hand(norm, params, state, inputs),
         )
     )(params, state, inputs)
-    # Up to 18 layers of float32, and variances of as few as 8 numbers.
+    # Up to 18 layers in float32, and variances of as few as 8 numbers.
     np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -240,7 +240,7 @@ def test_batch_statistics_are_nine_parts_old_and_one_part_new():
             np.testing.assert_allclose(after["norm"][name], expected, rtol=1e-5)
 
 
-def test_resnet18_starts_as_he():
+def test_resnet18_has_the_initial_weights_of_he():
     block = Block(64, 32, 1, "layer", nnx.Rngs(0))
     kernel = block.conv1.kernel[...]
     assert kernel.std() == pytest.approx(np.sqrt(2 / (9 * 64)), rel=0.02)  # of 18432 draws: 0.5 %

@@ -1,4 +1,4 @@
-"""In half precision the arithmetic is half and what is kept is whole."""
+"""Mixed precision: the arithmetic is in half precision, and parameters stay in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def equations(jaxpr):
 
 
 def types(jaxpr, *primitives):
-    """The types of what goes into these primitives, and how many they are."""
+    """The dtypes of the operands of these primitives, and the number of the primitives."""
     chosen = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in primitives]
     return {str(v.aval.dtype) for e in chosen for v in e.invars}, len(chosen)
 
@@ -56,16 +56,16 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_products_are_half_and_what_is_kept_is_whole(name):
+def test_products_are_in_half_precision_and_results_in_float32(name):
     make, inputs = MODELS[name]
     products = ("dot_general", "conv_general_dilated")
     jaxpr, (grads, model_state, metrics) = training_step(in_precision(make(), "bfloat16"), inputs)
-    whole, _ = training_step(make(), inputs)
+    full, _ = training_step(make(), inputs)
     assert types(jaxpr, *products)[0] == {"bfloat16"}
-    assert types(whole, *products) == ({"float32"}, types(jaxpr, *products)[1])
+    assert types(full, *products) == ({"float32"}, types(jaxpr, *products)[1])
     for leaf in jax.tree.leaves((grads, model_state, metrics)):
         assert leaf.dtype == jnp.float32
-    # What norms, attention and losses sum up is summed in float32.
+    # Norms, attention and losses sum in float32.
     found, count = types(jaxpr, "rsqrt", "exp", "log")
     assert found == {"float32"} and count
 
@@ -75,7 +75,7 @@ def test_outputs_are_those_of_the_model_up_to_the_rounding():
     model = from_functions(lambda key: weight, lambda params, inputs: inputs @ params)
     half, _ = in_precision(model, jnp.bfloat16).apply(weight, {}, inputs, None, True)
     assert half.dtype == jnp.float32 and (half != inputs @ weight).any()
-    # Two factors and a sum, each rounded to eight bits: half of the last is 2^-9.
+    # Two factors and a sum are each rounded to eight bits; half of the last bit is 2^-9.
     np.testing.assert_array_less(
         np.abs(half - inputs @ weight), 2**-7 * (abs(inputs) @ abs(weight))
     )
@@ -84,25 +84,25 @@ def test_outputs_are_those_of_the_model_up_to_the_rounding():
 def test_the_convolution_and_its_gradients_run_in_bfloat16():
     random = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.bfloat16)
-    image, kernel, slope = draw(2, 6, 6, 3), draw(3, 3, 3, 4), draw(2, 6, 6, 4)
+    image, kernel, cotangent = draw(2, 6, 6, 3), draw(3, 3, 3, 4), draw(2, 6, 6, 4)
 
     def results(dtype):
         convolve = lambda *args: conv_general_dilated(
             *args, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         outputs, pull = jax.vjp(convolve, image.astype(dtype), kernel.astype(dtype))
-        return outputs, *pull(slope.astype(dtype))
+        return outputs, *pull(cotangent.astype(dtype))
 
-    for half, whole in zip(
+    for half, full in zip(
         *map(jax.jit(results, static_argnums=0), (jnp.bfloat16, jnp.float32)), strict=True
     ):
         assert half.dtype == jnp.bfloat16
-        error = jnp.linalg.norm(half.astype(jnp.float32) - whole)
-        assert error < 2**-8 * jnp.linalg.norm(whole)  # one rounding, of exact products
+        error = jnp.linalg.norm(half.astype(jnp.float32) - full)
+        assert error < 2**-8 * jnp.linalg.norm(full)  # one rounding, of exact products
 
 
 class Normed(nnx.Module):
-    """What a user writes: embedding and batch norm hold to float32 unless told otherwise."""
+    """A user's module, in which embedding and batch norm give float32 unless `dtype` is set."""
 
     def __init__(self, dtype, rngs):
         self.embed = nnx.Embed(7, 4, dtype=dtype, rngs=rngs)
@@ -113,7 +113,7 @@ class Normed(nnx.Module):
         return self.logits(self.norm(self.embed(tokens)))
 
 
-def test_layers_that_hold_to_float32_follow_when_they_are_told():
+def test_layers_that_give_float32_follow_their_dtype():
     for dtype, expected in ((jnp.bfloat16, {"bfloat16"}), (None, {"float32"})):
         model = in_precision(from_nnx(lambda rngs, dtype=dtype: Normed(dtype, rngs)), jnp.bfloat16)
         inputs = jax.ShapeDtypeStruct((8, 3), jnp.int32)
@@ -137,7 +137,7 @@ class LinenNormed(linen.Module):
     ids=["nnx", "linen"],
 )
 def test_batch_statistics_move_in_float32(model):
-    # Inputs that bfloat16 holds exactly, and a mean that it does not: next to 1 it steps by 1/128.
+    # bfloat16 represents the inputs, but not the mean: its numbers above 1 are 1/128 apart.
     inputs, old = jnp.array([[0.0], [1.0], [1.0], [3.0]]), 1.001
     params, state = model.init(KEY)
     state = jax.tree.map(lambda leaf: jnp.full_like(leaf, old), state)
@@ -147,7 +147,7 @@ def test_batch_statistics_move_in_float32(model):
         np.testing.assert_allclose(value, [0.9 * old + 0.1 * new], rtol=1e-6)
 
 
-def test_only_floating_numbers_change_their_type():
+def test_only_floating_point_numbers_are_cast():
     seen = []
 
     def apply(params, inputs, model_state):
@@ -168,8 +168,8 @@ def test_only_floating_numbers_change_their_type():
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat61"])
-def test_what_is_no_floating_type_is_refused(dtype):
-    with pytest.raises(ConfigurationError, match=f"in a floating type, .* not {dtype}"):
+def test_a_dtype_that_is_not_floating_point_is_an_error(dtype):
+    with pytest.raises(ConfigurationError, match=f"in a floating-point dtype .* not {dtype}"):
         in_precision(build("mlp", (5,), 3), dtype)
 
 

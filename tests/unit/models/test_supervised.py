@@ -7,8 +7,7 @@ import pytest
 
 import jaxlocal
 from jaxlocal import ConfigurationError
-from jaxlocal.models import Model
-from jaxlocal.models.supervised import evaluation_metrics, example_metrics, training_loss
+from jaxlocal.models import Model, evaluation_metrics, example_metrics, training_loss
 
 RANDOM = np.random.default_rng(0)
 EXAMPLES = 64
@@ -42,7 +41,7 @@ def numpy_metrics(outputs, targets, classes):
     ],
     ids=["softmax", "softmax of two", "sigmoid", "regression"],
 )
-def test_the_metrics_of_examples_are_those_of_numpy(outputs, targets, classes):
+def test_metrics_of_examples_are_those_of_numpy(outputs, targets, classes):
     got = example_metrics(jnp.asarray(outputs), jnp.asarray(targets), classes)
     expected = numpy_metrics(outputs, targets, classes)
     assert got.keys() == expected.keys()
@@ -51,18 +50,18 @@ def test_the_metrics_of_examples_are_those_of_numpy(outputs, targets, classes):
         np.testing.assert_allclose(value, expected[name], **CLOSE)
 
 
-def test_the_metrics_of_a_sequence_are_the_means_over_its_places():
+def test_metrics_of_a_sequence_are_means_over_its_positions():
     logits = RANDOM.normal(size=(3, 7, 5)).astype(np.float32)
     targets = RANDOM.integers(0, 5, (3, 7)).astype(np.int32)
     got = example_metrics(jnp.asarray(logits), jnp.asarray(targets), 5)
-    places = [numpy_metrics(logits[:, place], targets[:, place], 5) for place in range(7)]
+    positions = [numpy_metrics(logits[:, at], targets[:, at], 5) for at in range(7)]
     assert got.keys() == {"loss", "accuracy"}
     for name, value in got.items():
         assert value.shape == (3,) and value.dtype == jnp.float32
-        np.testing.assert_allclose(value, np.mean([p[name] for p in places], axis=0), **CLOSE)
+        np.testing.assert_allclose(value, np.mean([p[name] for p in positions], axis=0), **CLOSE)
 
 
-def test_large_logits_overflow_nowhere():
+def test_large_logits_do_not_overflow():
     logits, targets = jnp.array([1e4, -1e4, -1e4]), jnp.array([1, 1, 0])
     np.testing.assert_array_equal(example_metrics(logits, targets, 2)["loss"], [0, 1e4, 0])
     both = jnp.stack([jnp.zeros(3), logits], axis=1)
@@ -70,16 +69,16 @@ def test_large_logits_overflow_nowhere():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_outputs_are_judged_in_float32(dtype):
+def test_losses_of_half_precision_outputs_are_computed_in_float32(dtype):
     outputs = jnp.asarray(LOGITS).astype(dtype)
     got = example_metrics(outputs, jnp.asarray(LABELS), 5)["loss"]
     assert got.dtype == jnp.float32
-    # The outputs are rounded, the loss of the rounded ones is not.
+    # The outputs are rounded; the loss of the rounded outputs is not.
     np.testing.assert_allclose(got, cross_entropy(np.asarray(outputs, np.float32), LABELS), **CLOSE)
 
 
 def affine(seen):
-    """Logits of inputs @ params + model_state; records what it is asked."""
+    """Logits inputs @ params + model_state; it records the key and `train` of each call."""
 
     def apply(params, model_state, inputs, key, train):
         seen.append((key, train))
@@ -118,7 +117,7 @@ def test_the_gradient_of_the_training_loss_is_that_of_softmax_regression():
     assert metrics.keys() == {"loss"}
 
 
-def test_evaluation_judges_the_model_at_rest_example_by_example():
+def test_evaluation_metrics_are_those_of_the_model_in_evaluation():
     seen = []
     got = evaluation_metrics(affine(seen), halve, 5)(jnp.asarray(WEIGHT), STATE, BATCH)
     assert seen == [(None, False)]
@@ -136,6 +135,6 @@ def test_evaluation_judges_the_model_at_rest_example_by_example():
         ((4, 9), (4, 8), 9),
     ],
 )
-def test_outputs_that_do_not_fit_the_targets_are_told(outputs, targets, classes):
+def test_outputs_that_do_not_fit_the_targets_are_errors(outputs, targets, classes):
     with pytest.raises(ConfigurationError, match=r"outputs of shape .* do not fit targets"):
         example_metrics(jnp.zeros(outputs), jnp.zeros(targets, jnp.int32), classes)

@@ -1,4 +1,4 @@
-"""The transformer against loops over heads and places, and what it may know of a sequence."""
+"""The transformer against loops over heads and positions, and what its logits depend on."""
 
 import math
 
@@ -53,24 +53,24 @@ def gelu(x):
 
 
 def attention_by_hand(rows, layer):
-    """Each place on its own, each head on its own, over the places up to it."""
+    """One position and one head at a time, over the positions up to it."""
     size = WIDTH // HEADS
     queries, keys, values = np.split(dense(np.stack(rows), layer["queries_keys_values"]), 3, axis=1)
     mixed = []
-    for place in range(len(rows)):
+    for position in range(len(rows)):
         heads = []
         for head in range(HEADS):
             part = slice(head * size, (head + 1) * size)
-            scores = keys[: place + 1, part] @ queries[place, part] / math.sqrt(size)
+            scores = keys[: position + 1, part] @ queries[position, part] / math.sqrt(size)
             shares = np.exp(scores - scores.max())
-            heads.append(shares / shares.sum() @ values[: place + 1, part])
+            heads.append(shares / shares.sum() @ values[: position + 1, part])
         mixed.append(dense(np.concatenate(heads), layer["out"]))
     return mixed
 
 
 def transformer_by_hand(params, sequence):
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    rows = [params["tokens"][token] + params["places"][n] for n, token in enumerate(sequence)]
+    rows = [params["tokens"][token] + params["positions"][n] for n, token in enumerate(sequence)]
     for number in range(LAYERS):
         block = params["blocks"][str(number)]
         mixed = attention_by_hand([norm(row, block["norm1"]) for row in rows], block["attention"])
@@ -80,13 +80,13 @@ def transformer_by_hand(params, sequence):
     return np.stack([dense(norm(row, params["norm"]), params["logits"]) for row in rows])
 
 
-def test_it_is_the_papers(model, params):
+def test_it_is_that_of_the_paper(model, params):
     expected = np.stack([transformer_by_hand(params, tokens) for tokens in np.asarray(TOKENS)])
-    # float32, and shares that a large score can shift.
+    # In float32; a large score can shift the weights of the softmax.
     np.testing.assert_allclose(logits_of(model, params, TOKENS), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_counts():
+def test_number_of_parameters():
     params, model_state = jax.eval_shape(build("transformer", (128,), 97).init, KEY)
     width = 128
     dense = lambda ins, outs: ins * outs + outs
@@ -97,46 +97,53 @@ def test_counts():
     assert model_state == {}
 
 
-def test_a_later_token_changes_no_earlier_logit(model, params):
+def test_a_later_token_does_not_change_earlier_logits(model, params):
     before = logits_of(model, params, TOKENS)
-    for place in range(LENGTH):
-        changed = TOKENS.at[:, place].set((TOKENS[:, place] + 1) % VOCABULARY)
+    for position in range(LENGTH):
+        changed = TOKENS.at[:, position].set((TOKENS[:, position] + 1) % VOCABULARY)
         after = logits_of(model, params, changed)
-        np.testing.assert_array_equal(after[:, :place], before[:, :place])
-        assert (after[:, place:] != before[:, place:]).any(axis=(0, 2)).all()
+        np.testing.assert_array_equal(after[:, :position], before[:, :position])
+        assert (after[:, position:] != before[:, position:]).any(axis=(0, 2)).all()
 
 
-def test_a_shorter_sequence_is_the_beginning_of_a_longer_one(model, params):
+def test_logits_of_a_shorter_sequence_are_the_first_of_a_longer_one(model, params):
     shorter = logits_of(model, params, TOKENS[:, :3])
     np.testing.assert_allclose(
         shorter, logits_of(model, params, TOKENS)[:, :3], rtol=1e-4, atol=1e-4
     )
 
 
-def test_only_places_tell_the_order_of_what_one_layer_attends_to():
+def test_attention_depends_on_the_order_only_by_the_positions():
     model = transformer((LENGTH,), VOCABULARY, layers=1, width=WIDTH, heads=HEADS)
     params = drawn(model)
     mixed = TOKENS[:, jnp.array([2, 0, 3, 1, 4])]
     last = lambda params, tokens: logits_of(model, params, tokens)[:, -1]
     assert np.abs(last(params, mixed) - last(params, TOKENS)).max() > 0.01
-    placeless = params | {"places": jnp.zeros_like(params["places"])}
+    without_positions = params | {"positions": jnp.zeros_like(params["positions"])}
     close = {"rtol": 1e-4, "atol": 1e-4}  # float32, summed in another order
-    np.testing.assert_allclose(last(placeless, mixed), last(placeless, TOKENS), **close)
+    np.testing.assert_allclose(
+        last(without_positions, mixed), last(without_positions, TOKENS), **close
+    )
 
 
-def test_it_starts_as_it_says():
+def test_initial_weights_have_the_documented_deviations():
     model = transformer((64,), 50, layers=2, width=64)
     params, _ = jax.jit(model.init)(KEY)
     block = params["blocks"]["1"]
-    inner = (params["tokens"], params["places"], block["up"]["kernel"], params["logits"]["kernel"])
+    inner = (
+        params["tokens"],
+        params["positions"],
+        block["up"]["kernel"],
+        params["logits"]["kernel"],
+    )
     ends = (block["down"]["kernel"], block["attention"]["out"]["kernel"])
     for leaves, deviation in ((inner, 0.02), (ends, 0.02 / 2)):
-        for leaf in leaves:  # of 3200 draws or more: 1.3 %, four of these
+        for leaf in leaves:  # four standard errors of 3200 draws or more, 1.3 % each
             assert leaf.std() == pytest.approx(deviation, rel=0.05)
     assert not block["up"]["bias"].any()
 
 
-def test_dropout_follows_the_key_rests_in_evaluation_and_is_off_by_default():
+def test_dropout_depends_on_the_key_and_is_off_in_evaluation_and_by_default():
     sizes = {"layers": 1, "width": WIDTH, "heads": HEADS}
     model = transformer((LENGTH,), VOCABULARY, **sizes)
     dropping = transformer((LENGTH,), VOCABULARY, **sizes, dropout=0.5)
@@ -146,13 +153,13 @@ def test_dropout_follows_the_key_rests_in_evaluation_and_is_off_by_default():
         return np.asarray(model.apply(params, {}, TOKENS, key, train)[0])
 
     assert (logits(dropping, KEY, True) != logits(dropping, jax.random.key(1), True)).any()
-    at_rest = logits(model, None, False)
-    np.testing.assert_array_equal(logits(dropping, KEY, False), at_rest)
-    np.testing.assert_array_equal(logits(model, KEY, True), at_rest)
+    in_evaluation = logits(model, None, False)
+    np.testing.assert_array_equal(logits(dropping, KEY, False), in_evaluation)
+    np.testing.assert_array_equal(logits(model, KEY, True), in_evaluation)
 
 
 def test_workers_learn_alike_under_vmap_and_map():
-    """A sequence that counts up is learnt; how a device runs its workers changes nothing."""
+    """Workers learn to count up, and vmap and map give the same losses."""
     firsts = np.random.default_rng(0).integers(0, VOCABULARY, (16, 1, 2, 8, 1))
     counting = ((firsts + np.arange(LENGTH + 1)) % VOCABULARY).astype(np.int32)
     batches = {"inputs": counting[..., :-1], "targets": counting[..., 1:]}
@@ -165,7 +172,7 @@ def test_workers_learn_alike_under_vmap_and_map():
         round_fn = jaxlocal.RoundFn(method, jaxlocal.Layout(workers_per_hub=2))
         state, info = round_fn(round_fn.init(start, KEY), batches)
         losses.append(np.asarray(info.worker["loss"]))
-    # Adam amplifies gradients that are noise about zero; the loss is what has to agree.
+    # Adam amplifies gradients that are noise around zero, so only the losses have to agree.
     np.testing.assert_allclose(*losses, rtol=1e-2)
     assert losses[0][-1].mean() < losses[0][0].mean() - 0.5
 
@@ -174,13 +181,13 @@ def test_workers_learn_alike_under_vmap_and_map():
     ("arguments", "sentence"),
     [
         ({"input_shape": (8, 8, 3)}, r"sequences of tokens \[length\]; .* shape \(8, 8, 3\)"),
-        ({"outputs": 1}, "2 tokens or more apart, got 1"),
+        ({"outputs": 1}, "vocabulary of 2 tokens or more, got 1"),
         ({"layers": 0}, "1 or more layers, got 0"),
         ({"heads": 0}, "1 or more heads, got 0"),
         ({"heads": 3}, "3 heads do not divide a width of 128"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     ],
 )
-def test_mistakes_are_named(arguments, sentence):
+def test_mistakes_are_errors(arguments, sentence):
     with pytest.raises(ConfigurationError, match=sentence):
         transformer(**{"input_shape": (8,), "outputs": 7, **arguments})

@@ -1,4 +1,4 @@
-"""The convolution equals that of JAX in value and gradient, whatever its shape."""
+"""The convolution equals that of JAX in value and gradients, for all shapes and options."""
 
 from functools import partial
 
@@ -63,7 +63,7 @@ def test_value_and_gradients_equal_lax(drawn):
     ("image", "kernel", "strides", "padding"),
     [
         ((2, 8, 8, 3), (1, 1, 3, 4), (2, 2), "VALID"),  # the last row and column are never read
-        ((2, 9, 8, 3), (2, 3, 3, 4), (4, 3), "VALID"),  # several of them
+        ((2, 9, 8, 3), (2, 3, 3, 4), (4, 3), "VALID"),  # several rows and columns are never read
         ((2, 8, 8, 3), (3, 3, 3, 4), (2, 2), ((1, 1), (1, 1))),  # padding that is never read
         ((2, 6, 6, 2), (2, 2, 2, 3), (1, 1), ((4, 0), (0, 5))),  # padding wider than the kernel
         ((2, 6, 6, 2), (3, 3, 2, 3), (1, 2), ((-1, 0), (1, -2))),  # padding that crops
@@ -74,7 +74,7 @@ def test_value_and_gradients_equal_lax(drawn):
         ((1, SMALL_IMAGE + 1, 1, MANY), (3, 1, MANY, MANY), (1, 1), "SAME"),  # a large image
     ],
 )
-def test_corners_equal_lax(image, kernel, strides, padding):
+def test_corner_cases_equal_lax(image, kernel, strides, padding):
     assert_equals_lax(digits(image), digits(kernel, seed=1), strides, padding)
 
 
@@ -86,14 +86,14 @@ def test_corners_equal_lax(image, kernel, strides, padding):
         ((3, 2, 1, 4), {"lhs_dilation": (1, 2), "window_strides": (2, 1)}),
     ],
 )
-def test_a_group_for_each_channel(kernel, options):
+def test_one_group_for_each_channel_equals_lax(kernel, options):
     options = {"strides": options.pop("window_strides", (1, 1)), **options}
     image, kernel = digits((2, 6, 7, 4)), digits(kernel, seed=1)
     assert_equals_lax(image, kernel, padding=((1, 2), (0, 1)), feature_group_count=4, **options)
 
 
 def moved(shape, order, to):
-    """A shape whose dimensions are named in one order, in another."""
+    """The shape whose dimensions `order` names, in the order `to`."""
     return tuple(shape[order.index(name)] for name in to)
 
 
@@ -106,7 +106,7 @@ def moved(shape, order, to):
         lax.ConvDimensionNumbers((0, 3, 1, 2), (2, 3, 0, 1), (1, 0, 2, 3)),
     ],
 )
-def test_layouts(layout):
+def test_layouts_equal_lax(layout):
     strings = layout if isinstance(layout, tuple) and isinstance(layout[0], str) else None
     image, kernel, _ = strings or ("NHWC" if layout else "NCHW", "HWOI" if layout else "OIHW", "")
     image = digits(moved((2, 5, 6, MANY), "NHWC", image))
@@ -131,8 +131,8 @@ def test_dtypes_equal_lax(dtype, result_type, channels):
         assert_equals_lax(image, kernel, (1, 1), "SAME", preferred_element_type=result_type)
 
 
-def test_a_wider_result_is_summed_in_its_own_type():
-    """2^24 + 1 is no float32."""
+def test_a_wider_result_is_summed_in_its_dtype():
+    """float32 does not represent 2^24 + 1."""
     with jax.enable_x64(True):
         image, kernel = jnp.ones((1, 1, 1, MANY)), jnp.zeros((1, 1, MANY, 1))
         kernel = kernel.at[0, 0, :2, 0].set(jnp.array([2.0**24, 1])).astype(jnp.float32)
@@ -147,7 +147,7 @@ def test_precision_is_passed_on(precision):
     assert_equals_lax(image, kernel, (1, 1), "SAME", precision=precision)
 
 
-def test_batch_groups_and_four_dimensions_are_those_of_lax():
+def test_batch_groups_and_four_dimensions_equal_lax():
     options = {"batch_group_count": 2}
     assert_equals_lax(digits((4, 5, 5, 3)), digits((3, 3, 3, 4)), (1, 1), "SAME", **options)
     image, kernel = digits((1, 2, 3, 3, 2, 3)), digits((2, 2, 1, 2, 2, 1), seed=1)
@@ -167,23 +167,23 @@ def test_batch_groups_and_four_dimensions_are_those_of_lax():
         (((2, 0, 3), jnp.float32), ((3, 3, 4), jnp.float32), 1, "an empty array"),
     ],
 )
-def test_why_a_convolution_is_left_to_lax(lhs, rhs, batch_groups, sentence):
+def test_reasons_why_a_convolution_is_left_to_lax(lhs, rhs, batch_groups, sentence):
     arrays = (jax.ShapeDtypeStruct(*array) for array in (lhs, rhs))
     assert why_slow(*arrays, batch_groups) == sentence
 
 
-def test_mistakes_are_those_of_lax():
+def test_errors_are_those_of_lax():
     image, kernel = digits((2, 6, 6, 3)), digits((3, 3, 4, 2))
     with pytest.raises((TypeError, ValueError), match="feature"):
         conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
 
 
-def test_without_jit():
+def test_without_jit_it_equals_lax():
     image, kernel = digits((2, 5, 5, 2)), digits((3, 3, 2, 3), seed=1)
     assert_equals_lax(image, kernel, (2, 2), "SAME", jit=lambda run: run)
 
 
-def test_flax_layers_take_it():
+def test_flax_layers_take_the_convolution():
     images = digits((2, 6, 6, 3))
     ours, theirs = (
         nnx.Conv(3, 4, (3, 3), conv_general_dilated=convolve, rngs=nnx.Rngs(0))

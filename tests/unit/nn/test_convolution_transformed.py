@@ -1,4 +1,4 @@
-"""The convolution equals that of JAX wherever it may stand: in loops, maps and other gradients."""
+"""The convolution equals that of JAX in all transformations: loops, maps and second gradients."""
 
 import re
 from functools import partial
@@ -21,7 +21,7 @@ STACKED, COMMON = P("hubs", "workers"), P()
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_reverse_mode_twice(dtype):
-    """Through convolutions, and through products."""
+    """With the forms of float32, convolutions, and those of float64, products."""
 
     def second(convolve):
         convolve = partial(
@@ -31,10 +31,10 @@ def test_reverse_mode_twice(dtype):
         def loss(image, kernel):
             return (convolve(image, kernel) ** 3).sum()
 
-        def slope(image, kernel):
+        def sum_of_gradients(image, kernel):
             return sum(g.sum() for g in jax.grad(loss, (0, 1))(image, kernel))
 
-        return jax.jit(jax.grad(slope, (0, 1)))(image, kernel)
+        return jax.jit(jax.grad(sum_of_gradients, (0, 1)))(image, kernel)
 
     with jax.enable_x64(True):
         image, kernel = digits((1, 4, 4, 2), dtype), digits((3, 3, 2, 2), dtype, seed=1)
@@ -92,7 +92,7 @@ def test_loops():
     ],
 )
 def test_shard_map(image_spec, kernel_spec, ins):
-    """A common operand's gradient comes out common, summed over the devices, as that of lax."""
+    """The gradient of a common operand is common, summed over the devices, as in lax."""
     devices = np.array(jax.devices())[:, None]
     mesh = Mesh(devices, ("hubs", "workers"), axis_types=(AxisType.Auto,) * 2)
     images, kernels = (
@@ -125,7 +125,7 @@ def test_shard_map(image_spec, kernel_spec, ins):
     jax.default_backend() != "cpu", reason="only XLA:CPU needs canonical convolutions"
 )
 def test_gradients_in_a_loop_compile_to_canonical_convolutions():
-    """XLA:CPU has its fast kernel for `b01f_01io->b01f` only; lax's weight gradient is another."""
+    """XLA:CPU has a fast kernel for `b01f_01io->b01f` only, which lax's weight gradient is not."""
     image, kernel = digits((2, 6, 6, 3)), digits((3, 3, 3, 3), seed=1)
 
     def layouts(convolve):

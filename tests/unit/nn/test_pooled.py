@@ -1,4 +1,4 @@
-"""A convolution, relu and pooling in one equal the three layers in value and gradients."""
+"""Convolution, relu and pooling as one layer equal the three layers in value and gradients."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ def three_layers(images, kernel, bias):
 
 
 def operands(batch, sides, taps, ins, outs, dtype=jnp.float32):
-    """Few different values, so that most pools hold their maximum more than once."""
+    """Few different values, so that most windows hold their maximum more than once."""
     shapes = (batch, *sides, ins), (*taps, ins, outs), (outs,)
     return [jnp.sign(digits(shape, dtype, seed)) for seed, shape in enumerate(shapes)]
 
@@ -47,14 +47,14 @@ def test_equals_three_layers(batch, sides, taps, ins, outs):
 
 @pytest.mark.parametrize("taps", [2, 3, 5, 7])
 def test_square_kernels(taps):
-    """On sides of both kinds, larger and smaller than the kernel."""
+    """On images that are larger and smaller than the kernel, with even and odd sides."""
     assert_equal(*operands(2, (4, 9), (taps, taps), 2, 3))
 
 
 @pytest.mark.parametrize(
     ("sides", "ins", "outs"), [((4, 6), MOST_IN + 1, 2), ((4, 6), 1, MOST_OUT + 1), ((1, 4), 1, 2)]
 )
-def test_where_one_product_does_not_pay_it_is_the_layers(sides, ins, outs):
+def test_where_one_product_does_not_pay_it_runs_as_three_layers(sides, ins, outs):
     assert not pays(sides, ins, outs)
     assert_equal(*operands(2, sides, (3, 3), ins, outs))
 
@@ -76,7 +76,7 @@ def test_ties_send_the_gradient_to_the_first_maximum():
     np.testing.assert_array_equal(jax.grad(value)(image)[0, :, :, 0], expected)
 
 
-def test_where_relu_is_flat_there_is_no_gradient():
+def test_where_relu_is_zero_there_is_no_gradient():
     image, kernel = jnp.ones((1, 4, 4, 1)), jnp.zeros((3, 3, 1, 1))
     for bias in (0.0, -1.0):
         value = lambda *args: conv_relu_max_pool(*args).sum()
@@ -87,14 +87,16 @@ def test_where_relu_is_flat_there_is_no_gradient():
 def test_reverse_mode_twice():
     def second(layers):
         loss = lambda *args: (layers(*args) ** 3).sum()
-        slope = lambda *args: sum((g**2).sum() for g in jax.grad(loss, (0, 1, 2))(*args))
-        return jax.jit(jax.grad(slope, (0, 1, 2)))(*operands(1, (4, 5), (3, 3), 1, 2, jnp.float64))
+        squares = lambda *args: sum((g**2).sum() for g in jax.grad(loss, (0, 1, 2))(*args))
+        return jax.jit(jax.grad(squares, (0, 1, 2)))(
+            *operands(1, (4, 5), (3, 3), 1, 2, jnp.float64)
+        )
 
     with jax.enable_x64(True):
         assert_same(second(conv_relu_max_pool), second(three_layers))
 
 
-def test_forward_mode_fails_as_jax_says_it():
+def test_forward_mode_is_an_error_of_jax():
     args = operands(1, (4, 4), (3, 3), 1, 1)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(conv_relu_max_pool, args, args)
@@ -111,7 +113,7 @@ def test_vmap(axes):
 
 @pytest.mark.parametrize("spec", [P("workers"), P()])
 def test_in_a_loop_on_devices(spec):
-    """A common kernel's gradient is the sum over the devices."""
+    """The gradient of a common kernel is the sum over the devices."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("workers",), axis_types=(AxisType.Auto,))
     images, kernel, bias = operands(4, (4, 5), (3, 3), 1, 2)
     params = jnp.stack([kernel] * 2), jnp.stack([bias] * 2)
@@ -132,12 +134,12 @@ def test_in_a_loop_on_devices(spec):
     assert_same(run(conv_relu_max_pool), run(three_layers))
 
 
-def test_no_example_is_no_output():
+def test_without_examples_there_is_no_output():
     images, kernel, bias = operands(2, (4, 6), (3, 3), 1, 2)
     assert_equal(images[:0], kernel, bias)
 
 
-def test_what_does_not_fit_is_said_as_jax_says_it():
+def test_shapes_that_do_not_fit_are_errors_of_jax():
     images, kernel, bias = operands(2, (4, 6), (3, 3), 1, 2)
     with pytest.raises(ValueError, match="feature"):
         conv_relu_max_pool(jnp.ones((2, 4, 6, 3)), kernel, bias)

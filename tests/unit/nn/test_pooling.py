@@ -1,4 +1,4 @@
-"""Pooling equals that of Flax in value and gradient, ties included."""
+"""Pooling equals that of Flax in value and gradient, also for equal entries."""
 
 from functools import partial
 
@@ -23,8 +23,8 @@ def digits(shape, dtype=jnp.float32, seed=0):
 
 def value_and_gradient(pool, image):
     value, pullback = jax.vjp(pool, image)
-    slope = jnp.arange(1, value.size + 1, dtype=value.dtype).reshape(value.shape)
-    return value, pullback(slope)[0]
+    cotangent = jnp.arange(1, value.size + 1, dtype=value.dtype).reshape(value.shape)
+    return value, pullback(cotangent)[0]
 
 
 def assert_equals_flax(image, *args, jit=jax.jit, **options):
@@ -59,7 +59,7 @@ def test_equals_flax(batch, sides, window, strides, padding, tiles):
     [((6, 3), 1), ((2, 6, 3), 1), ((4, 6, 2), 2), ((3, 2, 4, 6, 2), 2), ((2, 4, 4, 4, 3), 3)],
 )
 def test_every_number_of_dimensions(shape, dimensions):
-    """Without a batch, with one, and with a batch of batches."""
+    """Without a batch, with a batch, and with a batch of batches."""
     window = (2,) * dimensions
     assert_equals_flax(digits(shape), window, window)
 
@@ -70,7 +70,7 @@ def test_dtypes(dtype):
         assert_equals_flax(digits((2, 4, 6, 3), dtype), (2, 2), (2, 2))
 
 
-def test_whole_numbers_and_large_windows_are_pooled_by_flax():
+def test_integers_and_large_windows_are_pooled_by_flax():
     assert_equals_flax(digits((2, 10, 10, 1)), (5, 5), (5, 5))
     image = digits((2, 4, 4, 3), jnp.int32)
     np.testing.assert_array_equal(
@@ -85,13 +85,13 @@ def test_ties_send_the_gradient_to_the_first_maximum():
     np.testing.assert_array_equal(gradient[0, :, :, 0], expected)
 
 
-def test_odd_sides_lose_their_last_row_and_column():
+def test_the_last_row_and_column_of_odd_sides_are_dropped():
     image = digits((1, 5, 7, 2))
     assert max_pool(image, (2, 2), (2, 2)).shape == (1, 2, 3, 2)
     assert_equals_flax(image, (2, 2), (2, 2), "VALID", jit=lambda run: run)
 
 
-def test_lists_are_taken_for_tuples():
+def test_windows_and_strides_may_be_lists():
     image = digits((1, 4, 4, 2))
     for strides in ([2, 2], [1, 2]):
         expected = nnx.max_pool(image, (2, 2), tuple(strides))

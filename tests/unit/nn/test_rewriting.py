@@ -1,4 +1,4 @@
-"""A rewritten function equals the plain one in value and gradient, wherever its layers stand."""
+"""A rewritten function equals the plain one in value and gradients, in all transformations."""
 
 import re
 from functools import partial
@@ -41,7 +41,7 @@ def in_scan(loss):
 
 
 def in_while(loss):
-    """Reverse mode does not go through a while loop, only past it."""
+    """The loss outside of a while loop has gradients; reverse mode does not enter the loop."""
 
     def counted(kernel, images):
         fixed = lax.stop_gradient(kernel)
@@ -116,14 +116,14 @@ def test_poolings_along_any_axes(window):
 
 
 def test_reverse_mode_twice():
-    def slope(loss):
+    def sum_of_squares(loss):
         return lambda *args: sum((g**2).sum() for g in jax.grad(loss, (0, 1))(*args))
 
-    ours, theirs = (jax.grad(slope(fn), (0, 1)) for fn in (fast_layers(loss), loss))
+    ours, theirs = (jax.grad(sum_of_squares(fn), (0, 1)) for fn in (fast_layers(loss), loss))
     assert_same(*jax.jit(lambda *args: (ours(*args), theirs(*args)))(KERNEL, IMAGES))
 
 
-def test_forward_mode_fails_clearly():
+def test_forward_mode_is_an_error():
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(fast_layers(loss), (KERNEL, IMAGES), (KERNEL, IMAGES))
 
@@ -139,13 +139,13 @@ def test_vmap_outside(axes):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
 def test_dtypes(dtype):
-    """Slopes of a sum of the outputs, so that bfloat16 holds every number exactly."""
+    """Gradients of a sum of the outputs, which bfloat16 represents exactly."""
     with jax.enable_x64(True):
         linear = lambda kernel, images: layers(kernel, images).astype(jnp.float32).sum()
         assert_fast(linear, KERNEL.astype(dtype), IMAGES.astype(dtype))
 
 
-def test_precision_and_result_type_are_kept():
+def test_precision_and_result_type_are_passed_on():
     def wide(kernel, images):
         options = {"precision": "highest", "preferred_element_type": jnp.float32}
         return convolve(images, kernel, **options)
@@ -175,20 +175,20 @@ def test_linen_with_keys_keywords_and_aux():
 
     key, static = jax.random.key(1), {"training": True, "name": "net"}
 
-    def value_and_slopes(loss, variables):
-        (value, aux), slopes = jax.value_and_grad(loss, has_aux=True)(
+    def value_and_gradients(loss, variables):
+        (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(
             variables, IMAGES, key, **static
         )
         assert (aux.pop("name"), aux.pop("whole")) == ("net", 3)
-        return (value, aux.pop("out"), slopes), aux["key"]
+        return (value, aux.pop("out"), gradients), aux["key"]
 
-    run = lambda v: (value_and_slopes(fast_layers(loss), v), value_and_slopes(loss, v))
+    run = lambda v: (value_and_gradients(fast_layers(loss), v), value_and_gradients(loss, v))
     (ours, our_key), (theirs, _) = jax.jit(run)(variables)
     assert_same(ours, theirs)
     assert our_key == key
 
 
-def test_nnx_split_outside_and_merged_inside():
+def test_nnx_module_split_outside_and_merged_inside():
     class Net(nnx.Module):
         def __init__(self, rngs):
             self.conv = nnx.Conv(3, 2, (3, 3), rngs=rngs)
@@ -210,7 +210,7 @@ def test_nnx_split_outside_and_merged_inside():
     assert not left_plain(both[0], params, rest, IMAGES)
 
 
-def test_what_is_no_array_stays_as_it_is():
+def test_values_that_are_not_arrays_are_passed_on_unchanged():
     def fn(images, *, flag, scale, table):
         assert flag is True and type(scale) is int and type(table) is np.ndarray
         return images * scale, [None, "name", scale, table]
@@ -220,7 +220,7 @@ def test_what_is_no_array_stays_as_it_is():
     assert rest[:3] == [None, "name", 2] and type(rest[3]) is np.ndarray
 
 
-def test_closed_over_arrays_have_their_gradient():
+def test_arrays_of_a_closure_have_gradients():
     def outer(wrap):
         return lambda kernel: wrap(lambda images: loss(kernel, images))(IMAGES)
 
@@ -229,7 +229,7 @@ def test_closed_over_arrays_have_their_gradient():
     assert not left_plain(ours, KERNEL)
 
 
-def test_without_layers_the_program_is_the_same():
+def test_without_layers_the_program_is_unchanged():
     def fn(x):
         return jax.nn.relu(lax.scan(lambda c, _: (jnp.sin(c), None), x, length=3)[0]) + 1.0
 
@@ -242,7 +242,7 @@ def test_without_layers_the_program_is_the_same():
 @pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the program of another backend has jax.lax's gradients"
 )
-def test_it_compiles_to_what_our_layers_compile_to():
+def test_it_compiles_to_the_same_convolutions_as_the_fast_layer():
     def program(convolve, wrap=lambda loss: loss):
         def loss(kernel):
             return (convolve(IMAGES, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT) ** 2).sum()
@@ -257,14 +257,14 @@ def test_it_compiles_to_what_our_layers_compile_to():
 
 @pytest.mark.parametrize("specs", [(P("workers"), P()), (P(), P("workers"))])
 def test_inside_shard_map(specs):
-    """What differs over the devices meets what does not, under checked types."""
+    """Values that vary over the devices meet common values, with `check_vma`."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("workers",), axis_types=(AxisType.Auto,))
     args = [digits((2, *x.shape), seed=i) for i, x in enumerate((KERNEL, IMAGES))]
 
     def gradients(loss):
         def per_device(kernels, images):
-            slopes = jax.grad(loss, (0, 1))(kernels[0], images[0])
-            return jax.tree.map(lambda slope: slope[None], slopes)
+            of_device = jax.grad(loss, (0, 1))(kernels[0], images[0])
+            return jax.tree.map(lambda gradient: gradient[None], of_device)
 
         return jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=True)
 

@@ -1,6 +1,6 @@
-"""A convolution with its bias, relu and pooling becomes one layer, where that is the same function.
+"""A convolution with its bias, relu and pooling becomes one layer where that is the same function.
 
-Images and weights are small whole numbers: equal means equal, and most windows have ties.
+Images and weights are small whole numbers, so sums are exact and most windows have equal entries.
 """
 
 from functools import partial
@@ -145,9 +145,9 @@ def test_any_layout_sides_and_taps(layout, sides, taps):
 
     fast = fast_layers_report(loss, (kernel, bias), images).fast
     down_first = [spec.index("H") < spec.index("W") for spec in layout[1:]]
-    alike = down_first[0] == down_first[1]  # so that ties go to the same entry
-    assert fast[0].endswith("relu and pooling") == alike
-    assert_fast(loss, (kernel, bias), images, layers=1 if alike else 2)
+    same_order = down_first[0] == down_first[1]  # so the same one of equal entries is the first
+    assert fast[0].endswith("relu and pooling") == same_order
+    assert_fast(loss, (kernel, bias), images, layers=1 if same_order else 2)
 
 
 def read_twice(params, images):
@@ -165,7 +165,7 @@ def relu(x):
     return jnp.maximum(x, 0)
 
 
-relu.defjvp(lambda primals, slopes: (relu(*primals), 3 * slopes[0]))
+relu.defjvp(lambda primals, tangents: (relu(*primals), 3 * tangents[0]))
 
 BROKEN = {
     "summed before": lambda p, x: convolve(x, p["kernel"]).sum((1, 2)) + p["bias"],
@@ -176,9 +176,9 @@ BROKEN = {
     "a bias along the width": lambda p, x: pool(
         nnx.relu(convolve(x, p["kernel"]) + jnp.ones((6, 1)))
     ),
-    # The slope of a plain maximum at zero is a half.
+    # The derivative of a plain maximum at zero is 1/2.
     "maximum": partial(chain, relu=lambda x: jnp.maximum(x, 0)),
-    "relu of another's": partial(chain, relu=relu),
+    "relu of the user": partial(chain, relu=relu),
     "no relu": partial(chain, relu=lambda x: x),
     "relu twice": partial(chain, relu=lambda x: nnx.relu(nnx.relu(x))),
     "strides": partial(chain, strides=(2, 1), pool=lambda x: linen.max_pool(x, (2, 2), (2, 2))),
@@ -189,8 +189,8 @@ BROKEN = {
 }
 
 
-def test_other_chains_stay_apart_and_right():
-    """All in one program, so that it compiles once."""
+def test_other_chains_stay_separate_layers():
+    """One program of all of them is compiled once."""
     fns = [jax.jit(fn) for fn in BROKEN.values()]
     total = lambda params, images: [
         sum(leaf.sum() for leaf in jax.tree.leaves(fn(params, images))) for fn in fns
@@ -198,15 +198,15 @@ def test_other_chains_stay_apart_and_right():
     fast = fast_layers_report(total, PARAMS, IMAGES).fast
     assert sum(line.startswith("convolution") for line in fast) == len(BROKEN)
     assert not any("relu" in line for line in fast)
-    with_slopes = lambda fn: lambda *args: (fn(*args), jax.jacrev(fn)(*args))
+    with_gradients = lambda fn: lambda *args: (fn(*args), jax.jacrev(fn)(*args))
     assert_same(
-        *jax.jit(lambda *a: [with_slopes(f)(*a) for f in (fast_layers(total), total)])(
+        *jax.jit(lambda *a: [with_gradients(f)(*a) for f in (fast_layers(total), total)])(
             PARAMS, IMAGES
         )
     )
 
 
-def test_with_many_channels_the_layers_stay_apart():
+def test_with_many_channels_the_layers_stay_separate():
     shapes = lambda ins, outs: (
         {"kernel": jnp.ones((3, 3, ins, outs)), "bias": jnp.ones(outs)},
         jnp.ones((2, 4, 6, ins)),
@@ -216,7 +216,7 @@ def test_with_many_channels_the_layers_stay_apart():
         assert len(fast_layers_report(chain, *shapes(ins, outs)).fast) == lines
 
 
-def test_in_a_round():
+def test_chains_in_a_round():
     def after_a_round(loss):
         grad_fn = jaxlocal.gradients(lambda params, batch, key: loss(params, batch).sum())
         method = jaxlocal.local_sgd(grad_fn, optax.sgd(2.0**-8))
@@ -226,5 +226,5 @@ def test_in_a_round():
         )
         return state.params, info.worker["loss"]
 
-    same = partial(np.testing.assert_allclose, rtol=1e-5)  # the steps are no whole numbers
+    same = partial(np.testing.assert_allclose, rtol=1e-5)  # the updates are not whole numbers
     jax.tree.map(same, after_a_round(fast_layers(chain)), after_a_round(chain))

@@ -1,4 +1,4 @@
-"""What stays slow in a rewritten function is named, with the reason, and stays as it was."""
+"""Layers that stay slow in a rewritten function are reported with the reason, and unchanged."""
 
 import jax
 import numpy as np
@@ -12,19 +12,19 @@ from jaxlocal.errors import ConfigurationError
 from jaxlocal.nn import conv_general_dilated, fast_layers, fast_layers_report
 
 
-def own_rule(loss):
-    """A function whose derivative is its author's: here, twice that of its equations."""
+def custom_rule(loss):
+    """A function with a custom derivative: twice that of its equations."""
     ruled = jax.custom_vjp(loss)
-    twice = lambda saved, slope: jax.tree.map(
-        lambda g: 2 * slope * g, jax.grad(loss, (0, 1))(*saved)
+    twice = lambda saved, cotangent: jax.tree.map(
+        lambda g: 2 * cotangent * g, jax.grad(loss, (0, 1))(*saved)
     )
     ruled.defvjp(lambda *args: (loss(*args), args), twice)
     return ruled
 
 
-def own_forward_rule(loss):
+def custom_forward_rule(loss):
     ruled = jax.custom_jvp(loss)
-    ruled.defjvp(lambda args, slopes: jax.jvp(loss, args, slopes))
+    ruled.defjvp(lambda args, tangents: jax.jvp(loss, args, tangents))
     return ruled
 
 
@@ -62,15 +62,15 @@ LEFT = {
         lambda k, x: pooled(x, (3, 6)),
         f"{POOLING} [1, 3, 6, 1]: a window of 18 entries",
     ),
-    "custom_vjp": (own_rule(grouped), f"{CONVOLUTION}: inside custom_vjp_call"),
-    "custom_jvp": (own_forward_rule(grouped), f"{CONVOLUTION}: inside custom_jvp_call"),
+    "custom_vjp": (custom_rule(grouped), f"{CONVOLUTION}: inside custom_vjp_call"),
+    "custom_jvp": (custom_forward_rule(grouped), f"{CONVOLUTION}: inside custom_jvp_call"),
     "shard_map": (in_shard_map(grouped), f"{CONVOLUTION}: inside shard_map"),
 }
 
 
 @pytest.mark.parametrize(("fn", "line"), LEFT.values(), ids=LEFT)
-def test_what_stays_slow_is_named(fn, line):
-    """Once in the warning, though it is there twice; and the program is the plain one."""
+def test_layers_that_stay_slow_are_reported(fn, line):
+    """The warning has one line for two equal layers, and the program is the plain one."""
     twice = lambda kernel, images: (fn(kernel, images), jax.jit(fn)(kernel, images))
     assert fast_layers_report(twice, KERNEL, IMAGES) == ([], [line] * 2)
     with pytest.warns(UserWarning) as caught:
@@ -79,11 +79,11 @@ def test_what_stays_slow_is_named(fn, line):
     assert str(program) == str(jax.make_jaxpr(twice)(KERNEL, IMAGES))
 
 
-def test_the_rest_is_fast_and_rules_are_their_authors():
-    """A layer that stays slow keeps no other from being exchanged, and its own rule."""
+def test_other_layers_are_fast_and_custom_derivatives_are_kept():
+    """A layer that stays slow keeps its derivative, and other layers are replaced."""
 
     def mixed(kernel, images):
-        return loss(kernel, images) + own_rule(grouped)(kernel, images)
+        return loss(kernel, images) + custom_rule(grouped)(kernel, images)
 
     assert fast_layers_report(mixed, KERNEL, IMAGES).fast == [
         CONVOLUTION,
@@ -95,7 +95,7 @@ def test_the_rest_is_fast_and_rules_are_their_authors():
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_it_warns_once_a_trace_and_shapes_suffice():
+def test_it_warns_once_for_a_trace_and_reports_of_shapes():
     traced = jax.jit(jax.grad(fast_layers(grouped)))
     with pytest.warns(UserWarning) as caught:
         traced(KERNEL, IMAGES)
@@ -105,7 +105,7 @@ def test_it_warns_once_a_trace_and_shapes_suffice():
     assert fast_layers_report(grouped, *shapes).slow == [f"{CONVOLUTION}: batch groups"]
 
 
-def test_our_own_layers_are_fast_already():
+def test_layers_of_this_package_are_fast_already():
     def own(kernel, images):
         return conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT).sum()
 
@@ -114,16 +114,19 @@ def test_our_own_layers_are_fast_already():
         report = fast_layers_report(fn, KERNEL, images)
         assert len(report.fast) == 1 and not report.slow
     once, twice = (fast_layers_report(fn, KERNEL, IMAGES) for fn in (loss, fast_layers(loss)))
-    assert len(once.fast) == 2 and twice == ([CONVOLUTION], [])  # the pooling is no longer one
+    assert len(once.fast) == 2 and twice == (
+        [CONVOLUTION],
+        [],
+    )  # the pooling is no pooling any more
 
 
-def test_around_a_gradient_it_says_that_it_comes_too_late():
+def test_a_gradient_of_a_pooling_is_reported_as_slow():
     slow = fast_layers_report(gradient_of_pooling, KERNEL, IMAGES).slow
     line = "gradient of a max pooling [2, 2, 3, 3] by [1, 2, 2, 1]"
     assert slow == [f"{line}: fast_layers belongs around the loss"]
 
 
-def test_a_module_as_an_argument_is_refused():
+def test_a_module_as_an_argument_is_an_error():
     layer = nnx.Conv(3, 2, (3, 3), rngs=nnx.Rngs(0))
     with pytest.raises(ConfigurationError, match="nnx.Module Conv would be lost: nnx.split"):
         fast_layers(lambda layer, images: layer(images))(layer, IMAGES)

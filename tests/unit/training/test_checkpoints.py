@@ -1,4 +1,4 @@
-"""Checkpoints: what is restored is what was saved, to the bit; what cannot be is told."""
+"""Checkpoints: the restored state has the bits of the saved one; damage is a clear error."""
 
 import json
 import shutil
@@ -12,8 +12,7 @@ import registry
 from safetensors.numpy import load_file
 
 import jaxlocal
-from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh
-from jaxlocal.training import loop as training
+from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh, training
 from jaxlocal.training.checkpoints import Checkpoints, SavingError, export
 
 GRAD = jaxlocal.gradients(registry.loss, stateful=True)
@@ -50,9 +49,9 @@ def progress_of(round_fn, entry, state, steps=14, **options):
 
 
 @pytest.mark.parametrize("method", ["diloco", "slowmo", "mll_sgd", "local_sgd-average"])
-def test_a_run_goes_on_from_every_dispatch_as_if_it_had_never_stopped(method, tmp_path):
-    """Each restored from disk; rounds of 4 in chunks of at most 2 steps, so that some checkpoints
-    lie within a round."""
+def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(method, tmp_path):
+    """States are restored from disk. Rounds of 4 steps run in chunks of at most 2 steps, so some
+    checkpoints are within a round."""
     entry, round_fn = round_fn_of(method, max_chunk=2)
     whole, seen = {}, []
     with Checkpoints(tmp_path, keep=100) as checkpoints:
@@ -64,7 +63,7 @@ def test_a_run_goes_on_from_every_dispatch_as_if_it_had_never_stopped(method, tm
     steps = [progress.step for progress in seen]
     assert len(steps) >= 6 and any(step % 4 for step in steps[1:-1])
     for number in (1, 2, 3):
-        shutil.rmtree(tmp_path / str(steps[-number]))  # the newest that is left
+        shutil.rmtree(tmp_path / str(steps[-number]))  # the newest checkpoint left
         with Checkpoints(tmp_path, keep=100) as checkpoints:
             state, _ = checkpoints.restore(shapes(round_fn))
         begin = int(state.step)
@@ -76,8 +75,8 @@ def test_a_run_goes_on_from_every_dispatch_as_if_it_had_never_stopped(method, tm
         assert rest == seen[steps.index(begin) + 1 :]
 
 
-def test_saving_does_not_wait_for_the_disk_and_sees_no_later_state(tmp_path):
-    """The state is donated right after it was handed over, and its buffers are used again."""
+def test_saving_does_not_wait_for_the_disk_and_saves_no_later_state(tmp_path):
+    """The state is donated immediately after `save`, and its buffers are used again."""
     grad_fn = jaxlocal.gradients(lambda w, batch, key: -w.sum() * batch)
     method = jaxlocal.local_sgd(grad_fn, optax.sgd(1.0))
     round_fn = RoundFn(method, Layout(1, 8))
@@ -96,7 +95,7 @@ def test_saving_does_not_wait_for_the_disk_and_sees_no_later_state(tmp_path):
         shutil.rmtree(tmp_path / str(step))
 
 
-def test_on_other_devices_the_same_numbers_and_the_shardings_of_this_run(tmp_path):
+def test_on_other_devices_the_numbers_are_equal_and_the_shardings_those_of_the_run(tmp_path):
     entry, eight = round_fn_of("diloco", 8)
     state, _ = eight(start(eight), registry.batches(entry.layout, 0, 4))
     with Checkpoints(tmp_path) as checkpoints:
@@ -123,7 +122,7 @@ def test_on_other_devices_the_same_numbers_and_the_shardings_of_this_run(tmp_pat
             )
 
 
-def test_the_newest_are_kept(tmp_path):
+def test_the_newest_checkpoints_are_kept(tmp_path):
     entry, round_fn = round_fn_of("local_sgd", 1)
     state = start(round_fn)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
@@ -152,21 +151,23 @@ FILES = ["state/_METADATA", "state/manifest.ocdbt", "notes/metadata"]
 
 
 @pytest.mark.parametrize("file", [*FILES, "state/d"])
-def test_a_truncated_checkpoint_is_one_sentence_with_the_way_on(two, tmp_path, file):
+def test_a_truncated_checkpoint_is_one_sentence_with_the_step_to_resume_from(two, tmp_path, file):
     shutil.copytree(two[0], tmp_path / "copy")
     path = tmp_path / "copy" / "8" / file
     for part in [path] if path.is_file() else path.iterdir():
         part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
     with Checkpoints(tmp_path / "copy") as checkpoints:
-        with pytest.raises(ConfigurationError, match=r"copy/8 cannot be read.*from step 4") as told:
+        with pytest.raises(
+            ConfigurationError, match=r"copy/8 cannot be read.*from step 4"
+        ) as caught:
             checkpoints.restore(shapes(two[1]))
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
     shutil.rmtree(tmp_path / "copy" / "8")
     with Checkpoints(tmp_path / "copy") as checkpoints:
         assert int(checkpoints.restore(shapes(two[1]))[0].step) == 4
 
 
-def test_a_checkpoint_of_another_run_names_what_differs(two):
+def test_the_error_for_a_checkpoint_of_another_run_names_the_difference(two):
     with Checkpoints(two[0]) as checkpoints:
         other = {**registry.params(), "matrix": jnp.zeros((4, 2))}
         with pytest.raises(ConfigurationError, match=r"3, 2\] for .*matrix, this run .*4, 2\]"):
@@ -182,7 +183,7 @@ def test_a_checkpoint_of_another_run_names_what_differs(two):
                 others.restore(shapes(two[1]))
 
 
-def test_what_a_killed_writer_left_is_not_taken_for_a_checkpoint(two, tmp_path):
+def test_the_files_of_a_killed_writer_are_not_a_checkpoint(two, tmp_path):
     shutil.copytree(two[0], tmp_path / "copy")
     shutil.copytree(two[0] / "8", tmp_path / "copy" / "12.orbax-checkpoint-tmp")
     with Checkpoints(tmp_path / "copy") as checkpoints:
@@ -190,7 +191,7 @@ def test_what_a_killed_writer_left_is_not_taken_for_a_checkpoint(two, tmp_path):
         assert int(checkpoints.restore(shapes(two[1]))[0].step) == 8
 
 
-def test_an_empty_folder_and_one_that_cannot_be(two, tmp_path):
+def test_an_empty_folder_and_one_that_cannot_be_created_are_errors(two, tmp_path):
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigurationError, match="no check"):
         checkpoints.restore(shapes(two[1]))
     (tmp_path / "file").write_text("")
@@ -200,7 +201,7 @@ def test_an_empty_folder_and_one_that_cannot_be(two, tmp_path):
         Checkpoints(tmp_path, keep=0)
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_and_the_last_stays(two, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_is_an_error_and_the_last_one_stays(two, tmp_path):
     shutil.copytree(two[0], tmp_path / "copy")
     with Checkpoints(tmp_path / "copy") as checkpoints:
         state, _ = checkpoints.restore(shapes(two[1]))
@@ -215,7 +216,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_last_stays(two, tmp
         assert int(checkpoints.restore(shapes(two[1]))[0].step) == 8
 
 
-def test_the_exported_model_is_read_by_others(tmp_path):
+def test_the_exported_model_is_read_by_orbax_and_safetensors(tmp_path):
     import orbax.checkpoint as ocp
 
     params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3, jnp.bfloat16)}}

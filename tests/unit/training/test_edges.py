@@ -9,8 +9,8 @@ import pytest
 
 import jaxlocal
 from jaxlocal import ConfigurationError, Layout, RoundFn, periods
+from jaxlocal.training.dispatching import dispatches
 from jaxlocal.training.evaluation import Evaluation
-from jaxlocal.training.loop import dispatches
 
 grad_fn = jaxlocal.gradients(lambda w, batch, key: jnp.square(jnp.tanh(w) - batch).mean())
 

@@ -1,4 +1,4 @@
-"""Evaluation from pools and from sources, and batch statistics of the average model."""
+"""Evaluation of pools and sources, and re-estimated batch statistics of the average model."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ LAYOUT = Layout(2, 2, weights=[1, 2, 3, 4])
 
 
 class Examples:
-    """A source: examples one by one, and how many were read."""
+    """A source of examples, which counts the reads."""
 
     def __init__(self, values):
         self.values, self.reads = values, 0
@@ -36,7 +36,7 @@ def metrics(params, model_state, batch):
 
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize(("chunk_bytes", "chunks"), [(1 << 20, 1), (400, 5)])
-def test_a_source_gives_the_bits_of_a_pool(monkeypatch, devices, chunk_bytes, chunks):
+def test_a_source_gives_the_same_bits_as_a_pool(monkeypatch, devices, chunk_bytes, chunks):
     monkeypatch.setattr(evaluation, "CHUNK_BYTES", chunk_bytes)
     values = np.random.default_rng(0).normal(size=(157, 3)).astype(np.float32)
     method = jaxlocal.local_sgd(jaxlocal.gradients(lambda w, b, key: w), optax.sgd(0.1))
@@ -109,12 +109,12 @@ def test_reestimated_statistics_are_the_means_over_the_batches(devices, momentum
         np.testing.assert_allclose(got, np.broadcast_to(value, got.shape), rtol=1e-4, atol=1e-4)
         assert not np.allclose(got[0, 0], np.asarray(averaged["norm"][name]), rtol=0.1)
     assert (np.asarray(again.model_state["count"]) == 4).all()  # a counter is left alone
-    after = [getattr(state, part) for part in parts]  # the state itself goes on unharmed
+    after = [getattr(state, part) for part in parts]  # the state itself is unchanged
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
-def test_states_that_move_in_another_way_stay():
-    """A largest value so far, a counter in floats, and a mean beside them that is estimated."""
+def test_values_that_move_in_another_way_stay():
+    """A maximum so far and a counter in float32 stay; a running mean is re-estimated."""
     method = jaxlocal.local_sgd(jaxlocal.gradients(lambda w, b, key: w), optax.sgd(0.1))
     round_fn = RoundFn(method, LAYOUT)
     start = {"largest": jnp.float32(2), "count": jnp.float32(7), "mean": jnp.float32(30)}
@@ -134,7 +134,7 @@ def test_states_that_move_in_another_way_stay():
         Reestimation(round_fn, lambda params, state, batch: state, batches)(half)
 
 
-def test_examples_of_an_evaluation_are_checked():
+def test_wrong_examples_of_an_evaluation_are_errors():
     method = jaxlocal.local_sgd(jaxlocal.gradients(lambda w, b, key: w), optax.sgd(0.1))
     round_fn, data = RoundFn(method, LAYOUT), {"x": np.ones((5, 3), np.float32)}
     for wrong in ([7, 8], [-1], np.array([True, False, True, False, True]), [0.5]):
@@ -151,25 +151,27 @@ def test_values_that_do_not_move_stay():
     apply = lambda params, model_state, batch: model_state
     again = Reestimation(round_fn, apply, np.zeros((3, 2, 2, 4), np.float32))(state)
     fixed = np.asarray(again.model_state["fixed"])
-    np.testing.assert_allclose(fixed, np.tile([1.5, -2.0], (2, 2, 1)), rtol=1e-6)  # a mean of alike
+    np.testing.assert_allclose(
+        fixed, np.tile([1.5, -2.0], (2, 2, 1)), rtol=1e-6
+    )  # a mean of equal values
 
 
 @pytest.mark.parametrize("method", ["local_sgd", "data_parallel"])
-def test_model_states_are_kept_or_averaged_and_what_is_said_is_counted(method):
+def test_model_states_are_kept_or_averaged_and_their_bits_are_counted(method):
     model, grad_fn = normed()
-    ends, said = {}, {}
+    ends, sent = {}, {}
     for option in ("keep", "average"):
-        rounds = getattr(jaxlocal, method)(grad_fn, optax.sgd(0.05), model_state=option)
-        round_fn = RoundFn(rounds, Layout(1, 4))
+        built = getattr(jaxlocal, method)(grad_fn, optax.sgd(0.05), model_state=option)
+        round_fn = RoundFn(built, Layout(1, 4))
         params, model_state = model.init(jax.random.key(0))
         state = round_fn.init(params, jax.random.key(0), model_state)
         batches = np.random.default_rng(1).normal(size=(1, 1, 4, 8, 3)).astype(np.float32)
         inner, outer = round_fn.stage_bits(state)
-        said[option] = inner.workers + outer.workers
+        sent[option] = inner.workers + outer.workers
         ends[option] = jax.tree.map(np.asarray, round_fn(state, batches)[0].model_state)
     kept, averaged = ends["keep"]["norm"]["mean"], ends["average"]["norm"]["mean"]
     assert np.ptp(kept, axis=1).max() > 1e-3 and np.ptp(averaged, axis=1).max() == 0
     np.testing.assert_allclose(averaged[0, 0], kept[0].mean(0), rtol=1e-5, atol=1e-7)
-    assert said["average"] - said["keep"] == 32 * 8  # four means and four variances
+    assert sent["average"] - sent["keep"] == 32 * 8  # four means and four variances
     with pytest.raises(ConfigurationError, match="unknown model state option 'averag'"):
         getattr(jaxlocal, method)(grad_fn, optax.sgd(0.05), model_state="averag")

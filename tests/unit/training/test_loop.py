@@ -1,4 +1,4 @@
-"""The host's side of a run: what is dispatched when, what was said, what is measured."""
+"""The host loop of a run: dispatches, bits sent, measurements and divergence."""
 
 import functools
 import itertools
@@ -13,14 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlocal
-from jaxlocal import ConfigurationError, Layout, RoundFn
+from jaxlocal import ConfigurationError, Layout, RoundFn, training
 from jaxlocal.communication import mixing
 from jaxlocal.stages.compose import repeat
 from jaxlocal.stages.local_step import local_step
 from jaxlocal.stages.sync import sync
-from jaxlocal.training import loop as training
-from jaxlocal.training.evaluation import Evaluation
-from jaxlocal.training.loop import Diverged
+from jaxlocal.training import Diverged, Evaluation
 from jaxlocal.types import MessageBits, Method, Period
 
 PARAMS = {"weight": np.zeros(3, np.float32), "bias": jnp.zeros((), jnp.bfloat16)}
@@ -36,16 +34,16 @@ grad_fn = jaxlocal.gradients(loss)
 
 
 def batches_of(layout: Layout):
-    """batches(start, steps): a function of the step alone."""
+    """batches(start, steps), a function of the step only."""
 
-    def at(now):
-        return np.random.default_rng(now).normal(size=(*layout.shape, 3)).astype(np.float32)
+    def at(step):
+        return np.random.default_rng(step).normal(size=(*layout.shape, 3)).astype(np.float32)
 
-    return lambda start, steps: np.stack([at(now) for now in range(start, start + steps)])
+    return lambda start, steps: np.stack([at(step) for step in range(start, start + steps)])
 
 
-def one_device(rounds: Method, layout: Layout, **options) -> RoundFn:
-    return RoundFn(rounds, layout, jaxlocal.make_mesh(layout, jax.devices()[:1]), **options)
+def one_device(method: Method, layout: Layout, **options) -> RoundFn:
+    return RoundFn(method, layout, jaxlocal.make_mesh(layout, jax.devices()[:1]), **options)
 
 
 def start(round_fn: RoundFn):
@@ -72,8 +70,8 @@ def test_dispatches_cover_every_step_once_and_are_cut_where_measurements_are_due
     total, ends = sum(lengths), list(itertools.accumulate(lengths))
     stage = repeat(local_step(grad_fn, optax.sgd(0.1)), inner)
     end = repeat(stage, ending // inner) if ending else sync(mixing.mean())
-    rounds = Method(stage, end, optax.sgd(0.1), in_turn(lengths))
-    round_fn = one_device(rounds, Layout(), max_chunk=max_chunk)
+    method = Method(stage, end, optax.sgd(0.1), in_turn(lengths))
+    round_fn = one_device(method, Layout(), max_chunk=max_chunk)
     pieces = list(training.dispatches(round_fn, total, measure_every))
 
     stops = [piece.start + piece.steps for piece in pieces]
@@ -85,28 +83,28 @@ def test_dispatches_cover_every_step_once_and_are_cut_where_measurements_are_due
     for piece, stop in zip(pieces, stops, strict=True):
         number = next(n for n, end in enumerate(ends) if stop <= end)
         assert piece.round_length == lengths[number]
-    # On hubs a measurement waits for the first hub average from its step on.
+    # With hubs, a measurement waits for the first hub average from its step on.
     multiples = range(measure_every, total + 1, measure_every) if measure_every else ends
     wanted = {-(-multiple // inner) * inner for multiple in multiples} | {total}
-    # And in what ends a round it waits for the end.
-    busy = {step: end for end in ends for step in range(end - ending + 1, end)}
-    wanted = {busy.get(step, step) for step in wanted}
+    # During the steps of an outer stage, it waits for the end of the round.
+    waiting = {step: end for end in ends for step in range(end - ending + 1, end)}
+    wanted = {waiting.get(step, step) for step in wanted}
     assert {stop for piece, stop in zip(pieces, stops, strict=True) if piece.due} == wanted
 
 
-def test_steps_that_do_not_divide_are_refused_with_what_would():
-    rounds = jaxlocal.mll_sgd(
+def test_steps_that_do_not_divide_are_errors_with_the_nearest_numbers():
+    method = jaxlocal.mll_sgd(
         grad_fn, optax.sgd(0.1), matrix=np.full((2, 2), 0.5), local_steps=4, hub_period=1
     )
     with pytest.raises(ConfigurationError, match="10 steps .* the 4 steps .* 8 or 12 would"):
-        training.schedule(rounds, 10)
+        training.schedule(method, 10)
     with pytest.raises(ConfigurationError, match="3 steps .* the 4 steps .* 4 or 8 would"):
-        training.schedule(rounds, 3)
+        training.schedule(method, 3)
     with pytest.raises(ConfigurationError, match="at least 1 step, got 0"):
-        training.schedule(rounds, 0)
+        training.schedule(method, 0)
 
 
-def test_a_last_round_too_short_for_its_own_end_joins_the_one_before():
+def test_a_last_round_that_is_too_short_for_its_outer_stage_joins_the_one_before():
     make = lambda delay: jaxlocal.streaming_diloco(
         grad_fn, SGD, period=4, outer_optimizer=None, fragments=1, delay_steps=delay
     )
@@ -121,39 +119,39 @@ def test_a_last_round_too_short_for_its_own_end_joins_the_one_before():
 
 
 @pytest.mark.parametrize("measure_every", [0, 1, 3])
-def test_a_run_whose_rounds_end_in_steps_stops_anywhere_and_goes_on(measure_every):
+def test_a_run_with_an_outer_stage_of_steps_can_be_resumed_from_every_dispatch(measure_every):
     layout = Layout(workers_per_hub=2)
     method = jaxlocal.streaming_diloco(
         grad_fn, optax.adam(0.1), period=10, outer_optimizer=None, fragments=2, delay_steps=2
     )
     round_fn, batches = one_device(method, layout), batches_of(layout)
-    seen_progress, ends = [], {}
+    progresses, ends = [], {}
     for progress in training.run(round_fn, start(round_fn), batches, 17, measure_every):
-        seen_progress.append(progress._replace(state=None))
+        progresses.append(progress._replace(state=None))
         ends[progress.step] = jax.tree.map(jnp.copy, progress.state)
-    assert [s.step for s in seen_progress if s.due] == {
+    assert [s.step for s in progresses if s.due] == {
         0: [0, 5, 10, 17],
         1: [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15, 17],
         3: [0, 3, 6, 10, 12, 15, 17],
     }[measure_every]
-    assert [s.round for s in seen_progress if s.step in (5, 10, 17)] == [1, 2, 3]
+    assert [s.round for s in progresses if s.step in (5, 10, 17)] == [1, 2, 3]
     for middle in (3, 5, 15):
         state = jax.tree.map(jnp.copy, ends[middle])
         rest = list(training.run(round_fn, state, batches, 17, measure_every))
-        for progress, same in zip(rest, seen_progress[-len(rest) :], strict=True):
+        for progress, same in zip(rest, progresses[-len(rest) :], strict=True):
             assert progress.step == same.step and progress.message_bits == same.message_bits
         jax.tree.map(np.testing.assert_array_equal, rest[-1].state.params, ends[17].params)
-    # The losses of all steps are looked at, those beside a synchronisation too.
+    # The losses of all steps are read, also of those that overlap with a synchronisation.
     with pytest.raises(Diverged, match="worker 1 is nan at step 9"):
         poison = poisoned(layout, np.nan, (9, 0, 1))
         list(training.run(round_fn, start(round_fn), poison, 17, measure_every))
     with pytest.raises(
-        ConfigurationError, match="go on from step 4, while the round from step 3 to 5"
+        ConfigurationError, match="resumed at step 4, while the round from step 3 to 5"
     ):
         next(training.dispatches(round_fn, 17, start=4))
 
 
-def test_a_run_asks_for_every_batch_once_and_only_when_a_step_is_wanted():
+def test_a_run_asks_for_every_batch_once_and_only_when_progress_is_asked_for():
     layout, asked = Layout(workers_per_hub=2), []
     round_fn = one_device(jaxlocal.local_sgd(grad_fn, SGD, period=5), layout)
 
@@ -161,16 +159,16 @@ def test_a_run_asks_for_every_batch_once_and_only_when_a_step_is_wanted():
         asked.append((start, steps))
         return batches_of(layout)(start, steps)
 
-    seen_progress = training.run(round_fn, start(round_fn), batches, 12)
-    first = next(seen_progress)
-    assert (first.step, first.round, first.local_steps, first.due) == (0, 0, 5, True)
+    progresses = training.run(round_fn, start(round_fn), batches, 12)
+    first = next(progresses)
+    assert (first.step, first.round, first.round_length, first.due) == (0, 0, 5, True)
     assert math.isnan(first.loss) and asked == []
-    second = next(seen_progress)
+    second = next(progresses)
     assert asked == [(0, second.step)]
-    rest = list(seen_progress)
+    rest = list(progresses)
     assert [s for s, _ in asked] == [0, *itertools.accumulate(n for _, n in asked)][:-1]
     assert sum(n for _, n in asked) == 12 and rest[-1].step == int(rest[-1].state.step) == 12
-    assert [s.local_steps for s in rest if s.due] == [5, 5, 2]
+    assert [s.round_length for s in rest if s.due] == [5, 5, 2]
 
 
 def poisoned(layout, value, *places):
@@ -193,26 +191,24 @@ def four_steps_of_eight_workers() -> RoundFn:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("measure_every", [0, 1, 2, 6])
-def test_divergence_names_step_and_worker_and_comes_before_any_measurement_of_it(
-    measure_every, value
-):
+def test_divergence_names_step_and_worker_and_precedes_later_measurements(measure_every, value):
     round_fn = four_steps_of_eight_workers()
     layout = round_fn.layout
-    # Worker 6 at step 5; worker 1 later, and no matter.
+    # Worker 6 diverges at step 5; worker 1 diverges later, which is not reported.
     batches = poisoned(layout, value, (5, 1, 2), (7, 0, 1))
-    seen_progress = []
+    progresses = []
     with pytest.raises(Diverged, match=f"worker 6 is {value} at step 5") as raised:
         for progress in training.run(round_fn, start(round_fn), batches, 16, measure_every):
-            seen_progress.append(progress)
+            progresses.append(progress)
     assert (raised.value.step, raised.value.worker) == (5, 6)
     due = {0: [0, 4], 1: [0, 1, 2, 3, 4, 5], 2: [0, 2, 4], 6: [0]}[measure_every]
-    assert [progress.step for progress in seen_progress if progress.due] == due
+    assert [progress.step for progress in progresses if progress.due] == due
     assert all(
-        math.isfinite(progress.loss) for progress in seen_progress if progress.due and progress.step
+        math.isfinite(progress.loss) for progress in progresses if progress.due and progress.step
     )
 
 
-def test_divergence_is_known_two_dispatches_later_where_nothing_is_measured():
+def test_divergence_without_measurements_is_raised_two_dispatches_later():
     layout = Layout(2, 4)
     round_fn = one_device(jaxlocal.local_sgd(grad_fn, SGD, period=16), layout, max_chunk=1)
     seen = []
@@ -221,18 +217,18 @@ def test_divergence_is_known_two_dispatches_later_where_nothing_is_measured():
             round_fn, start(round_fn), poisoned(layout, np.nan, (5, 1, 2)), 16
         ):
             seen.append(progress.step)
-    # The dispatch of step 5 ends at 6; the host does not wait for it at once.
+    # The dispatch of step 5 ends at 6; the host does not wait for it immediately.
     assert 6 <= seen[-1] <= 8
 
 
-def test_the_consensus_distance_is_that_of_the_workers_before_they_synchronise():
+def test_the_consensus_distance_is_measured_before_the_synchronisation():
     layout = Layout(2, 4, weights=np.arange(1, 9))
-    rounds = jaxlocal.local_sgd(grad_fn, SGD, period=4)
-    round_fn, batches = RoundFn(rounds, layout), batches_of(layout)
+    method = jaxlocal.local_sgd(grad_fn, SGD, period=4)
+    round_fn, batches = RoundFn(method, layout), batches_of(layout)
     single = jax.tree.map(lambda x: x.astype(np.float32), PARAMS)
     first = round_fn.init(single, jax.random.key(0))
-    seen_progress = training.run(round_fn, first, batches, 8, measure_every=2)
-    measured = {progress.step: progress.distance for progress in seen_progress}
+    progresses = training.run(round_fn, first, batches, 8, measure_every=2)
+    measured = {progress.step: progress.distance for progress in progresses}
     state, share = round_fn.init(single, jax.random.key(0)), np.arange(1, 9) / 36
     assert measured.pop(0) == 0
     for now in (2, 4, 6, 8):
@@ -248,28 +244,26 @@ def test_the_consensus_distance_is_that_of_the_workers_before_they_synchronise()
 
 def test_the_loss_of_a_step_is_the_weighted_mean_over_workers_that_took_their_step():
     layout = Layout(2, 4, weights=np.arange(1, 9), rates=0.5)
-    rounds = jaxlocal.local_sgd(
+    method = jaxlocal.local_sgd(
         jaxlocal.gradients(lambda params, batch, key: batch.sum() + 0 * params["weight"].sum()),
         SGD,
         period=4,
     )
-    round_fn, batches = one_device(rounds, layout), batches_of(layout)
-    seen_progress = list(training.run(round_fn, start(round_fn), batches, 8))
+    round_fn, batches = one_device(method, layout), batches_of(layout)
+    progresses = list(training.run(round_fn, start(round_fn), batches, 8))
     _, info = round_fn.local_steps(start(round_fn), batches(0, 4))
     weight = np.asarray(info.worker["active"]) * np.arange(1, 9).reshape(2, 4)
     assert 0 < weight.astype(bool).mean() < 1
     expected = (batches(0, 4).sum(-1) * weight).sum() / weight.sum()
-    np.testing.assert_allclose(seen_progress[1].loss, expected, rtol=1e-5)  # sums of float32 losses
+    np.testing.assert_allclose(progresses[1].loss, expected, rtol=1e-5)  # sums of float32 losses
 
 
-def test_measuring_changes_no_bit_of_the_run():
+def test_measuring_does_not_change_the_run():
     layout = Layout(workers_per_hub=8, rates=0.7)
     round_fn, ends = RoundFn(jaxlocal.local_sgd(grad_fn, ADAM, period=6), layout), []
     for measure_every in (0, 1, 5):
-        seen_progress = training.run(
-            round_fn, start(round_fn), batches_of(layout), 20, measure_every
-        )
-        *_, last = seen_progress
+        progresses = training.run(round_fn, start(round_fn), batches_of(layout), 20, measure_every)
+        *_, last = progresses
         ends.append(jax.tree.map(np.asarray, (last.state.params, last.state.opt_state)))
         assert last.message_bits == MessageBits(workers=4 * MODEL_BITS)
     for other in ends[1:]:
@@ -277,22 +271,22 @@ def test_measuring_changes_no_bit_of_the_run():
 
 
 @functools.cache
-def eight_workers_apart(devices: int):
+def eight_different_workers(devices: int):
     """A round function and its state after one step, with a model state that differs too."""
 
     def stateful(params, model_state, batch, key):
         return loss(params, batch, key), ({"shift": model_state["shift"] + batch[0]}, {})
 
     layout = Layout(workers_per_hub=8, weights=np.arange(1, 9))
-    rounds = jaxlocal.local_sgd(jaxlocal.gradients(stateful, stateful=True), SGD, period=1)
-    round_fn = RoundFn(rounds, layout, jaxlocal.make_mesh(layout, jax.devices()[:devices]))
+    method = jaxlocal.local_sgd(jaxlocal.gradients(stateful, stateful=True), SGD, period=1)
+    round_fn = RoundFn(method, layout, jaxlocal.make_mesh(layout, jax.devices()[:devices]))
     state = round_fn.init(PARAMS, jax.random.key(0), {"shift": jnp.zeros(())})
     return round_fn, round_fn.local_steps(state, batches_of(layout)(0, 1))[0]
 
 
 def metrics(params, model_state, batch):
     outputs = batch["x"] @ params["weight"] + model_state["shift"]
-    # The labels are int8, of which a sum of two would not fit.
+    # The labels are int8, in which a sum of two would overflow.
     return {"output": outputs, "label": batch["label"], "positive": outputs > 0}
 
 
@@ -300,8 +294,10 @@ def metrics(params, model_state, batch):
 @pytest.mark.parametrize(
     ("examples", "batch_size"), [(1, 500), (7, 500), (64, 3), (509, 500), (509, 7)]
 )
-def test_an_evaluation_is_the_plain_mean_of_the_average_model(devices, examples, batch_size):
-    round_fn, state = eight_workers_apart(devices)
+def test_an_evaluation_is_the_mean_over_examples_of_the_average_model(
+    devices, examples, batch_size
+):
+    round_fn, state = eight_different_workers(devices)
     random, share = np.random.default_rng(0), np.arange(1, 9) / 36
     data = {
         "x": random.normal(size=(examples, 3)).astype(np.float32),
@@ -314,13 +310,13 @@ def test_an_evaluation_is_the_plain_mean_of_the_average_model(devices, examples,
         rows = slice(None) if subset is None else subset
         got = Evaluation(round_fn, metrics, data, subset, batch_size)(state)
         assert all(type(value) is float for value in got.values())
-        # float32 sums of hundreds of numbers of size one
+        # Sums of hundreds of numbers of size one in float32.
         np.testing.assert_allclose(got["output"], outputs[rows].mean(), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(got["label"], data["label"][rows].mean(), rtol=1e-6)
         np.testing.assert_allclose(got["positive"], (outputs[rows] > 0).mean(), rtol=1e-6)
 
 
-def test_an_evaluation_takes_the_pool_of_the_rounds_by_default():
+def test_an_evaluation_takes_the_pool_of_the_round_function_by_default():
     pool = np.arange(10, dtype=np.float32)
     round_fn = RoundFn(
         jaxlocal.local_sgd(grad_fn, SGD, period=1), Layout(workers_per_hub=8), data=pool
@@ -329,18 +325,18 @@ def test_an_evaluation_takes_the_pool_of_the_rounds_by_default():
     assert evaluation(start(round_fn)) == {"mean": 4.5}
 
 
-def test_a_state_that_is_to_be_saved_is_finite():
-    """The update of step 3 is infinite, and no loss has told of it by step 4."""
+def test_a_state_is_finite_when_a_checkpoint_is_due():
+    """The update of step 3 is infinite, but the losses until step 4 are finite."""
     grad_fn = jaxlocal.gradients(lambda w, batch, key: (w * 0 + 1).sum())
     progress = jaxlocal.scale_by_step(lambda step: jnp.where(step == 3, jnp.inf, 0.1))
     layout = Layout(1, 2)
     round_fn = one_device(jaxlocal.local_sgd(grad_fn, progress, period=2), layout)
     state = round_fn.init(jnp.zeros(()), jax.random.key(0))
     batches = lambda start, steps: np.zeros((steps, 1, 2, 1), np.float32)
-    seen_progress = training.run(round_fn, state, batches, 8, measure_every=8, save_every=2)
+    progresses = training.run(round_fn, state, batches, 8, measure_every=8, save_every=2)
     saved = []
     with pytest.raises(Diverged, match="not finite at step 4"):
-        for progress in seen_progress:
+        for progress in progresses:
             saved += [progress.step] * progress.save
     assert saved == [2]
     with pytest.raises(ConfigurationError, match="checkpoints must be ≥ 0, got -1"):

@@ -1,4 +1,4 @@
-"""A small decoder-only transformer: it predicts each token from those before it."""
+"""A small decoder-only transformer, which predicts each token from the tokens before it."""
 
 import math
 
@@ -14,7 +14,7 @@ EXPANSION = 4  # width of the hidden layer of a block, in widths of the model
 
 
 class Attention(nnx.Module):
-    """Heads that each mix the values of the tokens up to their own."""
+    """Causal self-attention with several heads."""
 
     def __init__(self, width: int, heads: int, deviation: float, rngs: nnx.Rngs) -> None:
         self.heads = heads
@@ -23,9 +23,9 @@ class Attention(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         batch, length, width = tokens.shape
-        split = (batch, length, 3, self.heads, width // self.heads)
-        # Heads before length, so that both products are plain batched ones, the fastest on CPU.
-        parts = self.queries_keys_values(tokens).reshape(split).transpose(2, 0, 3, 1, 4)
+        by_head = (batch, length, 3, self.heads, width // self.heads)
+        # With heads before length, both products are plain batched products, the fastest on CPU.
+        parts = self.queries_keys_values(tokens).reshape(by_head).transpose(2, 0, 3, 1, 4)
         queries, keys, values = parts
         scores = queries @ keys.swapaxes(-1, -2) / math.sqrt(queries.shape[-1])
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
@@ -36,7 +36,7 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and a perceptron, each on normalised tokens and added to them."""
+    """Attention and a perceptron, each applied to normalised tokens and added to the tokens."""
 
     def __init__(
         self, width: int, heads: int, deviation: float, dropout: float, rngs: nnx.Rngs
@@ -55,7 +55,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embeddings of tokens and places, blocks, a last normalisation, a dense layer."""
+    """Embeddings of tokens and positions, blocks, a last normalisation, a dense layer."""
 
     def __init__(
         self,
@@ -68,9 +68,9 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         normal = nnx.initializers.normal(DEVIATION)
-        # Tables of one's own: nnx.Embed gives float32 whatever the type of its parameters.
+        # Plain parameters, since nnx.Embed gives float32 for parameters of any dtype.
         self.tokens = nnx.Param(normal(rngs.params(), (vocabulary, width)))
-        self.places = nnx.Param(normal(rngs.params(), (length, width)))
+        self.positions = nnx.Param(normal(rngs.params(), (length, width)))
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         deviation = DEVIATION / math.sqrt(2 * layers)
         self.blocks = nnx.List(
@@ -80,8 +80,8 @@ class Transformer(nnx.Module):
         self.logits = _dense(width, vocabulary, DEVIATION, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        places = self.places[...][: tokens.shape[1]]
-        values = self.dropout(self.tokens[...][tokens] + places)
+        positions = self.positions[...][: tokens.shape[1]]
+        values = self.dropout(self.tokens[...][tokens] + positions)
         for block in self.blocks:
             values = block(values)
         return self.logits(self.norm(values))
@@ -99,25 +99,28 @@ def transformer(
     heads: int = 4,
     dropout: float = 0.0,
 ) -> Model:
-    """A language model: integer tokens `[batch, length]` to the logits of the next, `[batch,
-    length, outputs]`.
+    """Decoder-only transformer: integer tokens `[batch, length]` to logits of the next tokens.
 
-    x = token + place; in each layer x ← x + attention(norm(x)), x ← x + mlp(norm(x)), where
-    attention is causal and the MLP has 4 widths of hidden units with GELU; logits = dense(norm(x)).
-    Norms are LayerNorm; places are learned. Weights start normal with deviation 0.02, those that
-    end a branch with 0.02 / sqrt(2 layers); biases start at zero.
+    x = token embedding + position embedding. Each layer sets x ← x + attention(norm(x)), then
+    x ← x + mlp(norm(x)); attention is causal, and the MLP has 4 width hidden units with GELU.
+    logits = dense(norm(x)). Norms are LayerNorm, and position embeddings are learned. Initial
+    weights are normal with standard deviation 0.02, or 0.02 / sqrt(2 layers) where an attention or
+    an MLP ends; initial biases are zero.
 
     Args:
-      input_shape: `(length,)`, the most tokens of a sequence; shorter ones are taken too.
+      input_shape: `(length,)`, the largest number of tokens in a sequence.
       outputs: number of tokens in the vocabulary, 2 or more.
       layers: number of blocks.
-      width: numbers that stand for a token.
-      heads: of the attention in each block; they divide the width.
-      dropout: rate at which the embedding and the branches drop numbers in training.
+      width: size of an embedding.
+      heads: number of attention heads in each block, a divisor of `width`.
+      dropout: dropout rate of the embeddings, attentions and MLPs in training, in [0, 1).
+
+    Returns:
+      The model, without model state; its outputs have shape `[batch, length, outputs]`.
 
     Raises:
-      ConfigurationError: an example is no sequence, the heads do not divide the width, or a size
-        or the rate is out of range.
+      ConfigurationError: an example is not a sequence, the heads do not divide the width, or a
+        size or the rate is out of range.
 
     >>> model = transformer((16,), outputs=97, layers=2, width=32)
     >>> params, model_state = jax.eval_shape(model.init, jax.random.key(0))
@@ -132,8 +135,8 @@ def transformer(
     https://arxiv.org/abs/1706.03762. Arrangement and initial weights: A. Radford et al., Language
     Models are Unsupervised Multitask Learners, 2019.
 
-    Differs from the latter in: logits have a matrix of their own, and attention weights are never
-    dropped.
+    Differs from the latter in: the matrix of the logits is not that of the token embeddings, and
+    attention weights are never dropped.
     """
     if len(input_shape) != 1:
         wanted = "sequences of tokens [length]"
@@ -142,8 +145,8 @@ def transformer(
         )
     if outputs < 2:
         raise ConfigurationError(
-            f"transformer tells 2 tokens or more apart, got {outputs}: it is for sequences of "
-            "tokens, such as the dataset docstrings"
+            f"transformer needs a vocabulary of 2 tokens or more, got {outputs}: it is for "
+            "sequences of tokens, such as the dataset docstrings"
         )
     for name, size in (("layers", layers), ("heads", heads)):
         if size < 1:

@@ -33,23 +33,30 @@ def _pooled(images: jax.Array, layer: nnx.Conv) -> jax.Array:
 
 
 def mll_cnn(input_shape: tuple[int, ...], outputs: int) -> Model:
-    """The convolutional network that Multi-Level Local SGD is evaluated with on EMNIST.
+    """Convolutional network for small images, with two convolutions, of Multi-Level Local SGD.
 
     conv 5x5 to 10 channels, relu, maxpool 2; conv 5x5 to 20 channels, relu, maxpool 2; dense 100,
     relu; dense. Convolutions keep the size of the image; pooling drops an odd last row or column.
 
     Args:
-      input_shape: `(height, width, channels)` of one image, sides of 4 or more.
+      input_shape: `(height, width, channels)` of one image, height and width of 4 or more.
       outputs: number of logits; with 1, outputs have shape `[batch]`.
 
+    Returns:
+      The model, without model state.
+
     Raises:
-      ConfigurationError: an example is no image, or too small a one.
+      ConfigurationError: an example is not an image, or the image is too small.
+
+    >>> params, _ = jax.eval_shape(mll_cnn((28, 28, 1), 62).init, jax.random.key(0))
+    >>> params["hidden"]["kernel"].shape
+    (980, 100)
 
     Reference: T. Castiglia, A. Das, S. Patterson, Multi-Level Local SGD: Distributed SGD for
     Heterogeneous Hierarchical Networks, ICLR 2021, https://arxiv.org/abs/2007.13819.
 
-    Differs from the paper in: initial weights are Flax's, normal with variance 1 / fan-in and zero
-    biases, since the paper states none.
+    Differs from the paper in: initial weights are Flax's, normal with variance 1 / fan-in, and
+    biases are zero, since the paper states none.
     """
     height, width, channels = image_sides("mll_cnn", input_shape, least=4)
     return from_nnx(lambda rngs: MllCnn(height, width, channels, outputs, rngs))

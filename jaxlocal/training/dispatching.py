@@ -1,0 +1,128 @@
+"""When the steps of a run are dispatched: the lengths of its rounds, and the pieces of a round."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jaxlocal import periods
+from jaxlocal.errors import ConfigurationError
+from jaxlocal.training.checks import check_length
+from jaxlocal.training.round import RoundFn
+from jaxlocal.types import Method
+
+
+class Dispatch(NamedTuple):
+    """Steps of one round that the host sends to the devices in one call."""
+
+    start: int  # the first step
+    steps: int  # number of steps
+    round_length: int  # H of the round
+    ends_round: bool  # whether the round ends after these steps
+    due: bool  # whether a measurement is due after these steps
+
+
+def schedule(method: Method, steps: int) -> Iterator[int]:
+    """Lengths H of all rounds of a run, in steps.
+
+    They follow the method's period. If the steps that remain at last are too few for a round, they
+    join the round before.
+
+    Args:
+      method: the method.
+      steps: number of steps of the run.
+
+    Returns:
+      An iterator over H of each round; their sum is `steps`.
+
+    Raises:
+      ConfigurationError: the steps do not divide into inner stages, or a round is too short.
+
+    >>> import jaxlocal, optax
+    >>> grad_fn = jaxlocal.gradients(lambda params, batch, key: (params - batch) ** 2)
+    >>> list(schedule(jaxlocal.local_sgd(grad_fn, optax.sgd(0.1), period=4), 10))
+    [4, 4, 2]
+    """
+    inner = method.inner.steps
+    if steps < 1:
+        raise ConfigurationError(f"a run must take at least 1 step, got {steps}")
+    if steps % inner:
+        nearest = max(inner, steps - steps % inner)
+        raise ConfigurationError(
+            f"{steps} steps do not divide into the {inner} steps between hub averages; {nearest} "
+            f"or {nearest + inner} would"
+        )
+    return _round_lengths(method, steps)
+
+
+def _round_lengths(method: Method, remaining: int) -> Iterator[int]:
+    for length in periods.lengths(method.period, remaining):
+        if remaining - length <= method.outer.steps:
+            length = remaining
+        if length % method.inner.steps:
+            raise ConfigurationError(
+                f"a round of {length} steps is not a multiple of the {method.inner.steps} steps of "
+                f"its inner stage"
+            )
+        check_length(method, length)
+        yield length
+        remaining -= length
+        if not remaining:
+            return
+
+
+def dispatches(
+    round_fn: RoundFn, steps: int, measure_every: int = 0, start: int = 0
+) -> Iterator[Dispatch]:
+    """Dispatches of a run: its rounds, cut where measurements are due, in chunks.
+
+    Args:
+      round_fn: the round function.
+      steps: number of steps of the whole run.
+      measure_every: steps between measurements, as for `run`.
+      start: the step from which the run is resumed; it may lie within a round.
+
+    Returns:
+      An iterator over the dispatches from `start` on.
+
+    Raises:
+      ConfigurationError: the run cannot be resumed at `start`, the steps do not divide, or
+        `measure_every` is negative.
+
+    >>> import jaxlocal, optax
+    >>> grad_fn = jaxlocal.gradients(lambda params, batch, key: (params - batch) ** 2)
+    >>> method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.1), period=5)
+    >>> round_fn = jaxlocal.RoundFn(method, jaxlocal.Layout(workers_per_hub=2))
+    >>> [(piece.start, piece.steps, piece.ends_round) for piece in dispatches(round_fn, 8)]
+    [(0, 4, False), (4, 1, True), (5, 1, False), (6, 1, False), (7, 1, True)]
+    """
+    method, step = round_fn.method, 0
+    inner, ending = method.inner.steps, method.outer.steps
+    if measure_every < 0:
+        raise ConfigurationError(f"steps between measurements must be ≥ 0, got {measure_every}")
+
+    def due(step: int, end: int) -> bool:
+        return step == steps or (step % measure_every < inner if measure_every else step == end)
+
+    if not 0 <= start <= steps or start % inner:
+        raise ConfigurationError(
+            f"a run of {steps} steps, with {inner} between hub averages, cannot be resumed at step "
+            f"{start}"
+        )
+    for length in schedule(method, steps):
+        end = step + length
+        local = end - ending  # the steps after it are those of the outer stage
+        step = min(max(step, start), end)
+        if local < step < end:
+            raise ConfigurationError(
+                f"a run cannot be resumed at step {step}, while the round from step {local} to "
+                f"{end} ends"
+            )
+        while step < local:
+            stops = range(step + inner, local + 1, inner)
+            stop = next(t for t in stops if t == local or due(t, end))
+            for size in round_fn.chunks(stop - step):
+                step += size
+                yield Dispatch(step - size, size, length, step == end, due(step, end))
+        if step < end:
+            measured = any(due(t, end) for t in range(step + inner, end + 1, inner))
+            step = end
+            yield Dispatch(local, ending, length, True, measured)
