@@ -1,4 +1,4 @@
-"""The worker grid: weights, rates, meshes, keys, and functions run for every worker."""
+"""Layouts, meshes, keys, functions that are run for every worker, and their averages."""
 
 import re
 
@@ -21,13 +21,13 @@ def refused(message):
     return pytest.raises(ConfigurationError, match=re.escape(message))
 
 
-def test_weights_are_given_for_all_for_a_hub_or_for_each():
+def test_weights_and_rates_are_one_number_one_per_worker_of_a_hub_or_one_per_worker():
     assert (Layout(2, 3).weight == 1 / 6).all()
     assert (Layout(2, 3, weights=5).weight == 1 / 6).all()
-    a_hub = Layout(2, 3, weights=[1, 2, 3])
-    np.testing.assert_allclose(a_hub.weight, np.array([[1, 2, 3], [1, 2, 3]]) / 12)
-    each = Layout(2, 3, weights=range(1, 7))
-    np.testing.assert_allclose(each.weight, np.array([[1, 2, 3], [4, 5, 6]]) / 21)
+    per_hub = Layout(2, 3, weights=[1, 2, 3])
+    np.testing.assert_allclose(per_hub.weight, np.array([[1, 2, 3], [1, 2, 3]]) / 12)
+    per_worker = Layout(2, 3, weights=range(1, 7))
+    np.testing.assert_allclose(per_worker.weight, np.array([[1, 2, 3], [4, 5, 6]]) / 21)
     a_column = Layout(2, 3, weights=[[1], [2]])
     np.testing.assert_allclose(a_column.weight, np.array([[1, 1, 1], [2, 2, 2]]) / 9)
     np.testing.assert_allclose(a_column.hub_weight, [1 / 3, 2 / 3])
@@ -50,7 +50,7 @@ def test_shares_sum_to_one_over_all_and_in_each_hub(hubs, count, seed):
     assert context.worker.dtype == np.int32 and context.worker.shape == layout.shape
 
 
-def test_grids_and_weights_and_rates_that_are_none_are_refused():
+def test_wrong_grids_weights_and_rates_are_refused():
     with refused("hubs must be an integer of at least 1, got 0"):
         Layout(0, 4)
     with refused("workers_per_hub must be an integer of at least 1, got -1"):
@@ -78,7 +78,7 @@ def test_grids_and_weights_and_rates_that_are_none_are_refused():
         (Layout(1, 7), (1, 7)),
         (Layout(1, 11), (1, 1)),
         (Layout(3, 2), (3, 2)),
-        (Layout(5, 20), (5, 1)),  # and hubs before workers where as many devices are used
+        (Layout(5, 20), (5, 1)),  # hubs before workers where both use as many devices
     ],
 )
 def test_a_mesh_uses_as_many_devices_as_the_grid_divides_over(layout, shape):
@@ -93,7 +93,7 @@ def test_a_mesh_of_a_shape_has_that_shape_and_its_devices_in_order():
     assert list(mesh.devices.ravel()) == devices[1:7]
 
 
-def test_a_third_size_splits_every_worker_over_neighbouring_devices():
+def test_a_third_size_shards_every_worker_over_neighbouring_devices():
     mesh = make_mesh(Layout(2, 2), shape=(2, 1, 4))
     assert mesh.axis_names == ("hubs", "workers", "model")
     assert [[d.id for d in row] for row in mesh.devices[:, 0]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -101,9 +101,9 @@ def test_a_third_size_splits_every_worker_over_neighbouring_devices():
 
 
 def test_meshes_that_do_not_fit_are_refused():
-    with refused("a 1 × 3 × 4 mesh needs 12 devices, there are 8"):
+    with refused("a 1 × 3 × 4 mesh needs 12 devices, and there are 8"):
         make_mesh(Layout(1, 3), jax.devices()[:8], shape=(1, 3, 4))
-    with refused("a worker cannot be split over 0 devices"):
+    with refused("a worker cannot be sharded over 0 devices"):
         make_mesh(Layout(1, 3), shape=(1, 3, 0))
     with refused("a mesh is hubs × workers or hubs × workers × model, got 1 × 1 × 1 × 1"):
         make_mesh(Layout(1, 3), shape=(1, 1, 1, 1))
@@ -113,7 +113,7 @@ def test_meshes_that_do_not_fit_are_refused():
         make_mesh(Layout(4, 6), shape=(2, 4))
     with refused("4 hubs do not divide over 0 devices"):
         make_mesh(Layout(4, 6), shape=(0, 1))
-    with refused("a 4 × 6 mesh needs 24 devices, there are 8"):
+    with refused("a 4 × 6 mesh needs 24 devices, and there are 8"):
         make_mesh(Layout(4, 6), jax.devices()[:8], shape=(4, 6))
 
 
@@ -162,14 +162,14 @@ def test_a_function_of_one_worker_is_run_for_each(mode, mesh):
     np.testing.assert_array_equal(out["constant"], np.ones((2, 3, 2)))
 
 
-def test_an_unknown_worker_map_is_refused_with_what_is_near():
+def test_an_unknown_worker_map_is_refused_with_the_nearest_names():
     with refused(
         "unknown worker map 'vmapp'; did you mean 'vmap' or 'map'? known: vmap, map, blocks:N"
     ):
         worker_maps.over_workers(lambda x: x, "vmapp")
 
 
-def test_convolutions_are_found_however_deep_they_lie():
+def test_convolutions_are_found_at_any_depth():
     image, kernel = jnp.zeros((1, 8, 8, 3)), jnp.zeros((3, 3, 3, 2))
 
     def convolve(x, k):
@@ -190,7 +190,7 @@ def test_convolutions_are_found_however_deep_they_lie():
     assert not found(lambda x, k: jnp.tanh(x).sum() + k.sum() + jnp.linalg.norm(x[0, 0] @ k[0, 0]))
 
 
-def test_the_worker_map_of_a_backend(monkeypatch):
+def test_the_worker_map_depends_on_backend_and_convolutions(monkeypatch):
     shape = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)
     pool = lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     assert worker_maps.worker_map_for(jnp.sin, shape) == "map"
@@ -221,7 +221,7 @@ def test_mean_and_consensus_distance(mesh):
     np.testing.assert_allclose(distance, np.sqrt((layout.weight * squares).sum()), rtol=1e-5)
 
 
-def test_consensus_has_no_distance():
+def test_the_distance_of_consensus_is_zero():
     layout = Layout(2, 2, weights=[1, 2, 4, 8])  # shares of fifteenths do not sum exactly
     alike = np.full((2, 2, 5), 3.0, np.float32)
     distance = on_mesh(
@@ -234,7 +234,7 @@ def test_consensus_has_no_distance():
     assert distance < 1e-5
 
 
-def test_means_keep_the_type_of_their_leaves():
+def test_means_keep_the_dtypes_of_leaves():
     tree = {"half": np.ones((2, 2, 3), jnp.bfloat16), "count": np.full((2, 2), 7, np.int32)}
     mean = on_mesh(
         lambda context, x: collectives.mean(x, context), Layout(2, 2), (2, 1), tree, out=P()
@@ -252,5 +252,5 @@ def test_weighted_sums_of_half_precision_are_in_float32(over):
     if over == "all":
         expected = expected.sum(axis=0, keepdims=True)
     assert total.dtype == jnp.float32 and total.shape == expected.shape
-    # 192 terms, each rounded at 6e-8; in bfloat16 they would be rounded at 4e-3.
+    # 192 terms, each rounded at 6e-8; bfloat16 would round them at 4e-3.
     np.testing.assert_allclose(total, expected, rtol=1e-5)

@@ -1,5 +1,5 @@
-"""Workers larger than a device: split over the mesh axis `model`, they give the same numbers, keep
-their places, and say the same to each other, each device its part."""
+"""Sharded workers, larger than a device, give the same numbers as whole ones and stay sharded, and
+each device sends its shard to the other workers."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ from jaxlocal.training.evaluation import Evaluation, Reestimation
 
 LENGTH, TOKENS = 8, 16
 FLAT, HUBS = Layout(workers_per_hub=4, weights=[1, 2, 3, 4]), Layout(hubs=4, rates=[1, 0.5, 1, 0.5])
-WHOLE = (1, 1)
+WHOLE, MESH, LEAST = (1, 1), (1, 2, 4), 64
 language = transformer((LENGTH,), TOKENS, layers=1, width=8, heads=2)
 
 
@@ -88,12 +88,23 @@ METHODS = {
 }
 
 
-def rounds_on(mesh, method="local_sgd", loss=perceptron, least=0, rule=None, **options):
-    """The compiled rounds on a mesh of a shape; small leaves are split too."""
-    rounds = METHODS[method](jaxlocal.gradients(loss), optax.sgd(0.1, 0.9), **options)
+@functools.cache
+def _round_fn_on(mesh, method, loss, worker_map):
+    least = LEAST if loss is next_tokens else 0
+    return with_rule(sharding.fsdp((*mesh, 1)[2], least), mesh, method, loss, worker_map)
+
+
+def round_fn_on(mesh, method="local_sgd", loss=perceptron, worker_map="map"):
+    """The round on a mesh of a shape, compiled once; only small leaves of the language model are
+    not sharded."""
+    return _round_fn_on(mesh, method, loss, worker_map)
+
+
+def with_rule(rule, mesh, method="local_sgd", loss=perceptron, worker_map="map"):
+    grad_fn, optimizer = jaxlocal.gradients(loss), optax.sgd(0.1, 0.9)
     layout = HUBS if method == "mll_sgd" else FLAT
-    rule = rule or sharding.fsdp((*mesh, 1)[2], least)
-    return RoundFn(rounds, layout, make_mesh(layout, shape=mesh), sharding=rule)
+    method = METHODS[method](grad_fn, optimizer, worker_map=worker_map)
+    return RoundFn(method, layout, make_mesh(layout, shape=mesh), sharding=rule)
 
 
 def batches_of(round_fn, loss):
@@ -102,7 +113,7 @@ def batches_of(round_fn, loss):
 
 
 def trained(round_fn, loss, rounds=2):
-    """State and losses after some rounds of four steps."""
+    """State and losses after a number of rounds of four steps."""
     state = round_fn.init(PARAMS[loss], jax.random.key(1))
     batches, losses = batches_of(round_fn, loss), []
     for start in range(0, 4 * rounds, 4):
@@ -113,11 +124,11 @@ def trained(round_fn, loss, rounds=2):
 
 @functools.cache
 def trained_whole(method, loss):
-    return trained(rounds_on(WHOLE, method, loss), loss)
+    return trained(round_fn_on(WHOLE, method, loss), loss)
 
 
 def assert_close(one, other):
-    """To float32 rounding: sums are taken in another order."""
+    """Up to the rounding of float32: sums are taken in another order."""
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), one, other)
 
 
@@ -125,7 +136,7 @@ def as_numpy(tree):
     return jax.tree.map(np.asarray, tree)
 
 
-def assert_in_place(state, shapes):
+def assert_sharded_as(state, shapes):
     for x, shape in zip(jax.tree.leaves(state), jax.tree.leaves(shapes), strict=True):
         assert x.sharding.is_equivalent_to(shape.sharding, x.ndim)
 
@@ -144,80 +155,76 @@ def assert_in_place(state, shapes):
         ("cser", perceptron, (1, 2, 4), "map"),
     ],
 )
-def test_split_workers_train_as_whole_ones(method, loss, mesh, worker_map):
-    least = 64 if loss is next_tokens else 0
-    split = rounds_on(mesh, method, loss, least, worker_map=worker_map)
-    (state, losses), (expected, expected_losses) = trained(split, loss), trained_whole(method, loss)
+def test_sharded_workers_train_as_whole_ones(method, loss, mesh, worker_map):
+    round_fn = round_fn_on(mesh, method, loss, worker_map)
+    state, losses = trained(round_fn, loss)
+    expected, expected_losses = trained_whole(method, loss)
     assert_close(losses, expected_losses)
     assert_close(as_numpy(state.params), as_numpy(expected.params))
     assert_close(as_numpy(state.opt_state), as_numpy(expected.opt_state))
-    assert_in_place(state, split.shapes(PARAMS[loss]))
-
-
-MESH, LEAST = (1, 2, 4), 64
+    assert_sharded_as(state, round_fn.shapes(PARAMS[loss]))
 
 
 @functools.cache
-def language_rounds(mesh=MESH):
-    """Local SGD with momentum on the transformer, and what a round is handed."""
-    round_fn = rounds_on(mesh, loss=next_tokens, least=LEAST)
+def language_round(mesh=MESH):
+    """Local SGD with momentum on the transformer, the shapes of its state, and batches."""
+    round_fn = round_fn_on(mesh, loss=next_tokens)
     state = round_fn.shapes(PARAMS[next_tokens])
     return round_fn, state, batches_of(round_fn, next_tokens)[:4]
 
 
-@functools.cache
 def compiled(which, mesh=MESH):
-    round_fn, state, batches = language_rounds(mesh)
+    round_fn, state, batches = language_round(mesh)
     lowered = [program for _, program in round_fn.lower(state, batches)]
     return lowered[-1 if which == "outer" else 0].compile()
 
 
-def of_one(tree):
-    """Elements of one worker's leaves, and of those, elements on one of its four devices."""
+def worker_and_shard_sizes(tree):
+    """Elements of one worker's leaves, and the number of them on one of its four devices."""
     sizes = [x.size // FLAT.workers for x in jax.tree.leaves(tree)]
-    split = lambda x: math.prod(x.shape) >= LEAST * FLAT.workers
+    sharded = lambda x: math.prod(x.shape) >= LEAST * FLAT.workers
     return sum(sizes), sum(
-        n // 4 if split(x) else n for n, x in zip(sizes, jax.tree.leaves(tree), strict=True)
+        n // 4 if sharded(x) else n for n, x in zip(sizes, jax.tree.leaves(tree), strict=True)
     )
 
 
-def test_a_device_holds_its_part_of_a_worker():
-    _, state, _ = language_rounds()
+def test_a_device_holds_its_shard_of_a_worker():
+    _, state, _ = language_round()
     for tree in (state.params, state.opt_state):
-        whole, part = of_one(tree)
-        here = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
-        assert here == 2 * part  # two workers on each
-        assert part < 0.4 * whole
+        whole, shard = worker_and_shard_sizes(tree)
+        held = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+        assert held == 2 * shard  # of two workers
+        assert shard < 0.4 * whole
 
 
-def test_between_workers_each_device_says_its_part_of_the_model():
-    round_fn, state, _ = language_rounds()
+def test_each_device_sends_its_shard_of_the_model_to_other_workers():
+    round_fn, state, _ = language_round()
     sent = by_kind(one.collective() for one in audit(compiled("outer"), round_fn.mesh))
-    _, part = of_one(state.params)
-    assert sent == {("all-reduce", ("workers",), "float32"): 4 * part}
+    _, shard = worker_and_shard_sizes(state.params)
+    assert sent == {("all-reduce", ("workers",), "float32"): 4 * shard}
     assert sent == by_kind(round_fn.collectives(state, 1))
 
 
-def test_in_the_local_steps_only_the_devices_of_a_worker_speak():
-    found = audit(compiled(4), language_rounds()[0].mesh)
+def test_in_local_steps_only_the_devices_of_one_worker_communicate():
+    found = audit(compiled(4), language_round()[0].mesh)
     assert found and {one.axes for one in found} == {("model",)}
     assert all(one.loops for one in found)
 
 
-def test_the_devices_of_a_worker_share_its_batch():
-    whole, split = (compiled(4, mesh).cost_analysis() for mesh in (WHOLE, MESH))
-    assert split["flops"] < 0.4 * whole["flops"]
+def test_the_devices_of_a_worker_divide_its_batch():
+    whole, sharded = (compiled(4, mesh).cost_analysis() for mesh in (WHOLE, MESH))
+    assert sharded["flops"] < 0.4 * whole["flops"]
 
 
-def test_a_checkpoint_goes_on_on_any_mesh(tmp_path):
+def test_a_checkpoint_resumes_on_any_mesh(tmp_path):
     def restored(folder, mesh):
         with Checkpoints(folder) as checkpoints:
-            shapes = rounds_on(mesh).shapes(PARAMS[perceptron])
+            shapes = round_fn_on(mesh).shapes(PARAMS[perceptron])
             state, _ = checkpoints.restore(shapes)
-            assert_in_place(state, shapes)
+            assert_sharded_as(state, shapes)
             return state
 
-    state = rounds_on((1, 2, 2)).init(PARAMS[perceptron], jax.random.key(2))
+    state = round_fn_on((1, 2, 2)).init(PARAMS[perceptron], jax.random.key(2))
     state = state._replace(params=jax.tree.map(lambda x: x * (1 + x), state.params))
     values = [as_numpy(state.params)]
     for number, mesh in enumerate([(1, 1), (1, 1, 4), (1, 4, 2)]):
@@ -235,19 +242,20 @@ def outputs(params, model_state, batch):
 
 @functools.cache
 def measured(mesh):
-    """The metrics, mean and distance of workers that are apart, with statistics of the mean."""
-    round_fn = rounds_on(mesh)
+    """The metrics, mean and consensus distance of workers whose models differ, with the model state
+    re-estimated at their mean."""
+    round_fn = round_fn_on(mesh)
     state = round_fn.init(PARAMS[perceptron], jax.random.key(0), {"shift": jnp.zeros(8)})
     first = jax.device_put(drawn(7, 1, 4, 12, 8), state.params["first"].sharding)
     state = state._replace(params={**state.params, "first": first})
-    moved = lambda params, state, batch: {"shift": batch["x"].mean(0)[:8] * params["bias"]}
-    state = Reestimation(round_fn, moved, {"x": drawn(6, 3, 1, 4, 8, 12)})(state)
+    estimate = lambda params, state, batch: {"shift": batch["x"].mean(0)[:8] * params["bias"]}
+    state = Reestimation(round_fn, estimate, {"x": drawn(6, 3, 1, 4, 8, 12)})(state)
     metrics = Evaluation(round_fn, outputs, {"x": drawn(5, 37, 12)}, batch_size=3)(state)
     return metrics, as_numpy(round_fn.mean(state)), float(round_fn.consensus_distance(state))
 
 
 @pytest.mark.parametrize("mesh", [(1, 2, 2), (1, 1, 4)])
-def test_split_workers_are_measured_as_whole_ones(mesh):
+def test_sharded_workers_are_evaluated_as_whole_ones(mesh):
     assert_close(measured(mesh), measured(WHOLE))
     _, (_, statistics), distance = measured(mesh)
     assert distance > 1 and statistics["shift"].all()
@@ -257,7 +265,7 @@ def refused(sentence):
     return pytest.raises(ConfigurationError, match=re.escape(sentence))
 
 
-def test_the_automatic_rule_splits_the_largest_dimension_that_divides():
+def test_fsdp_shards_the_largest_dimension_that_divides():
     rule = sharding.fsdp(4, least=0)
     shapes = {(3, 8, 16): 2, (8, 8): 0, (6, 4): 1, (5, 7): None, (): None, (12,): 0}
     for shape, place in shapes.items():
@@ -265,9 +273,9 @@ def test_the_automatic_rule_splits_the_largest_dimension_that_divides():
     assert sharding.fsdp(4, least=65)("", (8, 8)) == P()
 
 
-def test_rules_by_name_place_what_optimizers_and_stages_keep_of_a_parameter_too():
+def test_rules_by_name_shard_optimizer_states_and_memories_as_their_parameters():
     rule = sharding.by_name([("first", P(None, "model")), ("second", P("model")), ("", P())])
-    state = rounds_on((1, 2, 4), "diloco", rule=rule).shapes(PARAMS[perceptron])
+    state = with_rule(rule, (1, 2, 4), "diloco").shapes(PARAMS[perceptron])
     wanted = {"first": [12, 2], "bias": [8], "second": [2, 4]}
     trace = state.opt_state[0].trace
     for tree, lead in ((state.params, [1, 2]), (trace, [1, 2]), (state.anchor, [])):
@@ -278,18 +286,18 @@ def test_rules_by_name_place_what_optimizers_and_stages_keep_of_a_parameter_too(
 
 
 def test_rules_that_do_not_fit_are_refused():
-    def on(pairs, mesh=(1, 1, 8)):
-        return rounds_on(mesh, rule=sharding.by_name(pairs)).shapes(PARAMS[perceptron])
+    def shapes_by(pairs, mesh=(1, 1, 8)):
+        return with_rule(sharding.by_name(pairs), mesh).shapes(PARAMS[perceptron])
 
     with refused("none of the patterns ['kernel'] is found in params/bias"):
-        on([("kernel", P("model"))])
+        shapes_by([("kernel", P("model"))])
     with refused(
-        f"params/first of shape (12, 8) cannot be split as {P('model')} over the 8 devices"
+        f"params/first of shape (12, 8) cannot be sharded as {P('model')} over the 8 devices"
     ):
-        on([("first", P("model")), ("", P())])
+        shapes_by([("first", P("model")), ("", P())])
     for spec in (P(None, "model"), P("workers"), P("model", "model")):
-        with refused(f"params/bias of shape (8,) cannot be split as {spec} over"):
-            on([("bias", spec), ("", P())])
+        with refused(f"params/bias of shape (8,) cannot be sharded as {spec} over"):
+            shapes_by([("bias", spec), ("", P())])
 
 
 def test_a_loss_may_gather_its_parameters_itself():
@@ -297,9 +305,9 @@ def test_a_loss_may_gather_its_parameters_itself():
         first, second = (sharding.unshard(params[name]) for name in ("first", "second"))
         return jnp.square(jax.nn.relu(batch @ first + params["bias"]) @ second - 1).mean()
 
-    rounds = jaxlocal.local_sgd(
+    method = jaxlocal.local_sgd(
         jaxlocal.gradients(loss, gathered=False), optax.sgd(0.1, 0.9), period=4
     )
-    round_fn = RoundFn(rounds, FLAT, make_mesh(FLAT, shape=(1, 2, 2)))
+    round_fn = RoundFn(method, FLAT, make_mesh(FLAT, shape=(1, 2, 2)))
     _, losses = trained(round_fn, perceptron)
     assert_close(losses, trained_whole("local_sgd", perceptron)[1])
