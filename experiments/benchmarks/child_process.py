@@ -1,7 +1,7 @@
 """Child processes that answer each line of the benchmark with a line of JSON.
 
-A contender runs in its own process, so that its compilation, memory and threads disturb no other.
-It replies once when it is ready, and then to each request.
+A contender runs in its own process, so that its compilation, memory and threads do not disturb the
+others. It replies once when it is ready, and then to each request.
 """
 
 import json

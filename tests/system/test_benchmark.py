@@ -10,6 +10,9 @@ from binaries import call, call_new
 from experiments.benchmarks.compression.suite import COMPRESSORS
 from experiments.benchmarks.machine_load import BUSY_SHARE, wait_until_idle
 from experiments.benchmarks.memory import peak_bytes
+from experiments.benchmarks.scaling.group import GroupTimings
+from experiments.benchmarks.scaling.slow_link import NoLink
+from experiments.benchmarks.speed.interleaved import Timings
 from experiments.benchmarks.timing import interleaved_seconds
 
 SIDE, WORKERS = 16, 4
@@ -78,6 +81,53 @@ def test_the_command_prints_a_table_and_writes_json(compression):
     assert "grbs:8" in printed and "peak of a round" in printed
     assert figures["suite"] == "compression" and len(figures["other_load_during"]) == 1
     assert set(figures["sync_times"]["compressors"]) == set(TIMED)
+
+
+def run_suite(suite, folder):
+    """The exit status of a suite on one workload, what it printed, and its figures."""
+    output = folder / "figures.json"
+    flags = ("--workloads=softmax", "--repeats=2", "--wait_idle=0", f"--output={output}")
+    called = call("benchmark", f"--suite={suite}", *flags)
+    return called.status, called.out, json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("failure", [None, "not done in 300 s"])
+def test_the_suite_speed_fails_where_jaxlocal_fails(failure, monkeypatch, tmp_path):
+    def time_interleaved(commands, repeats, limit):
+        timings = {name: Timings({}, [{"seconds": 4.0}] * repeats) for name in commands}
+        own = [{"seconds": 2.0}] * repeats
+        return {**timings, "jaxlocal": Timings({}, [] if failure else own, failure)}, 0.5
+
+    monkeypatch.setattr(
+        "experiments.benchmarks.speed.comparison.time_interleaved", time_interleaved
+    )
+    status, printed, figures = run_suite("speed", tmp_path)
+    assert (status, figures["complete"]) == ((1, False) if failure else (0, True))
+    assert "softmax, 100 workers × 300, 8 steps" in printed and "was busy" in printed
+    assert figures["other_load_during"] == [0.5] and figures["busy"]
+    row = figures["workloads"][0]["contenders"]["vmap"]
+    assert row["seconds"] == [4.0, 4.0]
+    assert row.get("ratio") == (None if failure else {"median": 2.0, "min": 2.0, "max": 2.0})
+
+
+def test_the_suite_scaling_does_without_a_link_that_cannot_be_slowed_down(monkeypatch, tmp_path):
+    def time_groups(workload, requests, repeats, limit, link=None):
+        seconds = {s: {r: [1.0] * repeats for r in asked} for s, asked in requests.items()}
+        return {setup: GroupTimings(one, {}) for setup, one in seconds.items()}, None
+
+    def slow_link(count, mbps, ms):
+        raise NoLink("network namespaces need root")
+
+    monkeypatch.setattr("experiments.benchmarks.scaling.speedups.time_groups", time_groups)
+    monkeypatch.setattr("experiments.benchmarks.scaling.suite.slow_link", slow_link)
+    status, printed, figures = run_suite("scaling", tmp_path)
+    assert status == 0 and figures["complete"] and figures["link"] == []
+    assert figures["link_missing"] == "network namespaces need root"
+    assert "this machine cannot slow down a link: network namespaces need root" in printed
+    rows = figures["scaling"][0]
+    # One device and eight take the same time for a step of all their workers.
+    assert rows["weak"]["8 devices"]["methods"]["cser"]["speedup"]["median"] == 8.0
+    assert rows["strong"]["8 devices"]["methods"]["cser"]["speedup"]["median"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ class Group:
         ]
         for number in range(setup.processes):
             prefix = link.command_prefix(number) if link else []
-            own = [*prefix, *command, f"--process={number}"]
-            self.children.append(ChildProcess(own, self._limit))
+            words = [*prefix, *command, f"--process={number}"]
+            self.children.append(ChildProcess(words, self._limit))
 
     def request(self, request: Request) -> tuple[float, Any]:
         """Run a round in all processes.
@@ -109,7 +109,10 @@ def time_groups(
       The timings by setup, and the share of the machine's cores that other processes used during
       the rounds, if known.
     """
-    timings = {setup: GroupTimings({q: [] for q in asked}, {}) for setup, asked in requests.items()}
+    timings = {
+        setup: GroupTimings({request: [] for request in asked}, {})
+        for setup, asked in requests.items()
+    }
     groups = {setup: Group(workload, setup, limit, link) for setup in requests}
     order = _alternating(requests)
     with contextlib.ExitStack() as stack:

@@ -123,10 +123,10 @@ def slow_link(count: int, mbps: float, ms: float) -> Iterator[Link]:
         _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
         _run("ip", "-n", switch, "link", "set", "bridge", "up")
         for number in range(count):
-            own = f"{name}-{number}"
-            _add_namespace(own, stack)
-            _write_hosts(own, Link.address(number), stack)
-            _connect(own, switch, number)
+            namespace = f"{name}-{number}"
+            _add_namespace(namespace, stack)
+            _write_hosts(namespace, Link.address(number), stack)
+            _connect(namespace, switch, number)
         yield Link(name, count, mbps, ms)
 
 

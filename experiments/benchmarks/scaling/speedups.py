@@ -38,14 +38,7 @@ def measure_speedups(
         "strong": dict.fromkeys(setups, workload.workers),
         "weak": {setup: setup.total for setup in setups},
     }
-    requests = {
-        setup: [
-            Request(method, count)
-            for count in dict.fromkeys(workers[kind][setup] for kind in workers)
-            for method in methods
-        ]
-        for setup in setups
-    }
+    requests = {s: _requests([counts[s] for counts in workers.values()], methods) for s in setups}
     timings, load = time_groups(workload, requests, repeats, limit)
     figures: dict[str, Any] = {
         kind: {s.title: speedup_row(s, counts, timings, workload.steps, methods) for s in timings}
@@ -53,6 +46,11 @@ def measure_speedups(
     }
     failed = failures(timings)
     return {**figures, "cores": cores(), "failures": failed, "other_load": load}
+
+
+def _requests(counts: Sequence[int], methods: Sequence[str]) -> list[Request]:
+    """A round of every method with each number of workers."""
+    return [Request(method, count) for count in dict.fromkeys(counts) for method in methods]
 
 
 def speedup_row(

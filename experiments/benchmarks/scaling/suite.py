@@ -48,19 +48,15 @@ def run(
     for workload in workloads:
         scaling.append(measure_speedups(workload, repeats, limit))
         show_speedups(workload, scaling[-1], console)
-    link, missing = [], None
-    try:
-        link = _over_slow_link(workloads, repeats, limit, (link_mbps, link_ms), console)
-    except NoLink as reason:
-        missing = str(reason)
-        console.print(Text(f"\nthis machine cannot slow down a link: {missing}"), soft_wrap=True)
-    during = [part.pop("other_load") for part in scaling + link]
+    link, missing = _over_slow_link(workloads, repeats, limit, (link_mbps, link_ms), console)
+    parts = scaling + link
+    during = [part.pop("other_load") for part in parts]
     return {
         "workloads": [workload._asdict() for workload in workloads],
         "scaling": scaling,
         "link": link,
         "link_missing": missing,
-        "complete": not any(part["failures"] for part in scaling + link),
+        "complete": not any(part["failures"] for part in parts),
         "other_load_before": before,
         "other_load_during": during,
     }
@@ -72,13 +68,17 @@ def _over_slow_link(
     limit: float,
     speed: tuple[float, float],
     console: Console,
-) -> list[dict[str, Any]]:
-    """The figures of every workload over a link of that rate and delay; raises NoLink."""
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The figures of every workload over a link of that rate and delay, or why there are none."""
     processes, parts = max(setup.processes for setup in OVER_LINK), []
-    with slow_link(processes, *speed) as link:
-        if link.ms != speed[1]:
-            console.print(f"\nwithout --link_ms={speed[1]:g}: this kernel has no netem")
-        for workload in workloads:
-            parts.append(measure_over_link(workload, repeats, limit, link))
-            show_link_costs(workload, parts[-1], console)
-    return parts
+    try:
+        with slow_link(processes, *speed) as link:
+            if link.ms != speed[1]:
+                console.print(f"\nwithout --link_ms={speed[1]:g}: this kernel has no netem")
+            for workload in workloads:
+                parts.append(measure_over_link(workload, repeats, limit, link))
+                show_link_costs(workload, parts[-1], console)
+    except NoLink as reason:
+        console.print(Text(f"\nthis machine cannot slow down a link: {reason}"), soft_wrap=True)
+        return [], str(reason)
+    return parts, None

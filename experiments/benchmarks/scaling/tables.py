@@ -56,7 +56,7 @@ def show_link_costs(workload: Workload, figures: dict[str, Any], console: Consol
             f"{link}, {processes}, {workload.workers} workers: ms a step, measured and predicted"
         )
         _print_title(console, f"{title}, overhead, and speed-up over data parallelism")
-        names = ("measured", "predicted", "ratio", "overhead", "ratio with it", "speed-up")
+        names = ("measured", "predicted", "ratio", "overhead", "with it", "speed-up")
         table = columns("", *names)
         for method, row in rows.items():
             table.add_row(_label(method), *_link_cells(row))

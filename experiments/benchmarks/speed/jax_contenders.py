@@ -95,7 +95,7 @@ def vmap_rounds(workload: Workload, params: Tree) -> RunRound:
     gradient = jax.vmap(jax.value_and_grad(plain_loss(workload)), in_axes=(0, None, 0))
 
     @partial(jax.jit, donate_argnums=0)
-    def round_of(params, pool, indices):
+    def train_round(params, pool, indices):
         def step(params, index):
             losses, grads = gradient(params, pool, index)
             return jax.tree.map(lambda x, g: x - LEARNING_RATE * g, params, grads), losses
@@ -107,7 +107,7 @@ def vmap_rounds(workload: Workload, params: Tree) -> RunRound:
 
     def run(indices: np.ndarray) -> Any:
         nonlocal stacked
-        stacked, losses = round_of(stacked, pool, indices)
+        stacked, losses = train_round(stacked, pool, indices)
         jax.block_until_ready(stacked)
         return losses
 

@@ -42,11 +42,11 @@ def torch_rounds(workload: Workload, params: Tree) -> RunRound:
 def _average(parameters: list[list[Tensor]]) -> None:
     """Replace the parameters of every worker by their mean."""
     total = [x.clone() for x in parameters[0]]
-    for own in parameters[1:]:
-        torch._foreach_add_(total, own)
+    for one_worker in parameters[1:]:
+        torch._foreach_add_(total, one_worker)
     torch._foreach_div_(total, len(parameters))
-    for own in parameters:
-        torch._foreach_copy_(own, total)
+    for one_worker in parameters:
+        torch._foreach_copy_(one_worker, total)
 
 
 def _stored(workload: Workload) -> list[np.ndarray]:
