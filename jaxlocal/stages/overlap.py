@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlocal.compression import identity
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.collectives import broadcast_to_workers, worker_shapes
 from jaxlocal.parallel.keys import ROUND_MESSAGE, stream_key
@@ -60,7 +61,8 @@ def overlapped(
       fragment: the number of the fragment, from 0 on.
       fragments: how the model is divided, see `fragments_of`.
       compressor: C, of the messages, with error feedback: each worker sends C(e_i + x_i − y), and
-        keeps what that leaves out as e_i. By default messages are sent uncompressed.
+        keeps what that leaves out as e_i. A fragment of tensors that are all too small for it is
+        sent uncompressed, as by default all are.
       model_state: as in `sync`; averaged at the end, and not overlapped.
 
     Returns:
@@ -94,8 +96,11 @@ def overlapped(
     def init(state):
         if jax.tree.leaves(steps.init(state)):
             raise ConfigurationError("steps that overlap a synchronisation may keep no memory")
-        outer = outer_optimizer.init(own(state.anchor, state.params))
-        errors = no_errors(compressor, own(state.params, state.params)) if compressor else ()
+        outer, errors = outer_optimizer.init(own(state.anchor, state.params)), ()
+        if compressor is not None:
+            compressor.init(worker_shapes(state.params))  # refuses what fits no tensor of the model
+            params = own(state.params, state.params)
+            errors = no_errors(_fitting(compressor, params), params)
         return Memory(stacked=errors, single=outer)
 
     def apply(state, memory, batches, context):
@@ -105,7 +110,7 @@ def overlapped(
         else:
             key = stream_key(state.key, ROUND_MESSAGE, state.step)
             gradient, errors = _compressed_pseudo_gradient(
-                mixer, compressor, anchor, params, memory.stacked, key, context
+                mixer, _fitting(compressor, params), anchor, params, memory.stacked, key, context
             )
         state, _, info = steps.apply(state, steps.init(state), batches, context)
         updates, outer = update(gradient, memory.single, anchor, step=state.step - 1)
@@ -118,10 +123,20 @@ def overlapped(
         params = own(state.params, state.params)
         messages = [Message(mixer, worker_shapes(params))]
         if compressor is not None:
-            messages = partial_sync_messages(mixer, compressor, error_shapes(params))
+            fitting = _fitting(compressor, params)
+            messages = partial_sync_messages(mixer, fitting, error_shapes(params))
         return [*steps.communication(state, number), *messages, *policy.messages(mixer, state)]
 
     return Stage(init, apply, steps.steps, communication, True, steps.turns)
+
+
+def _fitting(compressor: Compressor, params: Tree) -> Compressor:
+    """The compressor, or for a fragment of which it fits no tensor, none."""
+    try:
+        compressor.init(worker_shapes(params))
+    except ConfigurationError:
+        return identity()
+    return compressor
 
 
 def _pseudo_gradient(mixer, anchor, params, context):
