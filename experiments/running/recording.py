@@ -18,13 +18,22 @@ PREVIOUS = "metrics.previous.jsonl"  # kept while a run that replaces them is un
 CHECKPOINTS, TENSORBOARD, PARTITION = "checkpoints", "tensorboard", "partition.png"
 
 
-def record(folder: Path, config: Config) -> "Recorder":
+def record(folder: Path, config: Config, seeds: tuple[Path, Config] | None = None) -> "Recorder":
     """The recorder of a run's folder; of several processes only the first writes.
+
+    Args:
+      seeds: folder and config of several seeds, if the run is one of them; the folder is claimed
+        for them too.
 
     Raises:
       ConfigurationError: see `Recorder` and `ReadOnlyRecorder`.
     """
-    recorder = Recorder(folder, config) if jax.process_index() == 0 else None
+    recorder = None
+    if jax.process_index() == 0:
+        if seeds:
+            claim(*seeds)
+            (seeds[0] / SUMMARY).unlink(missing_ok=True)
+        recorder = Recorder(folder, config)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the folder is claimed")
     return recorder or ReadOnlyRecorder(folder, config)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from experiments.building.config import Config
 from experiments.building.job import (
     Job,
     initial_state,
@@ -29,8 +30,11 @@ from jaxlocal.training.checkpoints import SavingError
 from jaxlocal.training.loop import Diverged, Progress, run
 
 
-def run_job(job: Job, folder: Path) -> int:
+def run_job(job: Job, folder: Path, seeds: tuple[Path, Config] | None = None) -> int:
     """Train a job, or resume it from its newest checkpoint, and write its folder.
+
+    Args:
+      seeds: folder and config of several seeds, if this job is one of them.
 
     Returns:
       The exit status.
@@ -40,7 +44,7 @@ def run_job(job: Job, folder: Path) -> int:
     """
     with Feed(job) as feed:
         round_fn = make_round_fn(job, feed.pool)
-        recorder = record(folder, job.config)
+        recorder = record(folder, job.config, seeds)
         with Saver(job, folder) as saver:
             return _Run(job, round_fn, feed, recorder, saver).to_the_end()
 

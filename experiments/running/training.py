@@ -7,7 +7,6 @@ import jax
 
 from experiments.building.config import Config, default_workdir
 from experiments.building.job import build_job
-from experiments.running.recording import SUMMARY, claim
 from experiments.running.run import run_job
 from experiments.running.seeds import report_seeds
 
@@ -35,13 +34,9 @@ def _train_seeds(config: Config, folder: Path) -> int:
         build_job(dataclasses.replace(config, seed=seed, seeds=1, workdir=str(place)))
         for seed, place in zip(seeds, folders, strict=True)
     ]
-    first = jax.process_index() == 0  # of several processes the one that writes
-    if first:
-        claim(folder, config)
-        (folder / SUMMARY).unlink(missing_ok=True)
     for job, place in zip(jobs, folders, strict=True):
-        if status := run_job(job, place):
+        if status := run_job(job, place, (folder, config)):
             return status
-    if first:
+    if jax.process_index() == 0:  # of several processes the one that writes
         report_seeds(config, folder, seeds, folders)
     return 0
