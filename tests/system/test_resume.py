@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_told_and_an_older_one_serves(ended, tmp_path):
     newest = tmp_path / "run" / CHECKPOINTS / "40"
     (newest / "state" / "_METADATA").write_text('{"tree_meta')
     before = (tmp_path / "run" / METRICS).read_bytes()
-    with pytest.raises(ConfigurationError, match="40 cannot be read.*go on from step 35"):
+    with pytest.raises(ConfigurationError, match="40 cannot be read.*resume from step 35"):
         run(SMALL, tmp_path / "run")
     assert (tmp_path / "run" / METRICS).read_bytes() == before
     shutil.rmtree(newest)
