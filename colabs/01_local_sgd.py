@@ -16,14 +16,14 @@
 # %% [markdown]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxlocal/jaxlocal/blob/main/colabs/01_local_sgd.ipynb)
 #
-# # Local SGD: eight workers that rarely talk
+# # Local SGD: eight workers that rarely communicate
 #
-# Eight workers train one model together. In data parallelism they send each other their gradients
-# at *every* step. Here each takes many steps of its own before the models are averaged, and we
-# count what that saves and look at what it costs.
+# Eight workers train one model together. In data parallelism they average their gradients at
+# *every* step. Here each worker takes many local steps before the models are averaged. We count how
+# much communication that saves, and look at what it costs.
 #
-# Everything runs on one device, which simulates all eight workers, or on as many as you have. It
-# takes about half a minute on two CPU cores.
+# Everything runs on one device, which simulates all eight workers, or on as many devices as you
+# have. It takes about half a minute on two CPU cores.
 
 # %%
 import importlib.util
@@ -43,10 +43,8 @@ from flax import nnx
 
 import jaxlocal
 from jaxlocal import data, periods
-from jaxlocal.models import from_nnx
-from jaxlocal.models.supervised import evaluation_metrics, training_loss
-from jaxlocal.training.evaluation import Evaluation
-from jaxlocal.training.loop import run
+from jaxlocal.models import evaluation_metrics, from_nnx, training_loss
+from jaxlocal.training import Evaluation, run
 
 # %% [markdown]
 # ## A task, a model
@@ -66,7 +64,7 @@ plt.show()
 
 
 # %% [markdown]
-# The model is an ordinary Flax NNX module. It knows nothing of workers.
+# The model is an ordinary Flax NNX module. It does not depend on the workers.
 
 
 # %%
@@ -85,8 +83,8 @@ loss = training_loss(model, digits.normalize, digits.classes)
 # %% [markdown]
 # ## Local SGD
 #
-# Worker $i$ has a model $x_i$ of its own. At every *step* it draws a batch, computes the gradient
-# $g_i$ and takes a step of its own,
+# Worker $i$ has its own model $x_i$. At every *step* it draws a batch, computes the gradient $g_i$
+# and updates its model,
 #
 # $$x_i \leftarrow x_i - \eta\, g_i .$$
 #
@@ -95,29 +93,30 @@ loss = training_loss(model, digits.normalize, digits.classes)
 # $$x_i \leftarrow \frac{1}{8} \sum_{j=1}^{8} x_j .$$
 #
 # The $H$ steps between two averages are a *round*. With $H = 1$ and plain SGD this is data
-# parallelism: to average models that started equal is to average their gradients. A larger $H$
-# says less: one model a round.
+# parallelism, because averaging models that started equal averages their gradients. A larger $H$
+# communicates less: every worker sends one model per round.
 #
-# The optimizer may be any of optax's; each worker runs its own copy.
+# Any optax optimizer will do; each worker has its own optimizer state. `scheduled` makes one whose
+# learning rate the rule for $H$ below can read.
 
 # %%
 STEPS = 512
-learning_rate = optax.cosine_decay_schedule(0.5, STEPS)
+optimizer = jaxlocal.scheduled(optax.sgd, optax.cosine_decay_schedule(0.5, STEPS))
 workers = jaxlocal.Layout(workers_per_hub=8)
 
 
 def local_sgd(period):
     grad_fn = jaxlocal.gradients(loss, stateful=True)
-    method = jaxlocal.local_sgd(grad_fn, optax.sgd(learning_rate), period)
+    method = jaxlocal.local_sgd(grad_fn, optimizer, period=period)
     return jaxlocal.RoundFn(method, workers, data=train)
 
 
 # %% [markdown]
 # ## One round, step by step
 #
-# All eight models live in one tree of arrays that lead with `[hubs, workers]`; here there is one
-# hub. The training images were given to `RoundFn` once, so a batch is only their numbers, `[steps,
-# hubs, workers, batch]`. Under `iid` the images are shuffled at every epoch and dealt out to the
+# All eight models are one tree of arrays that lead with `[hubs, workers]`; here there is one hub.
+# `RoundFn` holds the training images, so a batch is an array of indices into them, `[steps, hubs,
+# workers, batch]`. With `iid` the images are shuffled in every epoch and distributed over the
 # workers.
 
 # %%
@@ -136,8 +135,8 @@ print("batches of a round: ", iid.indices(0, 16).shape)
 
 # %% [markdown]
 # How far apart are the workers? The *consensus distance* is $\sqrt{\frac{1}{8} \sum_i \|x_i -
-# u\|^2}$, where $u$ is the average model. It is zero at the start, grows while they go their own
-# ways, and the average makes it zero again.
+# u\|^2}$, where $u$ is the average model. It is zero at the start, grows during local steps, and
+# the average makes it zero again.
 
 # %%
 print(f"at the start:          {round_fn.consensus_distance(state):.3f}")
@@ -147,35 +146,35 @@ state, _ = round_fn.end_round(state)
 print(f"after the average:     {round_fn.consensus_distance(state):.3f}")
 
 # %% [markdown]
-# ## How often should they talk?
+# ## How often should they communicate?
 #
-# We give every run the same 512 steps, the same start and the same batches, and change only $H$: 1,
-# 4, 16, and one rule that chooses it. The *Quadratic Synchronization Rule* (QSR, [Gu et al.
+# Every run has the same 512 steps, the same start and the same batches; only $H$ differs: 1, 4, 16,
+# and a rule that chooses it. The *Quadratic Synchronization Rule* (QSR, [Gu et al.
 # 2024](https://arxiv.org/abs/2310.14423)) lets $H$ grow as the learning rate falls,
 #
 # $$H = \max\left(H_\text{base}, \left\lfloor (\alpha / \eta)^2 \right\rfloor\right),$$
 #
-# because small steps drift apart slowly. With $\alpha = 1$ it begins at $H = (1 / 0.5)^2 = 4$.
+# because workers drift apart slowly when their steps are small. With $\alpha = 1$ it begins at $H =
+# (1 / 0.5)^2 = 4$.
 
 # %%
-qsr = periods.quadratic(learning_rate, coefficient=1.0, base=4)
+qsr = periods.qsr(optimizer.learning_rate, coefficient=1.0, base=4)
 print("H of QSR's rounds:", *periods.lengths(qsr, STEPS))
 
 # %% [markdown]
-# `run` takes the steps and says when a measurement is due. What we measure is the average model
-# $u$, the one that would be used, on the test images.
+# `run` takes the steps and reports when a measurement is due. We measure the average model $u$, the
+# one that would be deployed, on the test images.
 
 # %%
 evaluate = Evaluation(round_fn, evaluation_metrics(model, digits.normalize, digits.classes), test)
 
 
 def curves(round_fn, batches, seed=0):
-    """What the average model is worth every 16 steps, and what one worker has said by then."""
-    progresses = run(round_fn, start(seed), batches.indices, STEPS, measure_every=16)
+    """Metrics of the average model every 16 steps, and the bits that one worker has sent."""
     lines = [
         {"step": progress.step, "rounds": progress.round, "bits": progress.message_bits.workers}
         | {"distance": progress.distance, **evaluate(progress.state)}
-        for progress in progresses
+        for progress in run(round_fn, start(seed), batches.indices, STEPS, measure_every=16)
         if progress.due
     ]
     return {name: np.array([line[name] for line in lines]) for name in lines[0]}
@@ -197,7 +196,7 @@ def show(results):
         axes[1, 0].plot(c["step"], c["accuracy"], **style)
         axes[1, 1].plot(c["step"][1:], c["distance"][1:], **style)
     axes[0, 0].set(xlabel="steps", ylabel="test loss", yscale="log")
-    axes[0, 1].set(xlabel="kB said by a worker", ylabel="test loss", xscale="log", yscale="log")
+    axes[0, 1].set(xlabel="kB sent by a worker", ylabel="test loss", xscale="log", yscale="log")
     axes[1, 0].set(xlabel="steps", ylabel="test accuracy", ylim=(0.5, 1))
     axes[1, 1].set(xlabel="steps", ylabel="consensus distance", ylim=(0, None))
     for axis in axes.flat:
@@ -211,7 +210,7 @@ show(results)
 
 # %%
 def table(results):
-    print(f"{'':8}{'accuracy':>10}{'rounds':>8}{'bits said':>14}{'of H = 1':>10}")
+    print(f"{'':8}{'accuracy':>10}{'rounds':>8}{'bits sent':>14}{'of H = 1':>10}")
     for name, c in results.items():
         share = c["bits"][-1] / results["H = 1"]["bits"][-1]
         print(
@@ -223,28 +222,29 @@ def table(results):
 table(results)
 
 # %% [markdown]
-# What we saw with seeds 0 to 3, and you should see too:
+# Seeds 0 to 3 gave, and yours should too:
 #
-# - All four end at nearly the same accuracy, about 0.975: 360 test images cannot tell them apart.
-#   Over steps the curves all but coincide.
-# - Over what was said they lie far apart: $H = 16$ sends a sixteenth of what $H = 1$ sends, QSR a
+# - All four runs reach nearly the same accuracy, about 0.975: 360 test images cannot separate them.
+#   Over steps the curves almost coincide.
+# - Over communication they are far apart: $H = 16$ sends a sixteenth of what $H = 1$ sends, QSR a
 #   tenth.
-# - Workers that are alone for longer drift further apart, though not in proportion: sixteen times
-#   the steps make two to four times the distance. (It is measured before the average, if one is
-#   due.) It falls with the learning rate, except under QSR, whose last rounds are long.
+# - Workers drift further apart in longer rounds, though not in proportion: sixteen times the steps
+#   make two to four times the distance. (It is measured before the average, if one is due.) It
+#   falls with the learning rate, except under QSR, whose last rounds are long.
 #
-# So why ever talk more? Here any worker's batches look like any other's. What if they do not?
+# So why communicate more often at all? Here the batches of all workers are alike. What if they are
+# not?
 
 # %% [markdown]
-# ## Exercise: what if every worker knows other digits?
+# ## Exercise: what if every worker has different digits?
 #
-# `sorted` deals out the images sorted by their labels, once and for all. Before you run the next
+# `sorted` gives every worker a fixed shard of the images, sorted by label. Before you run the next
 # cells: which $H$ will suffer, and where will QSR end?
 
 # %%
 shards = data.assign(data.parse_partition("sorted"), train["targets"], workers=8, seed=0)
 for worker, shard in enumerate(shards):
-    print(f"worker {worker} knows the digits", *np.unique(train["targets"][shard]))
+    print(f"worker {worker} has the digits", *np.unique(train["targets"][shard]))
 
 # %%
 by_label = data.make_batches("sorted", train["targets"], 1, 8, batch_size=16, seed=0)
@@ -253,17 +253,17 @@ show(sorted_results)
 table(sorted_results)
 
 # %% [markdown]
-# Now talking matters. A worker that sees two digits for sixteen steps unlearns the others, and the
-# average of eight such models is worse than one model that took its steps on all digits. With
-# seeds 0 to 3, $H = 1$ does not mind who holds what, $H = 4$ loses up to one point of accuracy and
-# $H = 16$ about four, and it is much slower early on. QSR says less than half of what $H = 4$ says,
-# most of it while steps are large, and ends between $H = 4$ and $H = 16$.
+# Now the period matters. A worker that sees two digits for sixteen steps unlearns the others, and
+# the average of eight such models is worse than one model that was trained on all digits. With
+# seeds 0 to 3, $H = 1$ reaches the same accuracy as on shuffled digits, $H = 4$ loses up to one
+# point and $H = 16$ about four, and it is much slower early on. QSR sends less than half of what
+# $H = 4$ sends, most of it while steps are large, and ends between $H = 4$ and $H = 16$.
 #
 # ## Exercise: your turn
 #
-# - Give the workers Adam: `optax.adam(1e-3)` in place of `optax.sgd(learning_rate)`. Nothing else
-#   changes, and every worker keeps moments of its own. Does `optimizer_state="average"` help?
-# - `jaxlocal.diloco` takes what `jaxlocal.local_sgd` takes, and ends rounds by a step of an outer
-#   optimizer with momentum instead of the plain average. Is $H = 16$ better with it, on sorted
-#   digits?
+# - Use Adam: `optax.adam(1e-3)` as the optimizer. Nothing else changes, and every worker has its
+#   own moments. Does `optimizer_state="average"` help?
+# - `jaxlocal.diloco` takes the arguments of `jaxlocal.local_sgd`, and ends rounds with a step of an
+#   outer optimizer with momentum instead of the plain average. Is $H = 16$ better with it, on
+#   sorted digits?
 # - How large may $H$ be on shuffled digits before the accuracy falls?
