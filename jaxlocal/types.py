@@ -15,7 +15,7 @@ Leaf = Any  # an array; in a tree of shapes or of shardings, what stands for one
 
 
 class Memory(NamedTuple):
-    """What a stage carries from one application to the next; the field says how it is placed."""
+    """What a stage carries from one application to the next; its fields are its placements."""
 
     stacked: Tree = ()  # one per worker, leaves [D, N, ...]
     single: Tree = ()  # one for all workers, leaves [...]
@@ -151,7 +151,7 @@ class Stage(NamedTuple):
     - `steps` is how many steps of batches one application consumes.
     - `communication(state, number=0)` lists the messages of the number-th application, counted from
       0, by the shapes of the state; the list repeats after `turns` applications.
-    - `anchored` says whether the stage needs the anchor.
+    - `anchored`: whether the stage needs the anchor.
     """
 
     init: Callable[[TrainState], Tree]
