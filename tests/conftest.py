@@ -1,11 +1,14 @@
 """Every test sees eight virtual devices, so that meshes are real; no program is compiled twice."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
 
+import fast_compilation
 import jax
+import pytest
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -21,6 +24,20 @@ jax.config.update(
     "jax_persistent_cache_min_compile_time_secs",
     float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
 )
+
+fast_compilation.install()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "optimized: compile with the defaults of XLA")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    optimized = item.get_closest_marker("optimized")
+    with fast_compilation.disabled() if optimized else contextlib.nullcontext():
+        return (yield)
+
 
 # Compilation makes the first example slow, whatever the property; CI looks at the same ones always.
 settings.register_profile(

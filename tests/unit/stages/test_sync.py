@@ -13,8 +13,9 @@ from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh, periods
 from jaxlocal.communication import mixing
 from jaxlocal.communication.accounting import message_bits, model_bits
 from jaxlocal.communication.topology import hub_graph, mixing_matrix
-from jaxlocal.stages.compose import NOTHING, sync
+from jaxlocal.stages.compose import NOTHING
 from jaxlocal.stages.local_step import local_step
+from jaxlocal.stages.sync import sync
 from jaxlocal.types import MessageBits, Method
 
 GRID = Layout(2, 2, weights=[1, 2, 3, 4])
