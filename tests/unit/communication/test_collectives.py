@@ -1,5 +1,5 @@
-"""What every method promises to send is what its compiled rounds send: kinds, axes, types, bytes,
-and where in the program."""
+"""The collectives that every method lists are those that its compiled rounds send: kinds, axes,
+types, bytes, and where in the program."""
 
 import functools
 
@@ -21,10 +21,10 @@ from jaxlocal.models.supervised import training_loss
 from jaxlocal.models.transformers import transformer
 from jaxlocal.types import Method
 
-BATCH, TOKENS, CLASSES, INNER = 2, 6, 10, 4  # INNER: inner stages of a round, one program
-FAST = {"xla_backend_optimization_level": 0}  # of machine code, after all that is audited
+BATCH, TOKENS, CLASSES, INNER = 2, 6, 10, 4  # INNER: inner stages of a round, in one program
+FAST = {"xla_backend_optimization_level": 0}  # of the machine code, which is not audited
 PARTS = ["mlp", "cnn", "transformer"]
-# Said besides, by name: the loss that the optimizers are told of.
+# Scalars that a method sends and does not list: the loss, which the optimizer is given.
 SCALARS = dict.fromkeys(["data_parallel", "data_parallel-average", "data_parallel-qsgd"], 4)
 
 
@@ -41,61 +41,65 @@ def model(name):
     return made, grad_fn, {"inputs": image, "targets": jax.ShapeDtypeStruct(size, np.int32)}
 
 
-def audited(rounds: Method, layout: Layout, name: str, mesh_shape=None):
-    """What a round promises by kind, axes and type, what it sends, and each collective of it."""
+def audited(method: Method, layout: Layout, name: str, mesh_shape=None):
+    """Bytes that a method lists and bytes that its round sends, by kind, axes and type; and each
+    collective that the round sends."""
     made, _, batch = model(name)
-    round_fn = RoundFn(rounds, layout, make_mesh(layout, shape=mesh_shape))
-    steps = INNER * rounds.inner.steps + rounds.outer.steps
+    round_fn = RoundFn(method, layout, make_mesh(layout, shape=mesh_shape))
+    steps = INNER * method.inner.steps + method.outer.steps
     state = round_fn.shapes(*jax.eval_shape(made.init, jax.random.key(0)))
     lead = lambda x: jax.ShapeDtypeStruct((steps, *layout.shape, *x.shape), x.dtype)
     programs = round_fn.lower(state, jax.tree.map(lead, batch))
     assert [times for times, _ in programs] == [1] * len(programs)
     found = [one for _, program in programs for one in audit(program.compile(FAST), round_fn.mesh)]
-    # A round's end that takes turns has all of them, each as a branch.
-    promised = round_fn.collectives(state, steps) + [
+    # The end of a round that takes turns has all of them in its program, each as a branch.
+    listed = round_fn.collectives(state, steps) + [
         one
-        for turn in range(1, rounds.outer.turns)
-        for one in round_fn.collectives(state, rounds.outer.steps, turn)
+        for turn in range(1, method.outer.turns)
+        for one in round_fn.collectives(state, method.outer.steps, turn)
     ]
-    return by_kind(promised), by_kind(x.collective() for x in found), found
+    return by_kind(listed), by_kind(x.collective() for x in found), found
 
 
-def assert_kept(promised: dict, sent: dict, scalars: int = 0):
-    """To the byte, but for the scalars that the method names."""
-    assert {key: sent.get(key, 0) - promised.get(key, 0) for key in {*sent, *promised}} == {
-        key: scalars * (key[0] == "all-reduce") for key in {*sent, *promised}
+def assert_sends_what_it_lists(listed: dict, sent: dict, scalars: int = 0):
+    """To the byte, except for the bytes of `SCALARS`."""
+    assert {key: sent.get(key, 0) - listed.get(key, 0) for key in {*sent, *listed}} == {
+        key: scalars * (key[0] == "all-reduce") for key in {*sent, *listed}
     }
 
 
-def assert_where_it_belongs(found: list[Audited], rounds: Method):
-    """Once in every inner stage that says something, once at the end of a round, and never in the
-    loop of a worker's steps or in that over workers."""
-    said = bool(rounds.inner.communication(SHAPES))
-    assert {one.loops for one in found} <= ({(INNER,), ()} if said else {()})
-    assert all(one.branches == int(rounds.outer.turns > 1) for one in found)
+def assert_in_its_stage(found: list[Audited], method: Method):
+    """Once in every inner stage that communicates and once at the end of a round, but never in the
+    loop over a worker's steps or in the loop over workers."""
+    communicates = bool(method.inner.communication(SHAPES))
+    assert {one.loops for one in found} <= ({(INNER,), ()} if communicates else {()})
+    assert all(one.branches == int(method.outer.turns > 1) for one in found)
 
 
-class _Anything:
-    """A state of one parameter, for stages that are asked whether they say something."""
+class _AnyState:
+    """A state of one parameter, enough to ask a stage whether it communicates."""
 
     params = opt_state = model_state = {"x": jax.ShapeDtypeStruct((1, 1, 8, 8), jnp.float32)}
 
 
-SHAPES = _Anything()
-# Of each method its first entry; the other entries differ in options, and a perceptron will do.
+SHAPES = _AnyState()
+# The first entry of each method runs on all models; the others differ in options alone.
 NAMED = list({name.split("-")[0]: name for name in reversed(registry.METHODS)}.values())
+QUICK = ("local_sgd", "cser")  # the quick tier runs these on all models
 CASES = [(name, "mlp") for name in registry.METHODS] + [
-    (name, part) for name in sorted(NAMED) for part in PARTS[1:]
+    pytest.param(name, part, marks=[] if name in QUICK else [pytest.mark.slow])
+    for name in sorted(NAMED)
+    for part in PARTS[1:]
 ]
 
 
 @pytest.mark.parametrize(("name", "part"), CASES)
-def test_a_round_sends_what_its_method_promises(name, part):
+def test_a_round_sends_what_its_method_lists(name, part):
     entry = registry.METHODS[name]
-    rounds = entry.build(model(part)[1], registry.OPTIMIZERS["momentum"])
-    promised, sent, found = audited(rounds, entry.layout, part)
-    assert_kept(promised, sent, SCALARS.get(name, 0) * INNER)
-    assert_where_it_belongs(found, rounds)
+    method = entry.build(model(part)[1], registry.OPTIMIZERS["momentum"])
+    listed, sent, found = audited(method, entry.layout, part)
+    assert_sends_what_it_lists(listed, sent, SCALARS.get(name, 0) * INNER)
+    assert_in_its_stage(found, method)
     assert sent
 
 
@@ -125,31 +129,31 @@ def methods_on_hubs():
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize("name", ["local_sgd", "ring", "star, top-k", "cser"])
-def test_promises_hold_on_any_mesh(name, shape):
-    rounds = methods_on_hubs()[name]
-    promised, sent, found = audited(rounds, GRID, "mlp", shape)
-    assert_kept(promised, sent)
+def test_a_round_sends_what_its_method_lists_on_any_mesh(name, shape):
+    method = methods_on_hubs()[name]
+    listed, sent, found = audited(method, GRID, "mlp", shape)
+    assert_sends_what_it_lists(listed, sent)
     assert bool(sent) == (max(shape) > 1)
-    on = {axis for one in found for axis in one.axes}
-    assert on <= {axis for axis, n in zip(("hubs", "workers"), shape, strict=True) if n > 1}
+    axes = {axis for one in found for axis in one.axes}
+    assert axes <= {axis for axis, n in zip(("hubs", "workers"), shape, strict=True) if n > 1}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "word", "expected"),
+    ("dtype", "spec", "expected"),
     [
         # Averages of half precision are float32; 8 workers' payloads of 64 values, their weights.
         ("bfloat16", "identity", {("all-reduce", "float32"): 4 * 64}),
         ("float32", "bfloat16", {("all-gather", "uint16"): 2 * 512, ("all-gather", "float32"): 32}),
     ],
 )
-def test_half_precision_crosses_as_promised_before_xla_optimises(dtype, word, expected):
+def test_half_precision_is_sent_as_listed_before_and_after_xla_optimises(dtype, spec, expected):
     grad_fn = jaxlocal.gradients(lambda w, batch, key: jnp.square(w - batch).sum())
-    rounds = jaxlocal.local_sgd(grad_fn, optax.sgd(0.1), period=2)
-    if word != "identity":
-        rounds = jaxlocal.qsparse_local_sgd(
-            grad_fn, optax.sgd(0.1), compressor=parse(word), period=2
+    method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.1), period=2)
+    if spec != "identity":
+        method = jaxlocal.qsparse_local_sgd(
+            grad_fn, optax.sgd(0.1), compressor=parse(spec), period=2
         )
-    round_fn = RoundFn(rounds, Layout(1, 8))
+    round_fn = RoundFn(method, Layout(1, 8))
     state = round_fn.shapes(jax.ShapeDtypeStruct((8, 8), jnp.dtype(dtype)))
     *_, (_, end) = round_fn.lower(state, jax.ShapeDtypeStruct((2, 1, 8, 8, 8), jnp.dtype(dtype)))
     for program in (end.as_text("hlo"), end.compile(FAST)):

@@ -1,4 +1,4 @@
-"""What a run says, in bits, against a count by hand of who speaks to whom and when."""
+"""The bits that a run sends, against a count by hand of who sends to whom at which step."""
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ grad_fn = jaxlocal.gradients(
 
 
 def slow_count(layout, adjacency, steps, hub_averages, round_ends, copies=1):
-    """Bits by hand: at a hub average every worker that is not alone says its model to its hub, at
-    the end of a round every hub says its own to each of its neighbours."""
+    """Bits by hand: at a hub average every worker sends its model to its hub unless it is the only
+    one there; at the end of a round every hub sends its model to each of its neighbours."""
     workers, hubs = np.zeros(layout.workers, int), np.zeros(layout.hubs, int)
     for now in range(1, steps + 1):
         if now in hub_averages and layout.workers_per_hub > 1:
@@ -54,7 +54,7 @@ COUNTED = {
         Layout(),
         (NO_HUBS, BY_FOUR, BY_FOUR),
     ),
-    "local_sgd, Adam's two averages too": (
+    "local_sgd, Adam's two moments averaged": (
         jaxlocal.local_sgd(grad_fn, ADAM, period=4, optimizer_state="average"),
         Layout(workers_per_hub=3),
         (NO_HUBS, BY_FOUR, BY_FOUR, 3),
@@ -86,7 +86,7 @@ COUNTED = {
         Layout(4, 2),
         (RING[0], EVERY, BY_FOUR),
     ),
-    "mll_sgd, star, momentum too": (
+    "mll_sgd, star, momentum averaged": (
         jaxlocal.mll_sgd(
             grad_fn,
             optax.sgd(0.1, 0.9),
@@ -98,7 +98,7 @@ COUNTED = {
         Layout(4, 2),
         (STAR[0], EVEN, BY_FOUR, 2),
     ),
-    "mll_sgd, complete, lone workers": (
+    "mll_sgd, complete, one worker per hub": (
         jaxlocal.mll_sgd(grad_fn, SGD, matrix=COMPLETE[1], local_steps=2, hub_period=2),
         Layout(4, 1),
         (COMPLETE[0], EVEN, BY_FOUR),
@@ -112,12 +112,12 @@ COUNTED = {
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_messages_equal_a_slow_count_at_every_step(name):
-    rounds, layout, (adjacency, *said) = COUNTED[name]
-    round_fn = RoundFn(rounds, layout, jaxlocal.make_mesh(layout, jax.devices()[:1]))
+def test_message_bits_equal_a_slow_count_at_every_step(name):
+    method, layout, (adjacency, *counted) = COUNTED[name]
+    round_fn = RoundFn(method, layout, jaxlocal.make_mesh(layout, jax.devices()[:1]))
     state, last = round_fn.init(PARAMS, jax.random.key(0)), None
     batches = lambda start, steps: np.ones((steps, *layout.shape, 3), np.float32)
     for last in training.run(round_fn, state, batches, 10):
-        assert last.message_bits == slow_count(layout, adjacency, last.step, *said)
-        assert last.round == sum(end <= last.step for end in said[1] or range(1, 11))
+        assert last.message_bits == slow_count(layout, adjacency, last.step, *counted)
+        assert last.round == sum(end <= last.step for end in counted[1] or range(1, 11))
     assert last.step == 10

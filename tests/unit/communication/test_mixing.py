@@ -1,4 +1,4 @@
-"""Every mixer is its matrix, on any mesh: it keeps the weighted mean, and consensus stays."""
+"""Every mixer multiplies by its matrix, on any mesh: it keeps the weighted mean and consensus."""
 
 import re
 
@@ -81,17 +81,17 @@ def test_hub_mean_gives_every_worker_its_hubs_mean(mesh):
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize("graph", ["complete", "ring", "path", "star"])
-def test_hub_diffusion_is_its_matrix(graph, mesh):
+def test_hub_diffusion_multiplies_by_its_matrix(graph, mesh):
     matrix = hub_matrix(graph, GRID)
     hubs = jax.tree.map(lambda x: np.repeat(x[:, :1], 2, axis=1), tree_of(GRID))
-    # Consensus in hubs: any one worker speaks for its hub, whatever the weights inside.
+    # The workers of a hub agree, so that their weights in the hub do not matter.
     expected = by_hand(worker_matrix(GRID, matrix), hubs, GRID)
     assert_close(problems.mix(mixing.hub_diffusion(matrix), hubs, GRID, mesh), expected)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("graph", ["ring", "irregular"])
-def test_hub_diffusion_over_devices_that_hold_many_hubs_or_one(graph, devices):
+def test_hub_diffusion_over_devices_with_one_or_several_hubs(graph, devices):
     graph = problems.connected_graph(8, seed=4) if graph == "irregular" else graph
     matrix, tree = hub_matrix(graph, LINE), tree_of(LINE)
     got = problems.mix(mixing.hub_diffusion(matrix), tree, LINE, (devices, 1))
@@ -108,9 +108,9 @@ def test_a_ring_of_three_and_a_matrix_that_favours_one_direction():
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 2), (4, 2)])
-def test_from_matrix_is_any_matrix(mesh):
+def test_from_matrix_multiplies_by_any_matrix(mesh):
     layout = Layout(4, 2)
-    # A mean of permutations has rows and columns that sum to one, and no symmetry at all.
+    # The rows and columns of a mean of permutations sum to one; it is not symmetric.
     random = np.random.default_rng(1)
     matrix = np.mean([np.eye(8)[random.permutation(8)] for _ in range(5)], axis=0)
     tree = tree_of(layout)
@@ -156,7 +156,7 @@ def test_hubs_mix_as_their_matrix_on_any_weighted_graph(hubs, workers, seed):
 
 @pytest.mark.parametrize("graph", ["ring", "star", "irregular"])
 def test_disagreement_shrinks_by_zeta(graph):
-    """The slope of log ‖x − u‖ per mixing, once the slowest mode is all that is left of it."""
+    """The slope of log ‖x − u‖ per mixing, after so many that only the slowest mode remains."""
     graph = problems.connected_graph(8, seed=4) if graph == "irregular" else graph
     matrix = hub_matrix(graph, LINE)
     mixer, weights = mixing.hub_diffusion(matrix), LINE.weight[:, 0]
@@ -165,13 +165,13 @@ def test_disagreement_shrinks_by_zeta(graph):
         apart = x[:, 0] - np.einsum("d,d...->...", weights, x[:, 0])
         return np.sqrt(weights @ apart**2)
 
-    with jax.enable_x64(True):  # float32 has no digits left of what many mixings leave
+    with jax.enable_x64(True):  # float32 cannot resolve the disagreement after many mixings
         early = problems.mix(
             mixer, np.random.default_rng(2).normal(size=LINE.shape), LINE, (4, 1), times=120
         )
         late = problems.mix(mixer, early, LINE, (4, 1), times=10)
     slope = (disagreement(late) / disagreement(early)) ** 0.1
-    # Slower by 3 % at least, all other modes weigh 0.97^240 < 1e-3 of it by then.
+    # The other modes shrink by at least 3 % more, to a relative weight of 0.97^240 < 1e-3.
     moduli = np.abs(np.linalg.eigvals(matrix))
     others = moduli[moduli < zeta(matrix) - 1e-9]
     assert others.size == 0 or others.max() < 0.97 * zeta(matrix)
@@ -180,7 +180,7 @@ def test_disagreement_shrinks_by_zeta(graph):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_half_precision_is_summed_in_float32(name):
-    # Shares of 1/36 and 1/3 are 0.2 % off in bfloat16, half of what its last digit is worth.
+    # In bfloat16 shares of 1/36 and 1/3 are off by 0.2 %, half a unit in the last place.
     sizes = {"hub_mean": (2, 36), "ring": (36, 1), "complete": (36, 1)}
     layout = Layout(*sizes.get(name, (6, 6)))
     exact = np.random.default_rng(2).normal(1.5, 0.03, layout.shape + (50,))
@@ -188,12 +188,12 @@ def test_half_precision_is_summed_in_float32(name):
     wide = problems.mix(MIXERS[name](layout), half.astype(np.float32), layout, (2, 1))
     mixed = problems.mix(MIXERS[name](layout), half, layout, (2, 1))
     assert mixed.dtype == jnp.bfloat16 and wide.min() > 1 and wide.max() < 2
-    # One rounding, at the end: half of the last of 8 significant bits of a number in [1, 2).
+    # One rounding at the end: half a unit in the last of 8 significant bits, for [1, 2).
     error = np.abs(mixed.astype(np.float64) - wide)
     assert error.max() <= 2**-8 + 1e-6
 
 
-def test_averages_are_as_small_as_they_are_common_and_their_axes_say_so():
+def test_averages_have_size_1_along_the_axes_over_which_they_are_common():
     def shapes(mixer, layout, mesh):
         def program(x, context):
             out = mixer.average(x, context)
@@ -215,25 +215,25 @@ def test_averages_are_as_small_as_they_are_common_and_their_axes_say_so():
         mixer = MIXERS[name](layout)
         shape, varying = shapes(mixer, layout, mesh)
         assert shape == size + (3,), name
-        # What an average is typed as differing over is what the mixer does not promise.
+        # An average may vary only over axes that the mixer does not list.
         assert set(varying).isdisjoint(mixer.axes), name
 
 
-def test_what_mixers_say():
+def test_message_bits_of_mixers():
     star = mixing.hub_diffusion(hub_matrix("star", GRID))
-    say = lambda mixer, layout: mixer.message_bits(100, layout)
-    assert say(mixing.mean(), GRID) == MessageBits(workers=100, hubs=300)
-    assert say(mixing.mean(), Layout(1, 8)) == MessageBits(workers=100, hubs=0)
-    assert say(mixing.mean(), Layout(8, 1)) == MessageBits(workers=0, hubs=700)
-    assert say(mixing.mean(), Layout(1, 1)) == MessageBits(workers=0, hubs=0)
-    assert say(mixing.hub_mean(), GRID) == MessageBits(workers=100, hubs=0)
-    assert say(mixing.hub_mean(), LINE) == MessageBits(workers=0, hubs=0)
-    assert say(star, GRID) == MessageBits(workers=0, hubs=300)  # the middle has three neighbours
-    assert say(MIXERS["ring"](GRID), GRID) == MessageBits(workers=0, hubs=200)
-    assert say(MIXERS["complete"](GRID), GRID) == MessageBits(workers=0, hubs=300)
+    count = lambda mixer, layout: mixer.message_bits(100, layout)
+    assert count(mixing.mean(), GRID) == MessageBits(workers=100, hubs=300)
+    assert count(mixing.mean(), Layout(1, 8)) == MessageBits(workers=100, hubs=0)
+    assert count(mixing.mean(), Layout(8, 1)) == MessageBits(workers=0, hubs=700)
+    assert count(mixing.mean(), Layout(1, 1)) == MessageBits(workers=0, hubs=0)
+    assert count(mixing.hub_mean(), GRID) == MessageBits(workers=100, hubs=0)
+    assert count(mixing.hub_mean(), LINE) == MessageBits(workers=0, hubs=0)
+    assert count(star, GRID) == MessageBits(workers=0, hubs=300)  # the middle has three neighbours
+    assert count(MIXERS["ring"](GRID), GRID) == MessageBits(workers=0, hubs=200)
+    assert count(MIXERS["complete"](GRID), GRID) == MessageBits(workers=0, hubs=300)
     path = worker_matrix(GRID, hub_matrix("path", GRID))
-    # A worker in the middle speaks to its fellow, and to two workers in each of two other hubs.
-    assert say(mixing.from_matrix(path), GRID) == MessageBits(workers=500, hubs=0)
+    # A worker in the middle sends to the other one of its hub and to two in each of two hubs.
+    assert count(mixing.from_matrix(path), GRID) == MessageBits(workers=500, hubs=0)
     huge = mixing.mean().message_bits(10**15, GRID)
     assert huge.hubs == 3 * 10**15 and isinstance(huge.hubs, int)
 

@@ -1,4 +1,4 @@
-"""How a device runs its workers changes what it costs, and nothing else."""
+"""Every worker map gives the same results; only time and memory differ."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ MODES = ("vmap", "map", "blocks:1", "blocks:2", "blocks:3", "blocks:8", "blocks:
 
 
 def worker_step(params, state, batch, rate):
-    """Exact in any mode: sums and doublings."""
+    """A step whose results are exact in any mode: sums and doublings."""
     moved = {"w": params["w"] + 2 * batch, "half": 2 * params["half"]}
     return moved, (state[0] + 1, jax.random.fold_in(state[1], 3)), batch - params["w"]
 
@@ -34,18 +34,18 @@ def visible(results):
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_gives_the_same_results(mode, shape):
-    """With eight workers on a device, and with one; whatever takes the place of its tree."""
+    """With eight workers on a device and with one, and with results that replace arguments."""
     layout = Layout(2, 4)
     w, batch = np.random.default_rng(0).normal(size=(2, 2, 4, 3)).astype(np.float32)
     params = {"w": w, "half": w.astype(jnp.bfloat16)}
     keys = jax.random.split(jax.random.key(0), layout.shape)
     trees = params, (np.zeros(layout.shape, np.int32), keys), batch, None
 
-    def every_kept(*trees):
-        return [visible(over_workers(worker_step, mode, kept)(*trees)) for kept in (0, 1, 2)]
+    def every_in_place(*trees):
+        return [visible(over_workers(worker_step, mode, n)(*trees)) for n in (0, 1, 2)]
 
     mesh = make_mesh(layout, shape=shape)
-    mapped = jax.shard_map(every_kept, mesh=mesh, in_specs=STACKED, out_specs=STACKED)
+    mapped = jax.shard_map(every_in_place, mesh=mesh, in_specs=STACKED, out_specs=STACKED)
     folded = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, 3)))(keys)
     ones, moved = np.ones(layout.shape, np.int32), {"w": w + 2 * batch, "half": 2 * params["half"]}
     for results in jax.jit(mapped)(*trees):
@@ -53,7 +53,7 @@ def test_every_mode_gives_the_same_results(mode, shape):
 
 
 @pytest.mark.parametrize("mode", ["blocks:", "blocks", "vmpa"])
-def test_other_modes_are_refused(mode):
+def test_unknown_modes_are_refused(mode):
     sentence = f"unknown worker map {mode!r}; did you mean .* known: vmap, map, blocks:N"
     for refuses in (block_size, lambda mode: over_workers(jnp.sin, mode)):
         with pytest.raises(ConfigurationError, match=sentence):
@@ -61,21 +61,21 @@ def test_other_modes_are_refused(mode):
 
 
 @pytest.mark.parametrize("mode", ["blocks:0", "blocks:-1", "blocks:x", "blocks:" + 5000 * "9"])
-def test_blocks_are_of_one_worker_or_more(mode):
+def test_blocks_have_one_worker_or_more(mode):
     with pytest.raises(ConfigurationError, match="takes a number of workers from 1 on, got 'blo"):
         block_size(mode)
 
 
 @pytest.mark.parametrize("mode", ["map", "vmap", "blocks:2"])
 @pytest.mark.parametrize("wrong", [lambda x: x[:2], lambda x: x[None], lambda x: x > 0])
-def test_what_takes_the_place_of_a_tree_has_its_shape_and_type(mode, wrong):
+def test_a_result_that_replaces_an_argument_has_its_shape_and_dtype(mode, wrong):
     sentence = r"given \('float32\[3\]',\) and gives back \('(float32\[2|float32\[1, 3|bool\[3)\]"
     with pytest.raises(ConfigurationError, match=sentence):
         over_workers(lambda x: (wrong(x),), mode, in_place=1)(jnp.ones((1, 4, 3)))
 
 
-def test_a_loop_that_keeps_its_results_in_place_needs_less_memory():
-    """Steps without a second copy of all the models, in which others would be written."""
+def test_a_loop_that_writes_its_results_in_place_needs_less_memory():
+    """Local steps hold no second copy of all models."""
     params, batch = jnp.ones((1, 16, 4096)), jnp.ones((1, 16))
 
     def temporary(in_place):
@@ -89,7 +89,7 @@ def test_a_loop_that_keeps_its_results_in_place_needs_less_memory():
 
 
 @pytest.mark.parametrize("rates", [1.0, 0.6])
-def test_local_sgd_in_blocks_is_that_in_turn(rates):
+def test_local_sgd_in_blocks_equals_local_sgd_in_turn(rates):
     layout = Layout(1, 5, rates=rates)
     batches = problems.make_batches(layout, 4)
 
@@ -114,7 +114,7 @@ METHODS = {
 
 
 def primitives(jaxpr, in_conds=False):
-    """(name, whether it stands in a cond) of every equation, at any depth."""
+    """(name, whether it is inside a cond) of every primitive, at any depth."""
     for eqn in jaxpr.eqns:
         yield eqn.primitive.name, in_conds
         for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
@@ -130,9 +130,9 @@ def is_jaxpr(value):
 @pytest.mark.parametrize("workers", [8, 16])
 @pytest.mark.parametrize("mode", ["map", "blocks:1", "vmap"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_worker_that_is_skipped_in_turn_takes_no_gradient(method, mode, workers):
-    """The gradient of a sine, which is a cosine, stands in a cond; what is said between the
-    workers does not. With one worker on a device too."""
+def test_a_worker_that_skips_its_step_in_a_loop_takes_no_gradient(method, mode, workers):
+    """The gradient of a sine, a cosine, is inside a cond, and the collectives are not; with one
+    worker on a device too."""
     grad_fn = jaxlocal.gradients(lambda params, batch, key: jnp.sin(params @ batch))
     layout = Layout(1, workers, rates=0.5)
     round_fn = RoundFn(METHODS[method](grad_fn, optax.sgd(0.1), worker_map=mode), layout)
@@ -141,5 +141,5 @@ def test_a_worker_that_is_skipped_in_turn_takes_no_gradient(method, mode, worker
     traced = jax.make_jaxpr(round_fn._program(1, state))(state, batches, round_fn.context)
     found = set(primitives(traced.jaxpr))
     assert {inside for name, inside in found if name == "cos"} == {mode != "vmap"}
-    said = {inside for name, inside in found if name.startswith(("psum", "all_gather"))}
-    assert said <= {False} and (said or method == "local_sgd")
+    sent = {inside for name, inside in found if name.startswith(("psum", "all_gather"))}
+    assert sent <= {False} and (sent or method == "local_sgd")
