@@ -3,6 +3,7 @@
 from jaxlocal.methods.averaging import data_parallel, local_sgd, post_local_sgd, swap
 from jaxlocal.methods.error_feedback import SPARSE_LOCO, ef_sgd, qsparse_local_sgd, sparse_loco
 from jaxlocal.methods.error_reset import csea, cser, cser_pl
+from jaxlocal.methods.federated import FEDADAM, FEDAVGM, fedadam, fedavgm
 from jaxlocal.methods.networks import cooperative_sgd, hl_sgd, mll_sgd
 from jaxlocal.methods.outer import DILOCO, SLOWMO, diloco, slowmo, streaming_diloco
 from jaxlocal.methods.spec import MethodSpec
@@ -16,6 +17,8 @@ __all__ = [
     "data_parallel",
     "diloco",
     "ef_sgd",
+    "fedadam",
+    "fedavgm",
     "hl_sgd",
     "local_sgd",
     "mll_sgd",
@@ -99,6 +102,18 @@ METHODS: dict[str, MethodSpec] = {
             "delay_steps": "delay_steps",
             "mixing_factor": "mixing_factor",
         },
+    ),
+    "fedavgm": MethodSpec(
+        fedavgm,
+        "average models, with momentum on the server",
+        "[Hsu et al. 2019](https://arxiv.org/abs/1909.06335)",
+        outer_optimizer=FEDAVGM,
+    ),
+    "fedadam": MethodSpec(
+        fedadam,
+        "average models, with Adam on the server",
+        "[Reddi et al. 2021](https://arxiv.org/abs/2003.00295)",
+        outer_optimizer=FEDADAM,
     ),
     "ef_sgd": MethodSpec(
         ef_sgd,

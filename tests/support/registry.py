@@ -112,6 +112,8 @@ METHODS = {
         ),
         FLAT,
     ),
+    "fedavgm": Entry(lambda g, o: jaxlocal.fedavgm(g, o, period=4), FLAT),
+    "fedadam": Entry(lambda g, o: jaxlocal.fedadam(g, o, period=4, optimizer_state="reset"), FLAT),
     "data_parallel-qsgd": Entry(
         lambda g, o: jaxlocal.data_parallel(g, o, compressor=parse("qsgd:4")), FLAT, steps=1
     ),
@@ -213,6 +215,8 @@ CASES = [
     ("slowmo", "momentum"),
     ("diloco", "adamw"),
     ("streaming_diloco", "adamw"),
+    ("fedavgm", "momentum"),
+    ("fedadam", "adamw"),
     ("data_parallel-qsgd", "momentum"),
     ("ef_sgd", "momentum"),
     ("qsparse_local_sgd", "adamw"),
