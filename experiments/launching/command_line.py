@@ -1,11 +1,13 @@
 """Run a command: from the command line to a config, and from an error to one sentence and an exit
 status."""
 
+import _thread
 import dataclasses
 import faulthandler
 import os
 import sys
 import textwrap
+import threading
 import types
 import typing
 import warnings
@@ -74,7 +76,7 @@ def run_command(main: Callable[..., int], about: str | None, operands: bool = Fa
     """
     logging.use_absl_handler()
     faulthandler.enable()
-    sys.unraisablehook = _ignore_closed_event_loop
+    sys.unraisablehook = _handle_ignored
     shown = CacheWarnings()
     warnings.showwarning = lambda message, *_, **__: _warn(shown(str(message)))
     try:
@@ -113,9 +115,13 @@ def _own_flags() -> str:
     return "\n\nFlags of this command:\n" + "\n".join(lines) if lines else ""
 
 
-def _ignore_closed_event_loop(unraisable: Any) -> None:
-    """Skip one error: after a failed write TensorStore calls the event loop that Orbax closed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+def _handle_ignored(unraisable: Any) -> None:
+    """Handle an error that Python ignores, since it was raised in a callback."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        # Ctrl-C during JAX's callback of the garbage collector; it is raised again outside of it.
+        threading.Timer(0.1, _thread.interrupt_main).start()
+    elif str(unraisable.exc_value) != "Event loop is closed":
+        # After a failed write TensorStore calls the event loop that Orbax has closed.
         sys.__unraisablehook__(unraisable)
 
 

@@ -2,6 +2,9 @@
 the plan are printed as promised."""
 
 import json
+import signal
+import sys
+import time
 
 import pytest
 from binaries import call, one_sentence
@@ -9,6 +12,7 @@ from short_runs import check_other_devices
 
 from experiments.building.config import Config
 from experiments.building.job import build_plan
+from experiments.launching import command_line
 from jaxlocal import ConfigurationError
 
 
@@ -49,7 +53,10 @@ from jaxlocal import ConfigurationError
         ({"steps": 0}, ["--steps", "got 0"]),
         (
             {"outer_learning_rate": 0.5},
-            ["--outer_learning_rate=0.5", "slowmo, diloco, streaming_diloco, sparse_loco"],
+            [
+                "--outer_learning_rate=0.5",
+                "slowmo, diloco, streaming_diloco, fedavgm, fedadam, sparse_loco",
+            ],
         ),
         ({"method": "diloco", "outer_learning_rate": 0.0}, ["--outer_learning_rate", "got 0"]),
         ({"method": "slowmo", "outer_momentum": 1.0}, ["[0, 1)", "got 1"]),
@@ -188,3 +195,21 @@ def test_the_plan_prints_json_for_programs():
 
 def test_flags_txt_runs_again_on_more_devices_with_the_same_numbers(tmp_path):
     check_other_devices(tmp_path, lambda count, *flags: call("train", *flags, f"--mesh=1x{count}"))
+
+
+class Interrupted:
+    """An object in whose destructor Ctrl-C arrives: Python ignores what is raised there."""
+
+    def __del__(self):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_that_python_ignores_is_raised_again(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", command_line._handle_ignored)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Interrupted()
+            time.sleep(60)
+    finally:
+        signal.signal(signal.SIGINT, before)
