@@ -10,6 +10,7 @@ that compare different programs to the bit, and those that read compiled program
 import contextlib
 import functools
 
+import jax
 from jax._src import compiler
 
 # Classic code generation, without LLVM's optimisations, in one thread: there are as many as cores.
@@ -29,18 +30,29 @@ def install() -> None:
     def get_compile_options(*arguments, **settings):
         options = make(*arguments, **settings)
         if _enabled:  # what a caller asks for comes last, and holds
-            options.env_option_overrides = [*OPTIONS.items(), *options.env_option_overrides]
+            options.env_option_overrides = [*known().items(), *options.env_option_overrides]
         return options
 
     compiler.get_compile_options = get_compile_options
+
+
+@functools.cache
+def known() -> dict[str, bool | int]:
+    """Those of `OPTIONS` that the compiler of this version of JAX has."""
+    lowered, found = jax.jit(lambda x: x).lower(0.0), {}
+    for name, value in OPTIONS.items():
+        with disabled(), contextlib.suppress(jax.errors.JaxRuntimeError):
+            lowered.compile(compiler_options={name: value})
+            found[name] = value
+    return found
 
 
 @contextlib.contextmanager
 def disabled():
     """Compile with the defaults of the compiler inside the block."""
     global _enabled
-    _enabled = False
+    before, _enabled = _enabled, False
     try:
         yield
     finally:
-        _enabled = True
+        _enabled = before
