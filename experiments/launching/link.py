@@ -148,12 +148,12 @@ def _accept_all(place: Place, flags: list[str], until: float, patience: float) -
         joined = _accepted(listener, place.processes - 1, until)
     wrong = _mismatch(place, flags, joined, patience)
     port = _free_port()
-    for one in joined:
+    for process in joined:
         with contextlib.suppress(OSError):  # it may have ended in the meantime
-            _send(one.peer.connection, {"sentence": wrong} if wrong else {"port": port})
+            _send(process.peer.connection, {"sentence": wrong} if wrong else {"port": port})
     if wrong:
         raise ConfigurationError(wrong)
-    return Link(place, {one.number: one.peer for one in joined}, port)
+    return Link(place, {process.number: process.peer for process in joined}, port)
 
 
 class _Joined(NamedTuple):
@@ -181,10 +181,10 @@ def _accepted(listener: socket.socket, count: int, until: float) -> list[_Joined
 
 def _mismatch(place: Place, flags: list[str], joined: list[_Joined], patience: float) -> str | None:
     """The sentence about processes that are there twice, have other flags or are missing."""
-    numbers = [one.number for one in joined]
+    numbers = [process.number for process in joined]
     wrong = _twice([0, *numbers])
-    for one in sorted(joined, key=lambda one: one.number):
-        wrong = wrong or _difference(flags, one.number, one.flags)
+    for process in sorted(joined, key=lambda process: process.number):
+        wrong = wrong or _difference(flags, process.number, process.flags)
     return wrong or _missing(place, numbers, patience)
 
 

@@ -30,16 +30,16 @@ def audited(plan: Plan) -> dict[str, Any]:
         round_fn = make_round_fn(plan, feed.pool)
         programs = round_fn.lower(plan.state, feed(0, steps))
     found = [
-        one._replace(loops=(times, *one.loops))
+        collective._replace(loops=(times, *collective.loops))
         for times, program in programs
-        for one in audit(program.compile(), plan.mesh)
+        for collective in audit(program.compile(), plan.mesh)
     ]
     return {
         "steps": steps,
         "turns": plan.method.outer.turns,
         "mesh": dict(plan.mesh.shape),
         "round": _compared(_accounted(plan, round_fn), found),
-        "collectives": [one._asdict() for one in found],
+        "collectives": [collective._asdict() for collective in found],
     }
 
 
@@ -49,14 +49,18 @@ def _accounted(plan: Plan, round_fn: RoundFn) -> list[Collective]:
     An end of rounds that takes turns has all turns in its program, each as a branch.
     """
     turns, ending = plan.method.outer.turns, plan.method.outer.steps
-    others = [one for n in range(1, turns) for one in round_fn.collectives(plan.state, ending, n)]
+    others = [
+        collective
+        for n in range(1, turns)
+        for collective in round_fn.collectives(plan.state, ending, n)
+    ]
     return round_fn.collectives(plan.state, plan.lengths[0]) + others
 
 
 def _compared(accounted: list[Collective], found: list[Audited]) -> list[dict[str, Any]]:
     """Bytes by kind, mesh axes and type, of the accounting and of the program."""
     expected = by_kind(accounted)
-    compiled = by_kind(one.collective() for one in found)
+    compiled = by_kind(collective.collective() for collective in found)
     return [
         {
             "collective": kind,
@@ -94,5 +98,9 @@ def show_audit(console: Console, figures: dict[str, Any]) -> None:
 def _times(row: dict[str, Any], collectives: list[dict[str, Any]]) -> int:
     """How often the programs of a round run the collectives of a row."""
     key = row["collective"], row["axes"], row["type"]
-    alike = [one for one in collectives if (one["kind"], list(one["axes"]), one["dtype"]) == key]
-    return sum(math.prod(n or 1 for n in one["loops"]) for one in alike)
+    alike = [
+        collective
+        for collective in collectives
+        if (collective["kind"], list(collective["axes"]), collective["dtype"]) == key
+    ]
+    return sum(math.prod(n or 1 for n in collective["loops"]) for collective in alike)

@@ -68,9 +68,9 @@ def collectives(
 
     def runs(messages: list[Message]) -> list[CollectiveRun]:
         return [
-            (one.kind, one.nbytes, math.prod(shape[axis] for axis in one.axes))
-            for one in accounting.collectives(messages, plan.layout, shape)
-            for _ in range(one.times)
+            (collective.kind, collective.nbytes, math.prod(shape[axis] for axis in collective.axes))
+            for collective in accounting.collectives(messages, plan.layout, shape)
+            for _ in range(collective.times)
         ]
 
     inner, outer = plan.method.inner, plan.method.outer
