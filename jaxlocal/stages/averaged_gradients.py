@@ -71,43 +71,17 @@ def averaged_gradients(
             return ()
         return Memory(stacked=compressor_memory(compressor, state.params))
 
-    def average(state, memory, grads, loss, context):
-        """The averages, given back to every worker, and the memory of the compressor."""
-        if compressor is None:
-            return broadcast_to_workers(
-                mixer.average((grads, loss), context), (grads, loss)
-            ), memory
-        key = stream_key(state.key, STEP_MESSAGE, state.step)
-        synced = partial_sync(mixer, compressor, grads, memory.stacked, key, context)
-        nothing = jax.tree.map(lambda x: jnp.zeros_like(x[:1, :1]), grads)
-        means = (
-            broadcast_to_workers(synced.add(nothing), grads),
-            broadcast_to_workers(mixer.average(loss, context), loss),
-        )
-        return means, Memory(stacked=synced.memory)
-
     def apply(state, memory, batches, context):
+        # Gradients, their average, updates: three passes, since no collective may be in a cond.
         batch = jax.tree.map(lambda b: b[0], batches)
         mode = choose_worker_map(worker_map, grad_fn, state, batch, context)
-
-        def gradient(params, model_state, batch, worker, rate):
-            key = stream_key(state.key, GRADIENT, state.step, worker)
-            examples = fetch(context.data, batch)
-            grads, model_state, metrics = grad_fn(params, model_state, examples, key)
-            return vary((grads, model_state, reported(metrics)))
-
-        def step(params, opt_state, grads, loss):
-            known = {"step": state.step, "value": loss, "grad": grads}
-            updates, opt_state = update(grads, opt_state, params, **known)
-            return optax.apply_updates(params, updates), opt_state
-
-        # Gradients, their average, updates: three passes, since no collective may be in a cond.
-        stay = lambda shapes, params, model_state, *_: (zeros(shapes[0]), model_state)
+        gradient = at_rate(_gradient(grad_fn, state, context), _stay, state, context, mode)
         workers = (state.params, state.model_state, batch, context.worker, context.rate)
-        masked = at_rate(gradient, stay, state, context, mode)
-        grads, model_state, metrics = over_workers(masked, mode)(*workers)
-        (grads, loss), memory = average(state, memory, grads, metrics.get("loss"), context)
-        params, opt_state = over_workers(step, mode, in_place=2)(
+        grads, model_state, metrics = over_workers(gradient, mode)(*workers)
+        (grads, loss), memory = _average(
+            mixer, compressor, grads, metrics.get("loss"), memory, state, context
+        )
+        params, opt_state = over_workers(_step(update, state), mode, in_place=2)(
             state.params, state.opt_state, grads, loss
         )
         return advance(state, memory, params, opt_state, model_state, metrics)
@@ -118,6 +92,46 @@ def averaged_gradients(
         return partial_sync_messages(mixer, compressor, state.params)
 
     return Stage(init, apply, 1, communication)
+
+
+def _gradient(grad_fn, state, context):
+    """The gradient of one worker."""
+
+    def gradient(params, model_state, batch, worker, rate):
+        key = stream_key(state.key, GRADIENT, state.step, worker)
+        examples = fetch(context.data, batch)
+        grads, model_state, metrics = grad_fn(params, model_state, examples, key)
+        return vary((grads, model_state, reported(metrics)))
+
+    return gradient
+
+
+def _stay(shapes, params, model_state, *_):
+    return zeros(shapes[0]), model_state
+
+
+def _average(mixer, compressor, grads, loss, memory, state, context):
+    """The average gradient and loss, on every worker, and the memory of the compressor."""
+    if compressor is None:
+        means = mixer.average((grads, loss), context)
+        return broadcast_to_workers(means, (grads, loss)), memory
+    key = stream_key(state.key, STEP_MESSAGE, state.step)
+    synced = partial_sync(mixer, compressor, grads, memory.stacked, key, context)
+    nothing = jax.tree.map(lambda x: jnp.zeros_like(x[:1, :1]), grads)
+    grads = broadcast_to_workers(synced.add(nothing), grads)
+    loss = broadcast_to_workers(mixer.average(loss, context), loss)
+    return (grads, loss), Memory(stacked=synced.memory)
+
+
+def _step(update, state):
+    """The optimizer step of one worker on the average gradient."""
+
+    def step(params, opt_state, grads, loss):
+        known = {"step": state.step, "value": loss, "grad": grads}
+        updates, opt_state = update(grads, opt_state, params, **known)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
 
 
 def _check_compressor(mixer: Mixer, compressor: Compressor) -> None:

@@ -72,6 +72,9 @@ def sequence(*stages: Stage) -> Stage:
 
     Their reports are joined by name.
 
+    Args:
+      *stages: any stages, which may take different steps.
+
     Returns:
       A stage of the sum of their steps.
 
@@ -108,6 +111,9 @@ def in_turn(*stages: Stage) -> Stage:
     """Apply one of the stages at a time: the first, then the second, and so on, in a cycle.
 
     One program holds all of them, as the branches of a `lax.switch`; each has its own memory.
+
+    Args:
+      *stages: stages of the same steps.
 
     Returns:
       A stage of the steps of one of them.

@@ -1,5 +1,7 @@
 """An outer step of the whole model or of a fragment, overlapped with local steps."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -87,47 +89,57 @@ def overlapped(
         raise ConfigurationError(f"the mixing factor must be in [0, 1], got {mixing_factor}")
     policy = StatePolicy("keep", None, model_state)
     update = optax.with_extra_args_support(outer_optimizer).update
-
-    def own(tree, params):
-        """The tensors of the fragment, and None in place of the others."""
-        numbers = fragments_of(params, fragments)
-        return jax.tree.map(lambda x, number: x if number == fragment else None, tree, numbers)
+    own = _selector(fragment, fragments)
 
     def init(state):
         if jax.tree.leaves(steps.init(state)):
             raise ConfigurationError("steps that overlap a synchronisation may keep no memory")
-        outer, errors = outer_optimizer.init(own(state.anchor, state.params)), ()
-        if compressor is not None:
-            compressor.init(worker_shapes(state.params))  # refuses what fits no tensor of the model
-            params = own(state.params, state.params)
-            errors = no_errors(_fitting(compressor, params), params)
-        return Memory(stacked=errors, single=outer)
+        outer = outer_optimizer.init(own(state.anchor, state.params))
+        return Memory(stacked=_no_errors(compressor, state.params, own), single=outer)
 
     def apply(state, memory, batches, context):
         anchor, params = own(state.anchor, state.params), own(state.params, state.params)
-        if compressor is None:
-            gradient, errors = _pseudo_gradient(mixer, anchor, params, context), ()
-        else:
-            key = stream_key(state.key, ROUND_MESSAGE, state.step)
-            gradient, errors = _compressed_pseudo_gradient(
-                mixer, _fitting(compressor, params), anchor, params, memory.stacked, key, context
-            )
+        key = stream_key(state.key, ROUND_MESSAGE, state.step)
+        gradient, errors = _pseudo_gradient(
+            mixer, compressor, anchor, params, memory.stacked, key, context
+        )
         state, _, info = steps.apply(state, steps.init(state), batches, context)
         updates, outer = update(gradient, memory.single, anchor, step=state.step - 1)
-        anchor, params = optax.apply_updates(anchor, updates), own(state.params, state.params)
-        params = _mixed(mixing_factor, anchor, params)
-        state = state._replace(params=_put(params, state.params), anchor=_put(anchor, state.anchor))
+        anchor = optax.apply_updates(anchor, updates)
+        params = _mixed(mixing_factor, anchor, own(state.params, state.params))
+        params, anchor = _put(params, state.params), _put(anchor, state.anchor)
+        state = state._replace(params=params, anchor=anchor)
         return policy.apply(state, mixer, context), Memory(errors, outer), info
 
     def communication(state, number=0):
-        params = own(state.params, state.params)
-        messages = [Message(mixer, worker_shapes(params))]
-        if compressor is not None:
-            fitting = _fitting(compressor, params)
-            messages = partial_sync_messages(mixer, fitting, error_shapes(params))
+        messages = _messages(mixer, compressor, own(state.params, state.params))
         return [*steps.communication(state, number), *messages, *policy.messages(mixer, state)]
 
     return Stage(init, apply, steps.steps, communication, True, steps.turns)
+
+
+def _selector(fragment: int, fragments: Fragments) -> Callable[[Tree, Tree], Tree]:
+    """(tree, params) -> the tree with None in place of all tensors that are not of the fragment."""
+
+    def own(tree, params):
+        numbers = fragments_of(params, fragments)
+        return jax.tree.map(lambda x, number: x if number == fragment else None, tree, numbers)
+
+    return own
+
+
+def _no_errors(compressor, params, own):
+    """The memory of the fragment's messages, before the first one."""
+    if compressor is None:
+        return ()
+    compressor.init(worker_shapes(params))  # refuses what fits no tensor of the model
+    return no_errors(_fitting(compressor, own(params, params)), own(params, params))
+
+
+def _messages(mixer, compressor, params):
+    if compressor is None:
+        return [Message(mixer, worker_shapes(params))]
+    return partial_sync_messages(mixer, _fitting(compressor, params), error_shapes(params))
 
 
 def _fitting(compressor: Compressor, params: Tree) -> Compressor:
@@ -139,17 +151,15 @@ def _fitting(compressor: Compressor, params: Tree) -> Compressor:
     return compressor
 
 
-def _pseudo_gradient(mixer, anchor, params, context):
-    """Σ_i a_i (y − x_i), leaves [...]."""
-    average = mixer.average(jax.tree.map(moved, anchor, params), context)
-    return jax.tree.map(lambda y, d: d[0, 0].astype(y.dtype), anchor, average)
-
-
-def _compressed_pseudo_gradient(mixer, compressor, anchor, params, errors, key, context):
-    """−Σ_i a_i C(e_i + x_i − y), and what the messages leave out."""
+def _pseudo_gradient(mixer, compressor, anchor, params, errors, key, context):
+    """d = Σ_i a_i (y − x_i) or −Σ_i a_i C(e_i + x_i − y), leaves [...], and the errors after it."""
+    if compressor is None:
+        average = mixer.average(jax.tree.map(moved, anchor, params), context)
+        return jax.tree.map(lambda y, d: d[0, 0].astype(y.dtype), anchor, average), ()
     start = jax.tree.map(lambda x, y: y.astype(x.dtype), params, anchor)
     move = with_errors(1.0, errors.residual, params, start)
-    synced = partial_sync(mixer, compressor, move, errors.compressor, key, context)
+    codec = _fitting(compressor, params)
+    synced = partial_sync(mixer, codec, move, errors.compressor, key, context)
     average = add_single(synced.add, jax.tree.map(jnp.zeros_like, anchor))
     return jax.tree.map(jnp.negative, average), ErrorMemory(synced.residual, synced.memory)
 

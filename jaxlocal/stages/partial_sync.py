@@ -145,7 +145,17 @@ def check_common(what: str, mixer: Mixer) -> None:
 
 
 def partial_sync_messages(mixer: Mixer, compressor: Compressor, stacked: Tree) -> list[Message]:
-    """The messages of one partial synchronisation of a tree, leaves (or shapes) [D, N, ...]."""
+    """List the messages of one partial synchronisation of a tree.
+
+    Args:
+      mixer, compressor: of the synchronisation.
+      stacked: the tree of every worker, leaves or shapes [D, N, ...].
+
+    >>> from jaxlocal import compression, mixing
+    >>> tree = {"w": jnp.zeros((1, 2, 64))}
+    >>> [m.gathered for m in partial_sync_messages(mixing.mean(), compression.top_k(4), tree)]
+    [True]
+    """
     payloads = payload_shapes(compressor, worker_shapes(stacked))
     return [Message(mixer, payload, not compressor.averageable) for payload in payloads]
 

@@ -72,20 +72,10 @@ def synced_updates(
     init = lambda state: Memory(stacked=compressor_memory(compressor, state.params))
 
     def apply(state, memory, batches, context):
-        def take(params, opt_state, model_state, batch, worker, rate):
-            key = stream_key(state.key, GRADIENT, state.step, worker)
-            examples = fetch(context.data, batch)
-            grads, model_state, metrics = grad_fn(params, model_state, examples, key)
-            known = {"step": state.step, "value": metrics.get("loss"), "grad": grads}
-            updates, opt_state = update_fn(grads, opt_state, params, **known)
-            return vary((updates, opt_state, model_state, reported(metrics)))
-
-        def stay(shapes, params, opt_state, model_state, *_):
-            return zeros(shapes[0]), opt_state, model_state
-
         batch = jax.tree.map(lambda b: b[0], batches)
         mode = choose_worker_map(worker_map, grad_fn, state, batch, context)
-        update = at_rate(take, stay, state, context, mode)
+        take = _update(grad_fn, update_fn, state, context)
+        update = at_rate(take, _stay, state, context, mode)
         own = (state.params, state.opt_state, state.model_state, batch)
         workers = (*own, context.worker, context.rate)
         exchange = _in_one_message if compressor.second is None else _in_two_messages
@@ -99,6 +89,24 @@ def synced_updates(
 
     communication = lambda state, number=0: partial_sync_messages(mixer, compressor, state.params)
     return Stage(init, apply, 1, communication)
+
+
+def _update(grad_fn, update_fn, state, context):
+    """The update of one worker's optimizer."""
+
+    def take(params, opt_state, model_state, batch, worker, rate):
+        key = stream_key(state.key, GRADIENT, state.step, worker)
+        examples = fetch(context.data, batch)
+        grads, model_state, metrics = grad_fn(params, model_state, examples, key)
+        known = {"step": state.step, "value": metrics.get("loss"), "grad": grads}
+        updates, opt_state = update_fn(grads, opt_state, params, **known)
+        return vary((updates, opt_state, model_state, reported(metrics)))
+
+    return take
+
+
+def _stay(shapes, params, opt_state, model_state, *_):
+    return zeros(shapes[0]), opt_state, model_state
 
 
 def _in_one_message(update, mode, workers, mixer, compressor, memory, state, context):

@@ -1,0 +1,87 @@
+"""The rounds that a period makes of a run."""
+
+import numbers
+from collections.abc import Iterator
+
+import numpy as np
+import optax
+
+from jaxlocal.errors import ConfigurationError
+from jaxlocal.periods.fixed import constant
+from jaxlocal.periods.learning_rate import rates
+from jaxlocal.types import Period
+
+_COMPARED = (0, 1, 10, 100, 1_000, 10_000, 100_000)  # steps at which two schedules must agree
+
+
+def of(period: Period | int, optimizer: optax.GradientTransformation | None = None) -> Period:
+    """Make the period of a method: a rule stays as it is, a number of steps is the constant rule.
+
+    Args:
+      period: a rule, or H.
+      optimizer: of the workers.
+
+    Raises:
+      ConfigurationError: the rule reads another learning rate than the optimizer follows, where the
+        optimizer knows it (see `jaxlocal.scheduled`).
+
+    >>> of(4).description
+    'constant, H = 4'
+    """
+    rule = period if isinstance(period, Period) else constant(period)
+    follows = getattr(optimizer, "learning_rate", None)
+    if follows is not None and rule.learning_rate is not None and rule.learning_rate is not follows:
+        ours, theirs = rates(rule.learning_rate), rates(follows)
+        for step in _COMPARED:
+            if not np.isclose(ours(step), theirs(step), rtol=1e-6, atol=0):
+                raise ConfigurationError(
+                    f"the period reads the learning rate {ours(step):g} at step {step}, and the "
+                    f"optimizer follows {theirs(step):g} there; give both the same schedule"
+                )
+    return rule
+
+
+def split(period: Period | int, parts: int) -> Period:
+    """Divide the rounds of a rule into equal parts, of H / parts steps each.
+
+    Args:
+      period: a rule, or H.
+      parts: into how many rounds one round of the rule is divided; it must divide every H.
+
+    >>> list(lengths(split(8, 4), total_steps=11))
+    [2, 2, 2, 2, 2, 1]
+    """
+    if not isinstance(parts, numbers.Integral) or parts < 1:
+        raise ConfigurationError(
+            f"the rounds of a period must be an integer of at least 1, got {parts}"
+        )
+    whole = of(period)
+    if parts == 1:
+        return whole
+
+    def length(step: int, remaining: int) -> int:
+        steps = whole.length(step, parts * remaining)
+        if steps % parts:
+            raise ConfigurationError(
+                f"a period of {steps} steps does not divide into {parts} rounds"
+            )
+        return steps // parts
+
+    description = f"{whole.description}, in {parts} rounds"
+    return Period(length, description, whole.learning_rate)
+
+
+def lengths(period: Period, total_steps: int) -> Iterator[int]:
+    """List H of every round of a run, one after another; they sum to the total.
+
+    Args:
+      period: the rule.
+      total_steps: the steps of the run.
+
+    >>> list(lengths(constant(3), total_steps=7))
+    [3, 3, 1]
+    """
+    step = 0
+    while step < total_steps:
+        yield (steps := period.length(step, total_steps - step))
+        step += steps
