@@ -1,6 +1,6 @@
 """The cost model of a run: hours of compute, of communication and of waiting for stragglers.
 
-It is a model, not a measurement: communication overlaps with compute only where it is told to, and
+It is a model, not a measurement: communication overlaps with compute only in `overlap_steps`, and
 links do not contend.
 """
 

@@ -198,6 +198,12 @@ def psum(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
     """All-reduce: the sum of x over mesh axes, common to their devices.
 
     As `jax.lax.psum`, inside `over_mesh`; it works on workers that are sharded over "model" too.
+
+    >>> from jaxlocal.parallel import SINGLE, STACKED, Layout, make_mesh
+    >>> mesh = make_mesh(Layout(workers_per_hub=2), jax.devices()[:1])
+    >>> total = over_mesh(lambda x: psum(x.sum(1, keepdims=True), AXES), mesh, STACKED, SINGLE)
+    >>> total(jnp.array([[1.0, 2.0]]))
+    Array([[3.]], dtype=float32)
     """
     return _all_reduce(lax.psum, x, axes)
 
@@ -206,6 +212,12 @@ def pmax(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
     """All-reduce: the maximum of x over mesh axes, common to their devices.
 
     As `jax.lax.pmax`, inside `over_mesh`; it works on workers that are sharded over "model" too.
+
+    >>> from jaxlocal.parallel import SINGLE, STACKED, Layout, make_mesh
+    >>> mesh = make_mesh(Layout(workers_per_hub=2), jax.devices()[:1])
+    >>> largest = over_mesh(lambda x: pmax(x.max(1, keepdims=True), AXES), mesh, STACKED, SINGLE)
+    >>> largest(jnp.array([[1.0, 2.0]]))
+    Array([[2.]], dtype=float32)
     """
     return _all_reduce(lax.pmax, x, axes)
 
@@ -230,6 +242,13 @@ def mean(params: Tree, context: Context) -> Tree:
 
     Returns:
       u, leaves [...], common to all workers, in the dtypes of the parameters.
+
+    >>> from jaxlocal.parallel import CONTEXT, SINGLE, STACKED, Layout, make_mesh
+    >>> layout = Layout(workers_per_hub=2, weights=[1, 3])
+    >>> mesh = make_mesh(layout, jax.devices()[:1])
+    >>> average = over_mesh(mean, mesh, (STACKED, CONTEXT), SINGLE)
+    >>> average({"bias": jnp.array([[0.0, 4.0]])}, layout.context())
+    {'bias': Array(3., dtype=float32)}
     """
 
     def one(x):
@@ -252,6 +271,13 @@ def consensus_distance(params: Tree, context: Context) -> jax.Array:
 
     Returns:
       A scalar, common to all workers; 0 at consensus.
+
+    >>> from jaxlocal.parallel import CONTEXT, SINGLE, STACKED, Layout, make_mesh
+    >>> layout = Layout(workers_per_hub=2)
+    >>> mesh = make_mesh(layout, jax.devices()[:1])
+    >>> distance = over_mesh(consensus_distance, mesh, (STACKED, CONTEXT), SINGLE)
+    >>> distance({"bias": jnp.array([[1.0, 3.0]])}, layout.context())
+    Array(1., dtype=float32)
     """
 
     def square(x):

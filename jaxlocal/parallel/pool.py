@@ -60,6 +60,8 @@ def check_indices(batches: Tree, examples: int) -> None:
     Raises:
       ConfigurationError: there are no integer indices, or (where they lie on the host) an index is
         outside of the pool.
+
+    >>> check_indices({"index": np.array([3, 1])}, examples=10)
     """
     index: Any = batches.get("index") if isinstance(batches, dict) else batches
     if not (hasattr(index, "dtype") and jnp.issubdtype(index.dtype, jnp.integer)):

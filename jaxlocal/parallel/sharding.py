@@ -123,7 +123,13 @@ def shardings(mesh: Mesh, rule: Rule, specs: Any, tree: Tree) -> Tree:
 
 
 def with_shardings(shapes: Tree, shardings: Any) -> Tree:
-    """Attach shardings, a prefix of the tree, to the shapes of arrays."""
+    """Attach shardings, a prefix of the tree, to the shapes of arrays.
+
+    >>> mesh = jax.sharding.AbstractMesh((1, 2), ("hubs", "workers"))
+    >>> kernel = jax.ShapeDtypeStruct((1, 4, 3), "float32")
+    >>> with_shardings(kernel, NamedSharding(mesh, P("hubs", "workers"))).sharding.spec
+    P('hubs', 'workers')
+    """
 
     def attach(sharding, part):
         one = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -133,7 +139,12 @@ def with_shardings(shapes: Tree, shardings: Any) -> Tree:
 
 
 def named_shardings(mesh: Mesh, specs: Any) -> Any:
-    """Turn a tree of PartitionSpec into a tree of NamedSharding on a mesh."""
+    """Turn a tree of PartitionSpec into a tree of NamedSharding on a mesh.
+
+    >>> mesh = jax.sharding.AbstractMesh((1, 2), ("hubs", "workers"))
+    >>> named_shardings(mesh, {"kernel": P("hubs", "workers")})["kernel"].spec
+    P('hubs', 'workers')
+    """
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
@@ -147,6 +158,11 @@ def batch_specs(mesh: Mesh, leading: P, batches: Tree) -> Any:
 
     Returns:
       A prefix of the tree of batches, or a tree of the same structure.
+
+    >>> mesh = jax.sharding.AbstractMesh((1, 1, 2), ("hubs", "workers", "model"))
+    >>> batches = jax.ShapeDtypeStruct((10, 1, 4, 8, 3), "float32")  # [steps, D, N, batch, ...]
+    >>> batch_specs(mesh, P(None, "hubs", "workers"), batches)
+    P(None, 'hubs', 'workers', 'model')
     """
     if not is_sharded(mesh):
         return leading
@@ -182,6 +198,9 @@ def shard_examples(batch: Tree) -> Tree:
 
     Returns:
       The same values; where workers are not sharded, the batch as it is.
+
+    >>> shard_examples({"targets": 1.5})
+    {'targets': 1.5}
     """
     devices = jax.sharding.get_abstract_mesh().shape.get(MODEL, 1)
     return _constrain(batch, lambda x: P(MODEL) if x.ndim and x.shape[0] % devices == 0 else P())
@@ -194,7 +213,11 @@ def _constrain(tree: Tree, spec_of: Callable) -> Tree:
 
 
 def is_sharded(mesh: Mesh) -> bool:
-    """Whether the workers on a mesh are sharded over several devices each."""
+    """Whether the workers on a mesh are sharded over several devices each.
+
+    >>> is_sharded(jax.sharding.AbstractMesh((1, 1, 2), ("hubs", "workers", "model")))
+    True
+    """
     return MODEL in mesh.axis_names
 
 
