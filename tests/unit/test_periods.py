@@ -26,10 +26,10 @@ ANY = st.one_of(
     st.builds(
         periods.power,
         st.floats(1e-6, 1),
-        st.floats(0, 2),
-        st.integers(1, 20),
-        st.sampled_from([1, 2, 3]),
-        st.integers(0, 20),
+        coefficient=st.floats(0, 2),
+        base=st.integers(1, 20),
+        exponent=st.sampled_from([1, 2, 3]),
+        warmup_steps=st.integers(0, 20),
     ),
 )
 
@@ -64,9 +64,11 @@ def test_a_period_is_at_least_the_base_and_at_most_what_remains():
 
 
 def test_rules_are_the_powers_that_their_names_say():
-    for rule, expected in [(periods.linear, 4), (periods.qsr, 16), (periods.cubic, 64)]:
-        assert rule(0.25, 1.0, 1).length(0, 1000) == expected
-        assert rule.__name__ in rule(0.25, 1.0, 1).description
+    rules = {"linear": periods.linear, "quadratic": periods.qsr, "cubic": periods.cubic}
+    for (name, rule), expected in zip(rules.items(), (4, 16, 64), strict=True):
+        period = rule(0.25, coefficient=1.0, base=1)
+        assert period.length(0, 1000) == expected
+        assert name in period.description
 
 
 def test_a_rate_of_zero_lasts_to_the_end_unless_the_coefficient_is_zero_too():
@@ -168,7 +170,7 @@ def test_rules_that_make_no_sense_are_refused():
     for wrong in (-0.5, float("nan"), float("inf")):
         with refused(f"the period's coefficient must be a number ≥ 0, got {wrong:g}"):
             periods.linear(0.1, coefficient=wrong, base=4)
-    with refused("H_base = 6 steps is not a multiple of the 4 steps between hub averages"):
+    with refused("H_base = 6 steps is not a multiple of 4 steps"):
         periods.cubic(0.1, coefficient=0.2, base=6, multiple=4)
     for make in (lambda: periods.post_local(-1, 4), lambda: periods.swap(-1)):
         with refused("the switch to local steps must be at a step ≥ 0, got -1"):
