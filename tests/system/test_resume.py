@@ -1,8 +1,7 @@
-"""A run that was cut off goes on as if it had never stopped."""
+"""A run that was stopped is resumed as if it had never stopped."""
 
 import dataclasses
 import json
-import os
 import resource
 import shutil
 import signal
@@ -14,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from short_runs import saved_steps, without_time
 
-from experiments import train as binary
 from experiments.building.config import Config
+from experiments.building.job import build_job
 from experiments.launching.statuses import INTERRUPTED
 from experiments.plotting.display import Display
 from experiments.running.recording import CHECKPOINTS, METRICS, SUMMARY, read_metrics
+from experiments.running.training import train
 from jaxlocal import ConfigurationError
 
 ROOT = Path(__file__).parents[2]
@@ -57,21 +58,18 @@ RUNS = {
 
 
 class Crash(BaseException):
-    """What no program catches."""
+    """An error that no program catches."""
 
 
 def run(config, folder):
-    status = binary.train(dataclasses.replace(config, workdir=str(folder)))
-    return status, without_time(folder), (folder / "export" / "model.safetensors").read_bytes()
-
-
-def without_time(folder):
-    lines = read_metrics(folder)
-    return [{key: value for key, value in line.items() if key != "wall_seconds"} for line in lines]
+    """Train; returns the exit status, the metrics without times, and the exported model."""
+    status = train(dataclasses.replace(config, workdir=str(folder)))
+    model = (folder / "export" / "model.safetensors").read_bytes()
+    return status, without_time(read_metrics(folder)), model
 
 
 def crash_at(monkeypatch, step):
-    """Once, when a measurement or a checkpoint of a step from there on is made."""
+    """Crash once, at the first measurement or checkpoint from a step on."""
     show = Display.show
 
     def crashing(self, now, measured):
@@ -91,7 +89,7 @@ def test_a_run_that_crashes_again_and_again_ends_bit_identical(name, tmp_path, m
     for step in (3, 17, 32):
         crash_at(monkeypatch, step)
         with pytest.raises(Crash):
-            binary.train(crashed)
+            train(crashed)
     again = run(config, tmp_path / "crashed")
     assert again == whole
     steps = [line["step"] for line in again[1]]
@@ -110,7 +108,7 @@ def test_a_run_that_has_ended_is_not_run_again(ended, tmp_path, capsys):
     shutil.copytree(ended[0], tmp_path / "run")
     metrics = (tmp_path / "run" / METRICS).read_bytes()
     shutil.rmtree(tmp_path / "run" / "export")
-    assert run(SMALL, tmp_path / "run") == ended[1]  # exports again, too
+    assert run(SMALL, tmp_path / "run") == ended[1]  # which exports again
     assert (tmp_path / "run" / METRICS).read_bytes() == metrics
     assert "has ended" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / SUMMARY).read_text())["ended"] == "finished"
@@ -119,29 +117,27 @@ def test_a_run_that_has_ended_is_not_run_again(ended, tmp_path, capsys):
 def test_the_export_is_the_average_model(ended):
     weights = load_file(ended[0] / "export" / "model.safetensors")
     assert {name: x.shape for name, x in weights.items()} == {"params/map/kernel": (32, 1)}
-    from experiments.building.job import build_job
-
     data = build_job(SMALL).dataset.test()
     outputs = data["inputs"].astype(np.float64) @ weights["params/map/kernel"][:, 0]
     loss = 0.5 * np.mean((outputs - data["targets"]) ** 2)
     np.testing.assert_allclose(ended[1][1][-1]["eval_loss"], loss, rtol=1e-5)
 
 
-def test_how_often_and_where_a_run_is_saved_does_not_make_it_another(ended, tmp_path):
+def test_how_often_a_run_is_saved_does_not_make_it_another(ended, tmp_path):
     shutil.copytree(ended[0], tmp_path / "run")
     other = dataclasses.replace(SMALL, checkpoint_every=11, keep=1, plot_partition=True)
     assert run(other, tmp_path / "run") == ended[1]
     assert (tmp_path / "run" / "partition.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_it_may_stop_early_and_stays_stopped(tmp_path):
+def test_a_run_that_stopped_early_stays_stopped(tmp_path):
     config = dataclasses.replace(SMALL, stop_train_loss=0.1, eval_every=1)
     first = run(config, tmp_path / "run")
     assert first[1][-1]["train_loss"] < 0.1 and first[1][-1]["step"] < 40
     assert run(config, tmp_path / "run") == first
 
 
-def test_a_damaged_checkpoint_is_told_and_an_older_one_serves(ended, tmp_path):
+def test_a_damaged_checkpoint_is_reported_and_an_older_one_is_used(ended, tmp_path):
     shutil.copytree(ended[0], tmp_path / "run")
     newest = tmp_path / "run" / CHECKPOINTS / "40"
     (newest / "state" / "_METADATA").write_text('{"tree_meta')
@@ -153,14 +149,14 @@ def test_a_damaged_checkpoint_is_told_and_an_older_one_serves(ended, tmp_path):
     assert run(SMALL, tmp_path / "run") == ended[1]
 
 
-def test_checkpoints_without_metrics_are_told(ended, tmp_path):
+def test_checkpoints_without_metrics_are_refused(ended, tmp_path):
     shutil.copytree(ended[0], tmp_path / "run")
     (tmp_path / "run" / METRICS).unlink()
     with pytest.raises(ConfigurationError, match="checkpoint of step 40 but no metrics.jsonl"):
         run(SMALL, tmp_path / "run")
 
 
-def test_checkpoints_with_less_than_their_metrics_are_told(ended, tmp_path):
+def test_checkpoints_with_missing_or_damaged_metrics_are_refused(ended, tmp_path):
     shutil.copytree(ended[0], tmp_path / "run")
     lines = (tmp_path / "run" / METRICS).read_text().splitlines(keepends=True)
     (tmp_path / "run" / METRICS).write_text("".join(lines[:3]))
@@ -171,14 +167,14 @@ def test_checkpoints_with_less_than_their_metrics_are_told(ended, tmp_path):
         run(SMALL, tmp_path / "run")
 
 
-def test_a_run_that_is_no_longer_to_be_saved_still_goes_on(ended, tmp_path):
+def test_a_run_that_is_no_longer_saved_still_resumes(ended, tmp_path):
     shutil.copytree(ended[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / CHECKPOINTS / "40")
     assert run(dataclasses.replace(SMALL, checkpoint_every=0), tmp_path / "run") == ended[1]
-    assert saved(tmp_path / "run") == [35]
+    assert saved_steps(tmp_path / "run") == [35]
 
 
-def test_an_interrupted_run_is_saved_where_it_stands(tmp_path, monkeypatch):
+def test_an_interrupted_run_is_saved_at_its_step(tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, checkpoint_every=40, workdir=str(tmp_path / "run"))
     show = Display.show
 
@@ -188,13 +184,13 @@ def test_an_interrupted_run_is_saved_where_it_stands(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Display, "show", interrupted)
-    assert binary.train(config) == INTERRUPTED
-    assert saved(tmp_path / "run") == [21]
+    assert train(config) == INTERRUPTED
+    assert saved_steps(tmp_path / "run") == [21]
     monkeypatch.setattr(Display, "show", show)
     assert run(config, tmp_path / "run") == run(SMALL, tmp_path / "whole")
 
 
-def test_without_checkpoints_a_run_starts_anew(tmp_path, monkeypatch):
+def test_without_checkpoints_a_run_starts_again(tmp_path):
     config = dataclasses.replace(SMALL, checkpoint_every=0)
     first = run(config, tmp_path / "run")
     assert not (tmp_path / "run" / CHECKPOINTS).exists()
@@ -210,31 +206,27 @@ def start(folder, *more, **options):
     return subprocess.Popen(command, cwd=ROOT, **pipes, **options)
 
 
-def saved(folder):
-    names = os.listdir(folder / CHECKPOINTS) if (folder / CHECKPOINTS).exists() else []
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def test_a_killed_process_goes_on_and_a_full_disk_loses_nothing(tmp_path):
+@pytest.mark.slow
+def test_a_killed_process_resumes_and_a_full_disk_loses_nothing(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     reference = start(whole)
     killed = start(cut)
-    while killed.poll() is None and not saved(cut):
+    while killed.poll() is None and not saved_steps(cut):
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     reference.communicate(timeout=120)
     assert reference.returncode == 0 and killed.returncode == -signal.SIGKILL
-    assert saved(cut) and saved(cut)[-1] < 200, "killed too late"
-    # As on a full disk, no file can grow beyond a limit that checkpoints pass and metrics do not.
+    assert saved_steps(cut) and saved_steps(cut)[-1] < 200, "killed too late"
+    # The full disk is a limit on the size of files, which checkpoints exceed and metrics do not.
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     full = start(cut, preexec_fn=limit)
     _, error = full.communicate(timeout=120)
     assert full.returncode == 1
     assert error.startswith("error: a checkpoint could not be written")
     assert error.count("\n") == 1, error
-    assert saved(cut), "the last good one stays"
+    assert saved_steps(cut), "the last good checkpoint stays"
     last = start(cut)
     out, _ = last.communicate(timeout=120)
     assert last.returncode == 0 and "resuming from step" in out
-    assert without_time(cut) == without_time(whole)
+    assert without_time(read_metrics(cut)) == without_time(read_metrics(whole))
