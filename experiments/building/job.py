@@ -30,7 +30,7 @@ from jaxlocal.stages.gradient import GradFn
 from jaxlocal.training.dispatching import schedule
 from jaxlocal.types import Compressor, Method, TrainState, Tree
 
-MEASUREMENTS, CHECKPOINTS = 25, 10  # of a run, about, where the flags do not say how often
+MEASUREMENTS, CHECKPOINTS = 25, 10  # of a run, about, by default
 CHUNK_STEPS, CHUNK_BYTES = 256, 64 << 20  # the most steps, and bytes of batches, in one dispatch
 INDEX_BYTES = 4
 
