@@ -1,5 +1,5 @@
-"""Runs of one test leave an empty picture: drawing takes longer than they do. What fixtures of a
-module run is drawn."""
+"""Runs inside of a test leave an empty picture, because drawing takes longer than they do; runs of
+module fixtures are drawn."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What `plan --audit` tells: the ledger's bytes beside the program's."""
+"""`plan --audit` shows the bytes of the accounting and those of the compiled program."""
 
 import io
 import re
@@ -20,7 +20,7 @@ def printed(figures):
     return console.file.getvalue()
 
 
-def test_a_round_on_hubs_is_told_by_axis():
+def test_a_round_on_hubs_is_shown_by_axis():
     job = build_plan(
         Config(method="mll_sgd", model="logistic", hubs=4, hub_graph="ring", hub_period=2, steps=8)
     )
@@ -29,13 +29,12 @@ def test_a_round_on_hubs_is_told_by_axis():
     rows = {(row["collective"], *row["axes"]): row for row in figures["round"]}
     in_hub, between = rows["all-reduce", "workers"], rows["collective-permute", "hubs"]
     assert in_hub["bytes_accounting"] == in_hub["bytes_program"] == 2 * 4 * VALUES  # two averages
-    assert (
-        between["bytes_accounting"] == between["bytes_program"] == 2 * 4 * VALUES
-    )  # two neighbours
+    # Two neighbours.
+    assert between["bytes_accounting"] == between["bytes_program"] == 2 * 4 * VALUES
     assert re.search(r"all-reduce +workers +float32 +5,200 +5,200 +2\n", printed(figures))
 
 
-def test_one_device_says_nothing():
+def test_one_device_sends_nothing():
     figures = audited(build_plan(Config(model="logistic", workers=1, steps=4)))
     assert figures["round"] == [] and "all workers are on one device" in printed(figures)
 

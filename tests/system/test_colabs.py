@@ -1,5 +1,5 @@
-"""The notebooks run from end to end in a kernel of their own, show what their text says, and are
-what their text files say."""
+"""The notebooks are the same as their text files; they run to the end in a new kernel, and their
+results are those that their text promises."""
 
 import json
 import math
@@ -37,14 +37,14 @@ def test_a_notebook_and_its_text_file_have_the_same_cells_and_no_outputs(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_opens_in_colab_from_where_it_is(path):
+def test_a_notebook_links_to_itself_in_colab(path):
     first = nbformat.read(path, as_version=4).cells[0].source
     assert f"/github/jaxlocal/jaxlocal/blob/main/colabs/{path.name})" in first
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """The first notebook after its last cell, in this interpreter and in folders of its own."""
+    """The first notebook after its last cell, run by a kernel of this environment."""
     folder = tmp_path_factory.mktemp("jupyter")
     install(prefix=str(folder), kernel_name="here")
     notebook = nbformat.read(COLABS / "01_local_sgd.ipynb", as_version=4)
@@ -53,7 +53,7 @@ def executed(tmp_path_factory):
         patch.setenv("JUPYTER_PATH", str(folder / "share" / "jupyter"))
         for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR"):
             patch.setenv(name, str(folder / name))
-        # If the install cell wanted the network, it would fail.
+        # An install cell that needs the network fails.
         patch.setenv("PIP_NO_INDEX", "1")
         nbclient.NotebookClient(
             notebook, kernel_name="here", timeout=300, resources={"metadata": {"path": str(folder)}}
@@ -66,12 +66,14 @@ def figures(executed):
     return json.loads(eval(executed.cells[-1].outputs[-1].data["text/plain"]))
 
 
-def test_it_draws_its_pictures(executed):
+@pytest.mark.slow
+def test_the_notebook_draws_its_pictures(executed):
     pictures = [o for o in outputs(executed) if "image/png" in o.get("data", {})]
     assert len(pictures) == 3
     assert not [o for o in outputs(executed) if o.get("name") == "stderr"]
 
 
+@pytest.mark.slow
 def test_on_shuffled_digits_every_period_ends_alike(figures):
     accuracy = {name: curves["accuracy"][-1] for name, curves in figures[0].items()}
     assert list(accuracy) == ["H = 1", "H = 4", "H = 16", "QSR"]
@@ -80,6 +82,7 @@ def test_on_shuffled_digits_every_period_ends_alike(figures):
     assert max(accuracy.values()) - min(accuracy.values()) < 0.02
 
 
+@pytest.mark.slow
 def test_on_sorted_digits_longer_rounds_end_worse_and_qsr_between(figures):
     loss = {name: curves["loss"][-1] for name, curves in figures[1].items()}
     accuracy = {name: curves["accuracy"][-1] for name, curves in figures[1].items()}
@@ -89,8 +92,9 @@ def test_on_sorted_digits_longer_rounds_end_worse_and_qsr_between(figures):
     assert accuracy["H = 1"] > 0.95 > accuracy["H = 16"] > 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 1])
-def test_the_bits_are_a_model_for_every_round(figures, part):
+def test_every_round_sends_a_model(figures, part):
     model = 32 * (64 * 64 + 64 + 64 * 10 + 10)
     step = qsr = 0
     while step < 512:  # H = max(4, ⌊(1 / η)²⌋)
@@ -103,6 +107,7 @@ def test_the_bits_are_a_model_for_every_round(figures, part):
         assert curves["step"] == list(range(0, 513, 16))
 
 
+@pytest.mark.slow
 def test_workers_drift_further_apart_in_longer_rounds_and_less_as_steps_shrink(figures):
     distance = {name: curves["distance"] for name, curves in figures[0].items()}
     for step in (96, 256):

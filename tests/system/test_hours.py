@@ -1,4 +1,4 @@
-"""The hours of a plan: its flags, its clusters by closed forms, and the published hours of QSR."""
+"""The hours of a plan: its flags, closed forms on clusters, and the published hours of QSR."""
 
 import dataclasses
 import io
@@ -56,24 +56,24 @@ def test_a_local_run_and_data_parallelism_on_their_cluster():
     assert (figures["devices"], figures["all_reduce"]) == (4, "ring")
 
 
-def test_data_parallelism_costs_what_it_is_compared_with():
+def test_planned_data_parallelism_costs_as_much_as_the_baseline():
     figures = on_cluster(job(method="data_parallel", workers=4), jitter=0.1, slowdown="1.5")
     assert figures["planned"] == pytest.approx(figures["data_parallel"], rel=1e-12)
     assert figures["planned"]["waiting_hours"] > 0
 
 
-def test_hubs_average_in_themselves_and_speak_to_neighbours():
+def test_hubs_average_their_workers_and_send_to_neighbours():
     ring = job(method="mll_sgd", workers=8, hubs=4, hub_graph="ring", hub_period=3)
     figures = on_cluster(ring)
     size = 4 * MODEL / 1e9
     in_hub, round_end = 2 * 1e-3 + size, 2 * (1e-3 + size)
     assert seconds(figures["planned"]) == pytest.approx([24, 12 * in_hub + 4 * round_end, 0])
-    # A hub on each device: only hubs have something to say.
+    # A hub on each device: only hubs send.
     figures = on_cluster(ring, cluster_devices=4)
     assert seconds(figures["planned"]) == pytest.approx([48, 4 * round_end, 0])
 
 
-def test_a_round_s_end_that_takes_steps_overlaps_them():
+def test_an_end_of_a_round_that_takes_steps_overlaps_them():
     planned = job(period="constant", workers=4)
     outer = planned.method.outer._replace(steps=2)
     overlapped = dataclasses.replace(planned, method=planned.method._replace(outer=outer))
@@ -82,8 +82,8 @@ def test_a_round_s_end_that_takes_steps_overlaps_them():
     assert seconds(figures["planned"]) == pytest.approx([0.192, 12 * (average - 0.008), 0])
 
 
-def test_fragments_in_turn_cost_together_what_the_model_does():
-    # Tensors of an MLP are unequal, and so are the messages of the rounds.
+def test_all_fragments_together_cost_as_much_as_the_model():
+    # The tensors of an MLP have unequal sizes, and so have the messages of the rounds.
     same = {"parameters": None, "model": "mlp", "workers": 4, "local_steps": 8}
     streamed = job(method="streaming_diloco", fragments=4, delay_steps=0, **same)
     streamed, whole = (
@@ -98,28 +98,22 @@ def test_compressed_messages_are_averaged_or_gathered():
     ring = 6 * 1e-3 + 1.5 * quarter
     assert seconds(averaged["planned"])[1] == pytest.approx(48 * ring)
     gathered = job(method="qsparse_local_sgd", workers=4, sync_compressor="int8")
-    said = (
-        message_bits(gathered.method.outer.communication(_state(gathered)), gathered.layout).workers
-        / 8
-    )
+    messages = gathered.method.outer.communication(gathered.state)
+    sent = message_bits(messages, gathered.layout).workers / 8
     figures = on_cluster(gathered)
-    # Three devices' messages reach each, of two types: quantised to a byte a value, and a few
+    # Each device receives three messages of two types: a byte for every value, and float32 for the
     # scales and the worker's weight.
-    assert MODEL < said < 1.1 * MODEL
-    assert seconds(figures["planned"])[1] == pytest.approx(12 * (6e-3 + 3 * (said + 4) / 1e9))
+    assert MODEL < sent < 1.1 * MODEL
+    assert seconds(figures["planned"])[1] == pytest.approx(12 * (6e-3 + 3 * (sent + 4) / 1e9))
 
 
-def _state(planned):
-    return planned.state
-
-
-def test_workers_that_skip_steps_let_nobody_wait_but_in_data_parallelism():
+def test_workers_that_skip_steps_make_others_wait_only_in_data_parallelism():
     planned = job(method="mll_sgd", workers=4, hubs=2, rates="0.25,1", period="constant")
     figures = on_cluster(planned)
     assert seconds(figures["planned"])[::2] == pytest.approx([24, 0])
     # The mean worker computes 2.5 slots a step, the slowest 4.
     assert seconds(figures["data_parallel"])[::2] == pytest.approx([24 * 2.5, 24 * 1.5])
-    assert model_bits(_state(planned).params) == 32 * MODEL
+    assert model_bits(planned.state.params) == 32 * MODEL
 
 
 def test_a_step_that_is_not_given_is_measured_without_compilation(monkeypatch):
@@ -207,7 +201,7 @@ def test_the_fit_is_for_a_model_a_round(method, changes):
         (["--hours_data_parallel=-2"], "--hours_data_parallel must be a number > 0, got -2.0"),
     ],
 )
-def test_flags_that_do_not_fit_are_told(words, message):
+def test_flags_that_do_not_fit_are_refused(words, message):
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         options(*words)
 
@@ -224,7 +218,7 @@ def test_flags_that_do_not_fit_are_told(words, message):
         ({"step_ms": None}, f"--parameters={MODEL} plans a model without building it"),
     ],
 )
-def test_a_cluster_that_does_not_fit_is_told_before_anything_is_measured(changes, message):
+def test_a_cluster_that_does_not_fit_is_refused_before_anything_is_measured(changes, message):
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         on_cluster(job(), **changes)
 

@@ -1,4 +1,4 @@
-"""The picture of a partition: drawn for each kind and size, from the right counts."""
+"""The picture of a partition has the counts of its classes, for each kind and size."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ pyplot = pytest.importorskip("matplotlib.pyplot")
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are drawn, as they are when they would be closed."""
+    """The figures that are drawn, which stay open until the end of the test."""
     drawn = []
     monkeypatch.setattr(pyplot, "close", drawn.append)
     yield drawn
@@ -30,11 +30,11 @@ def counts_of(figure):
     return np.asarray(image.get_array())
 
 
-def test_what_workers_hold_is_counted_by_class(tmp_path, figures):
+def test_the_examples_of_a_worker_are_counted_by_class(tmp_path, figures):
     targets = np.arange(60) % 3
     batches = make_batches("sorted", targets, 2, 2, 4, seed=0)
     plot_partition(tmp_path / "partition.png", targets, batches, 3, "sorted")
-    # Twenty of each class, in order, to four workers of fifteen.
+    # Twenty examples of each class, in order, for four workers with fifteen each.
     expected = [[15, 5, 0, 0], [0, 10, 10, 0], [0, 0, 5, 15]]
     [figure] = figures
     np.testing.assert_array_equal(counts_of(figure), expected)
@@ -48,7 +48,7 @@ def test_what_workers_hold_is_counted_by_class(tmp_path, figures):
 
 
 @pytest.mark.parametrize("spec", ["iid", "fresh"])
-def test_without_lasting_shards_it_is_the_first_epoch(spec, tmp_path, figures):
+def test_a_partition_without_fixed_shards_shows_the_first_epoch(spec, tmp_path, figures):
     targets = np.random.default_rng(0).integers(5, size=103)
     batches = make_batches(spec, targets, 1, 4, 5, seed=1)
     plot_partition(tmp_path / "partition.png", targets, batches, 5, spec)
@@ -63,7 +63,7 @@ def test_without_lasting_shards_it_is_the_first_epoch(spec, tmp_path, figures):
     assert figure.get_suptitle() == f"{spec}: examples taken in the first epoch"
 
 
-def test_a_regression_shows_sizes_alone(tmp_path, figures):
+def test_a_regression_shows_sizes_only(tmp_path, figures):
     targets = np.random.default_rng(0).normal(size=100)
     batches = make_batches("unequal:0.2,0.8", targets, 1, 4, 2, seed=0)
     plot_partition(tmp_path / "partition.png", targets, batches, 0, "regression")
@@ -73,7 +73,7 @@ def test_a_regression_shows_sizes_alone(tmp_path, figures):
 
 
 @pytest.mark.parametrize("workers, classes", [(1, 2), (2, 100), (100, 2), (100, 100)])
-def test_many_and_few_are_drawn_without_numbers_that_overlap(workers, classes, tmp_path, figures):
+def test_numbers_are_drawn_only_where_they_do_not_overlap(workers, classes, tmp_path, figures):
     targets = np.arange(4000) % classes
     batches = make_batches("dirichlet:2", targets, 1, workers, 1, seed=0)
     plot_partition(tmp_path / "partition.png", targets, batches, classes, "dirichlet")

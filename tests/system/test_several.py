@@ -1,4 +1,4 @@
-"""Several seeds in one command: each is the run of its seed, and the summary is their mean."""
+"""Several seeds in one command: each run is that of its seed, and the summary has their mean."""
 
 import dataclasses
 import json
@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from experiments import train as binary
 from experiments.building.config import Config
 from experiments.running.recording import CURVES, FLAGS, METRICS, SUMMARY, read_metrics
+from experiments.running.training import train
 from jaxlocal import ConfigurationError
 
 THREE = Config(
@@ -24,13 +24,13 @@ THREE = Config(
 )
 
 
-def test_seeds(tmp_path, capsys):
+def test_a_command_runs_several_seeds(tmp_path, capsys):
     folder = tmp_path / "three"
     config = dataclasses.replace(THREE, workdir=str(folder))
-    assert binary.train(config) == 0
+    assert train(config) == 0
     runs = [read_metrics(folder / f"seed_{seed}") for seed in (5, 6, 7)]
     alone = dataclasses.replace(THREE, seed=6, seeds=1, workdir=str(tmp_path / "alone"))
-    assert binary.train(alone) == 0
+    assert train(alone) == 0
     for line, other in zip(runs[1], read_metrics(tmp_path / "alone"), strict=True):
         assert line | {"wall_seconds": 0} == other | {"wall_seconds": 0}
 
@@ -48,17 +48,17 @@ def test_seeds(tmp_path, capsys):
 
     written = [(folder / f"seed_{seed}" / METRICS).read_bytes() for seed in (5, 6, 7)]
     capsys.readouterr()
-    assert binary.train(config) == 0  # nothing is run again
+    assert train(config) == 0  # nothing is run again
     assert written == [(folder / f"seed_{seed}" / METRICS).read_bytes() for seed in (5, 6, 7)]
     assert capsys.readouterr().out.count("has ended") == 3
 
 
-def test_a_mistake_leaves_nothing_behind(tmp_path):
+def test_a_mistake_leaves_no_files(tmp_path):
     folder = tmp_path / "bad"
     for wrong in ({"method": "local_sdg"}, {"seed": (1 << 32) - 1}, {"batch_size": 5000}):
         with pytest.raises(ConfigurationError):
-            binary.train(dataclasses.replace(THREE, workdir=str(folder), **wrong))
+            train(dataclasses.replace(THREE, workdir=str(folder), **wrong))
         assert not folder.exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="cannot be written"):
-        binary.train(dataclasses.replace(THREE, workdir=str(tmp_path / "file" / "run")))
+        train(dataclasses.replace(THREE, workdir=str(tmp_path / "file" / "run")))

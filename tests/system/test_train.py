@@ -1,5 +1,4 @@
-"""A run from its flags to its folder: what is written, that it can be run again, and what stops
-it."""
+"""A run from its flags to its folder: what it writes, that it is repeatable, and what stops it."""
 
 import dataclasses
 import json
@@ -8,7 +7,6 @@ import math
 import pytest
 from short_runs import SMALL, run, without_time
 
-from experiments import train as binary
 from experiments.building.job import build_job, make_round_fn
 from experiments.launching.statuses import FAILED, INTERRUPTED
 from experiments.running.measuring import Measure
@@ -22,6 +20,7 @@ from experiments.running.recording import (
     TENSORBOARD,
     read_metrics,
 )
+from experiments.running.training import train
 from jaxlocal import ConfigurationError
 
 KEYS = [
@@ -49,7 +48,7 @@ def test_a_run_leaves_its_files_and_a_line_per_measurement(small):
     assert (folder / CURVES).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_counts_are_those_of_the_rounds(small):
+def test_the_bits_are_a_model_for_every_round(small):
     _, (_, lines) = small
     model_bits = 32 * 32  # 32 float32 parameters
     for line in lines:
@@ -58,7 +57,7 @@ def test_the_counts_are_those_of_the_rounds(small):
     assert lines[0]["round"] == 0 and lines[0]["consensus_distance"] == 0
 
 
-def test_the_summary_tells_how_it_ended(small):
+def test_the_summary_has_the_reason_of_the_end(small):
     folder, (_, lines) = small
     summary = json.loads((folder / SUMMARY).read_text())
     assert summary["ended"] == "finished"
@@ -97,13 +96,13 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     assert (tmp_path / METRICS).read_text() == "mine\n"
 
 
-def test_a_workdir_that_is_a_file_is_told(tmp_path):
+def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="is a file"):
         run(SMALL, tmp_path / "file")
 
 
-def test_training_stops_at_the_asked_loss(tmp_path):
+def test_training_stops_below_a_loss(tmp_path):
     config = dataclasses.replace(SMALL, stop_train_loss=0.2, eval_every=1)
     status, lines = run(config, tmp_path / "run")
     assert status == 0
@@ -136,8 +135,8 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / SUMMARY).read_text())["ended"] == "interrupted"
 
 
-def test_a_compressed_run_that_is_cut_ends_with_the_same_numbers(tmp_path, monkeypatch):
-    """Anchor, errors and the masks' keys are in a checkpoint."""
+def test_a_compressed_run_that_is_resumed_ends_with_the_same_numbers(tmp_path, monkeypatch):
+    """A checkpoint has the anchor, the residuals and the keys of the masks."""
     config = dataclasses.replace(
         SMALL, method="qsparse_local_sgd", sync_compressor="random_k:4", checkpoint_every=6
     )
@@ -151,19 +150,19 @@ def test_a_compressed_run_that_is_cut_ends_with_the_same_numbers(tmp_path, monke
 
     with monkeypatch.context() as patched:
         patched.setattr(Measure, "__call__", interrupted)
-        assert run(config, tmp_path / "cut")[0] == INTERRUPTED
-    status, lines = run(config, tmp_path / "cut")
+        assert run(config, tmp_path / "resumed")[0] == INTERRUPTED
+    status, lines = run(config, tmp_path / "resumed")
     assert status == 0 and without_time(lines) == without_time(whole)
 
 
 def tensorboard(folder):
-    """Every scalar by tag and step, as TensorBoard's own records have them."""
+    """Every scalar of the event files of TensorBoard: pairs of step and value by tag."""
     from tensorboardX.proto import event_pb2
 
     scalars = {}
     for path in folder.iterdir():
         data, place = path.read_bytes(), 0
-        while place < len(data):  # length, its checksum, the event, its checksum
+        while place < len(data):  # the length, a checksum, the event, a checksum
             size = int.from_bytes(data[place : place + 8], "little")
             event = event_pb2.Event.FromString(data[place + 12 : place + 12 + size])
             place += 16 + size
@@ -201,5 +200,5 @@ def test_an_interrupted_rerun_keeps_the_metrics_it_was_to_replace(tmp_path, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Measure, "__call__", interrupted)
-    binary.train(dataclasses.replace(unsaved, workdir=str(tmp_path / "run")))
+    train(dataclasses.replace(unsaved, workdir=str(tmp_path / "run")))
     assert (tmp_path / "run" / PREVIOUS).read_text() == before

@@ -12,6 +12,7 @@ from short_runs import SMALL, run, without_time
 from experiments.building.config import Config
 from experiments.building.job import build_job
 from jaxlocal import ConfigurationError
+from jaxlocal.data import text
 from jaxlocal.models import MODELS, from_nnx
 
 SHORT = dataclasses.replace(SMALL, eval_every=24, checkpoint_every=0)
@@ -115,7 +116,17 @@ TEXT = Config(
 )  # fmt: skip
 
 
-def test_text_is_learned(tmp_path):
+@pytest.fixture
+def little_text(monkeypatch):
+    """Some modules of Python's library: to parse all of them takes seconds."""
+    modules = text._modules
+    monkeypatch.setattr(text, "_modules", lambda folder: list(modules(folder))[::5])
+    text._tokens.cache_clear()
+    yield
+    text._tokens.cache_clear()
+
+
+def test_text_is_learned(tmp_path, little_text):
     status, lines = run(TEXT, tmp_path / "run")
     assert status == 0
     assert abs(lines[0]["eval_loss"] - math.log(97)) < 0.2  # of 97 characters, all alike
@@ -123,7 +134,7 @@ def test_text_is_learned(tmp_path):
     assert lines[-1]["eval_accuracy"] > 0.1
 
 
-def test_text_has_no_labels_and_needs_a_model_of_text(tmp_path):
+def test_text_has_no_labels_and_needs_a_model_of_text(tmp_path, little_text):
     with pytest.raises(ConfigurationError, match=r"'sorted' needs one label.*16\]"):
         run(dataclasses.replace(TEXT, partition="sorted"), tmp_path / "sorted")
     with pytest.raises(ConfigurationError, match="mlp does not fit docstrings:16: outputs of"):

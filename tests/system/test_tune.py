@@ -1,4 +1,4 @@
-"""Tuning: every setting at its own best learning rate, over seeds that it was not tuned on."""
+"""Tuning: every setting runs at its best learning rate, with seeds on which it was not tuned."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ BASE = Config(
     eval_every=8, checkpoint_every=0, schedule="constant", seeds=2,
 )  # fmt: skip
 SETTINGS = """
-# two of them
+# two settings
 local: --method=local_sgd --period=constant --local_steps=4
 cser_pl: --method=cser_pl --local_steps=2 --reset_compressor=grbs:8  # 16 times less
 """
@@ -55,12 +55,12 @@ def test_the_best_learning_rate_runs_with_the_next_seeds(tuned):
         assert figures["eval_loss"]["error"] == pytest.approx(abs(losses[0] - losses[1]) / 2)
 
 
-def test_the_table_tells_what_was_said(tuned):
+def test_the_table_shows_the_bits_that_were_sent(tuned):
     folder, _, results = tuned
     lines = (folder / "runs" / TABLE).read_text().splitlines()
     assert len(lines) == 4 and "test loss" in lines[0]
     local, cser_pl = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
-    assert local[:4] == ["local", "4", "4", "0.05"]  # R_C = H, of 32 parameters that are all said
+    assert local[:4] == ["local", "4", "4", "0.05"]  # R_C = H: all 32 parameters are sent
     assert cser_pl[:2] == ["cser_pl", "16"]
     # Two averages of 32 float32 values in 8 steps.
     assert results["settings"]["local"]["bits_workers"] == 2 * 32 * 32
@@ -68,28 +68,28 @@ def test_the_table_tells_what_was_said(tuned):
     assert "±" in local[4] and "±" in local[5]
 
 
-def test_what_has_ended_is_not_run_again_and_what_was_cut_is(tuned, monkeypatch, capsys):
+def test_only_a_run_that_has_not_ended_is_run_again(tuned, monkeypatch, capsys):
     folder, base, results = tuned
-    cut = folder / "runs" / "cser_pl" / "seed_2"
-    (cut / SUMMARY).unlink()
+    stopped = folder / "runs" / "cser_pl" / "seed_2"
+    (stopped / SUMMARY).unlink()
     trained = []
     train = runs.train
     monkeypatch.setattr(runs, "train", lambda one: trained.append(one.workdir) or train(one))
     assert tune(base, folder / "two.settings", RATES) == 0
-    assert trained == [str(cut)]
+    assert trained == [str(stopped)]
     again = json.loads((folder / "runs" / RESULTS).read_text())
     for name in ("local", "cser_pl"):
         assert again["settings"][name]["eval_loss"] == results["settings"][name]["eval_loss"]
     assert "| cser_pl |" in capsys.readouterr().out
 
 
-def test_other_flags_do_not_mix_with_runs_that_are_there(tuned):
+def test_runs_with_other_flags_are_refused(tuned):
     folder, base, _ = tuned
     with pytest.raises(ConfigurationError, match="other flags"):
         tune(dataclasses.replace(base, steps=16), folder / "two.settings", RATES)
 
 
-def test_a_run_that_is_cut_ends_the_tuning(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_ends_the_tuning(tmp_path, monkeypatch, capsys):
     (tmp_path / "one.settings").write_text("one: --local_steps=2")
     monkeypatch.setattr(runs, "train", lambda one: INTERRUPTED)
     base = dataclasses.replace(BASE, workdir=str(tmp_path / "runs"))
@@ -110,14 +110,14 @@ def test_a_run_that_is_cut_ends_the_tuning(tmp_path, monkeypatch, capsys):
         ("a: --learning_rate=0.1", ["setting a", "--learning_rate=0.1", "same for all"]),
     ],
 )
-def test_a_settings_file_that_is_wrong_is_told(text, words, tmp_path):
+def test_a_settings_file_that_is_wrong_is_refused(text, words, tmp_path):
     (tmp_path / "file").write_text(text)
     with pytest.raises(ConfigurationError) as error:
         read_settings(tmp_path / "file", BASE)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_a_setting_that_does_not_fit_is_told_before_the_first_run(tmp_path):
+def test_a_setting_that_does_not_fit_is_refused_before_the_first_run(tmp_path):
     base = dataclasses.replace(BASE, workdir=str(tmp_path / "runs"))
     wrong = "good: --local_steps=2\nbad: --method=cser --gradient_compressor=grbs:1000"
     (tmp_path / "file").write_text(wrong)
@@ -131,7 +131,7 @@ def test_a_setting_that_does_not_fit_is_told_before_the_first_run(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_table_tells_edges_and_divergence():
+def test_the_table_shows_edges_and_divergence():
     figures = {
         "compression_ratio_formula": None,
         "compression_ratio_counted": 1.5,
@@ -153,7 +153,7 @@ def test_the_table_tells_edges_and_divergence():
 
 
 @pytest.mark.parametrize(("name", "count"), [("compressed_mnist", 16), ("compressed_cifar10", 3)])
-def test_the_presets_have_the_ratio_that_they_are_named_for(name, count):
+def test_the_presets_have_the_ratio_of_their_names(name, count):
     settings = read_settings(PRESETS / f"{name}.settings", Config(steps=512, parameters=1 << 20))
     assert len(settings) == count
     for setting, config in settings.items():
