@@ -1,6 +1,6 @@
 """When the steps of a run are dispatched: the lengths of its rounds, and the pieces of a round."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jaxlocal import periods
@@ -94,35 +94,42 @@ def dispatches(
     >>> [(piece.start, piece.steps, piece.ends_round) for piece in dispatches(round_fn, 8)]
     [(0, 4, False), (4, 1, True), (5, 1, False), (6, 1, False), (7, 1, True)]
     """
-    method, step = round_fn.method, 0
-    inner, ending = method.inner.steps, method.outer.steps
+    inner = round_fn.method.inner.steps
     if measure_every < 0:
         raise ConfigurationError(f"steps between measurements must be ≥ 0, got {measure_every}")
-
-    def due(step: int, end: int) -> bool:
-        return step == steps or (step % measure_every < inner if measure_every else step == end)
-
     if not 0 <= start <= steps or start % inner:
         raise ConfigurationError(
             f"a run of {steps} steps, with {inner} between hub averages, cannot be resumed at step "
             f"{start}"
         )
-    for length in schedule(method, steps):
-        end = step + length
-        local = end - ending  # the steps after it are those of the outer stage
-        step = min(max(step, start), end)
-        if local < step < end:
-            raise ConfigurationError(
-                f"a run cannot be resumed at step {step}, while the round from step {local} to "
-                f"{end} ends"
-            )
-        while step < local:
-            stops = range(step + inner, local + 1, inner)
-            stop = next(t for t in stops if t == local or due(t, end))
-            for size in round_fn.chunks(stop - step):
-                step += size
-                yield Dispatch(step - size, size, length, step == end, due(step, end))
-        if step < end:
-            measured = any(due(t, end) for t in range(step + inner, end + 1, inner))
-            step = end
-            yield Dispatch(local, ending, length, True, measured)
+
+    def is_due(step: int, end: int) -> bool:
+        return step == steps or (step % measure_every < inner if measure_every else step == end)
+
+    end = 0
+    for length in schedule(round_fn.method, steps):
+        begin, end = end, end + length
+        if start < end:
+            yield from _dispatches_of_round(round_fn, length, max(begin, start), end, is_due)
+
+
+def _dispatches_of_round(
+    round_fn: RoundFn, length: int, step: int, end: int, is_due: Callable[[int, int], bool]
+) -> Iterator[Dispatch]:
+    """The dispatches from a step of a round to its end."""
+    inner, outer_steps = round_fn.method.inner.steps, round_fn.method.outer.steps
+    local_end = end - outer_steps
+    if local_end < step:
+        raise ConfigurationError(
+            f"a run cannot be resumed at step {step}, while the round from step {local_end} to "
+            f"{end} ends"
+        )
+    while step < local_end:
+        stops = range(step + inner, local_end + 1, inner)
+        stop = next(t for t in stops if t == local_end or is_due(t, end))
+        for size in round_fn.chunks(stop - step):
+            step += size
+            yield Dispatch(step - size, size, length, step == end, is_due(step, end))
+    if outer_steps:
+        due = any(is_due(t, end) for t in range(local_end + inner, end + 1, inner))
+        yield Dispatch(local_end, outer_steps, length, True, due)

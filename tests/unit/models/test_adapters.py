@@ -133,9 +133,10 @@ def workers(model):
     """The variables, inputs and keys of three workers, and the result of each worker alone."""
     keys = jax.random.split(KEY, 3)
     inputs = jax.random.normal(KEY, (3, 8, 5))
-    stacked = jax.vmap(model.init)(keys)
+    stacked = jax.jit(jax.vmap(model.init))(keys)
     one = lambda pick: jax.tree.map(lambda a: a[pick], (*stacked, inputs, keys))
-    results = [model.apply(*one(number), True) for number in range(3)]
+    apply = jax.jit(model.apply, static_argnums=4)
+    results = [apply(*one(number), True) for number in range(3)]
     return (*stacked, inputs, keys), jax.tree.map(lambda *a: jnp.stack(a), *results)
 
 
@@ -148,10 +149,10 @@ def test_vmap_map_and_shard_map_equal_one_at_a_time(model):
     def shard(one):
         mesh = Mesh(np.array(jax.devices()[:1]), ("workers",), axis_types=(AxisType.Auto,))
         specs = {"in_specs": P("workers"), "out_specs": P("workers")}
-        return jax.jit(jax.shard_map(partial(lax.map, one), mesh=mesh, **specs))
+        return jax.shard_map(partial(lax.map, one), mesh=mesh, **specs)
 
     for over in (jax.vmap, lambda one: partial(lax.map, one), shard):
-        assert_close(over(apply)(arguments), expected)
+        assert_close(jax.jit(over(apply))(arguments), expected)
 
 
 def test_training_in_a_scan_equals_a_loop(model, variables):
@@ -167,9 +168,9 @@ def test_training_in_a_scan_equals_a_loop(model, variables):
 
     keys = jax.random.split(KEY, 3)
     scanned, _ = jax.jit(partial(lax.scan, step))(variables, keys)
-    looped = variables
+    looped, one_step = variables, jax.jit(step)
     for key in keys:
-        looped, _ = jax.jit(step)(looped, key)
+        looped, _ = one_step(looped, key)
     assert_close(scanned, looped)
 
 
@@ -201,7 +202,7 @@ class Stacked(nnx.Module):
 
 def test_stacked_random_streams():
     model = from_nnx(Stacked)
-    variables = model.init(KEY)
+    variables = jax.jit(model.init)(KEY)
     first, second = (
         model.apply(*variables, INPUTS, jax.random.key(seed), True)[0] for seed in (0, 1)
     )

@@ -158,18 +158,21 @@ def test_a_named_stream_may_be_split_over_layers():
 
 def test_vmap_map_and_shard_map_equal_one_at_a_time(model):
     keys = jax.random.split(KEY, 3)
-    arguments = (*jax.vmap(model.init)(keys), jax.random.normal(KEY, (3, 8, 5)), keys)
+    variables = jax.jit(jax.vmap(model.init))(keys)
+    arguments = (*variables, jax.random.normal(KEY, (3, 8, 5)), keys)
     one = lambda number: jax.tree.map(lambda a: a[number], arguments)
-    results = [model.apply(*one(number), True) for number in range(3)]
+    apply_one = jax.jit(model.apply, static_argnums=4)
+    results = [apply_one(*one(number), True) for number in range(3)]
     expected = jax.tree.map(lambda *a: jnp.stack(a), *results)
 
     def shard(apply):
         mesh = Mesh(np.array(jax.devices()[:1]), ("workers",), axis_types=(AxisType.Auto,))
         specs = {"in_specs": P("workers"), "out_specs": P("workers")}
-        return jax.jit(jax.shard_map(partial(lax.map, apply), mesh=mesh, **specs))
+        return jax.shard_map(partial(lax.map, apply), mesh=mesh, **specs)
 
     for over in (jax.vmap, lambda apply: partial(lax.map, apply), shard):
-        assert_close(over(lambda each: model.apply(*each, True))(arguments), expected)
+        run = jax.jit(over(lambda each: model.apply(*each, True)))
+        assert_close(run(arguments), expected)
 
 
 def test_training_in_a_scan_equals_a_loop(model, variables):
@@ -185,9 +188,9 @@ def test_training_in_a_scan_equals_a_loop(model, variables):
 
     keys = jax.random.split(KEY, 3)
     scanned, _ = jax.jit(partial(lax.scan, step))(variables, keys)
-    looped = variables
+    looped, one_step = variables, jax.jit(step)
     for key in keys:
-        looped, _ = jax.jit(step)(looped, key)
+        looped, _ = one_step(looped, key)
     assert_close(scanned, looped)
     assert scanned[1]["calls"]["count"] == 3
 

@@ -1,5 +1,7 @@
 """Each model is that of its paper: shapes, initial weights, forward pass; and clear errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +15,20 @@ from jaxlocal.models.cnn import mll_cnn
 from jaxlocal.models.resnet import Block, resnet18, small_resnet
 
 KEY = jax.random.key(0)
+CIFAR = (32, 32, 3)
 ONE_OUTPUT = [name for name in MODELS if "transformer" not in name]
 CLASSIFIERS = [name for name in ONE_OUTPUT if name != "linear"]
 
 
 def count(tree):
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+@functools.cache
+def built(name, outputs):
+    """A model for CIFAR images, and the shapes of its variables."""
+    model = build(name, CIFAR, outputs)
+    return model, jax.eval_shape(model.init, KEY)
 
 
 def drawn(model):
@@ -36,9 +46,8 @@ def outputs_of(model, params, inputs):
     ("name", "outputs"), [(name, 1) for name in ONE_OUTPUT] + [(name, 10) for name in CLASSIFIERS]
 )
 def test_every_model_has_the_shapes_of_its_docstring(name, outputs):
-    model = build(name, (8, 8, 3), outputs)
-    params, model_state = jax.eval_shape(model.init, KEY)
-    inputs = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32)
+    model, (params, model_state) = built(name, outputs)
+    inputs = jax.ShapeDtypeStruct((4, *CIFAR), jnp.float32)
     for train in (True, False):
         values, after = jax.eval_shape(
             lambda *args, train=train: model.apply(*args, train), params, model_state, inputs, KEY
@@ -150,10 +159,10 @@ def resnet_count(widths, blocks, channels, outputs):
 
 def test_number_of_parameters_of_resnets_on_cifar10():
     for norm in ("layer", "group", "batch"):
-        params, _ = jax.eval_shape(build(f"resnet18_{norm}_norm", (32, 32, 3), 10).init, KEY)
+        _, (params, _) = built(f"resnet18_{norm}_norm", 10)
         assert count(params) == resnet_count((64, 128, 256, 512), 2, 3, 10) == 11_173_962
     for norm in ("layer", "batch"):
-        params, _ = jax.eval_shape(build(f"small_resnet_{norm}_norm", (32, 32, 3), 10).init, KEY)
+        _, (params, _) = built(f"small_resnet_{norm}_norm", 10)
         assert count(params) == resnet_count((16, 32, 64), 1, 3, 10)
 
 

@@ -121,6 +121,7 @@ def test_shard_map(image_spec, kernel_spec, ins):
     assert_same(run(conv_general_dilated), run(lax.conv_general_dilated))
 
 
+@pytest.mark.optimized
 @pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="only XLA:CPU needs canonical convolutions"
 )

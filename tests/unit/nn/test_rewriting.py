@@ -166,7 +166,7 @@ def test_linen_with_keys_keywords_and_aux():
             return linen.Dense(3)(hidden.reshape(len(images), -1))
 
     net = Net()
-    variables = net.init(jax.random.key(0), IMAGES, training=False)
+    variables = jax.eval_shape(partial(net.init, training=False), jax.random.key(0), IMAGES)
     variables = jax.tree.map(lambda leaf: digits(leaf.shape), variables)
 
     def loss(variables, images, key, *, training, name=None):
@@ -239,6 +239,7 @@ def test_without_layers_the_program_is_unchanged():
     assert fast_layers_report(fn, x) == ([], [])
 
 
+@pytest.mark.optimized
 @pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the program of another backend has jax.lax's gradients"
 )

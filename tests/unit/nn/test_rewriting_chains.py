@@ -46,11 +46,11 @@ class NnxNet(nnx.Module):
 
 def in_linen():
     net = LinenNet()
-    return net.init(jax.random.key(0), IMAGES), net.apply
+    return jax.eval_shape(net.init, jax.random.key(0), IMAGES), net.apply
 
 
 def in_nnx():
-    graph, params = nnx.split(NnxNet(nnx.Rngs(0)))
+    graph, params = nnx.split(nnx.eval_shape(lambda: NnxNet(nnx.Rngs(0))))
     return params, lambda params, images: nnx.merge(graph, params)(images)
 
 
@@ -207,9 +207,10 @@ def test_other_chains_stay_separate_layers():
 
 
 def test_with_many_channels_the_layers_stay_separate():
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
     shapes = lambda ins, outs: (
-        {"kernel": jnp.ones((3, 3, ins, outs)), "bias": jnp.ones(outs)},
-        jnp.ones((2, 4, 6, ins)),
+        {"kernel": shape(3, 3, ins, outs), "bias": shape(outs)},
+        shape(2, 4, 6, ins),
     )
     most = pooled.MOST_IN, pooled.MOST_OUT
     for ins, outs, lines in ((*most, 1), (most[0] + 1, most[1], 2), (most[0], most[1] + 1, 2)):

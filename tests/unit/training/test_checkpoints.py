@@ -1,5 +1,6 @@
 """Checkpoints: the restored state has the bits of the saved one; damage is a clear error."""
 
+import functools
 import json
 import shutil
 
@@ -19,10 +20,12 @@ GRAD = jaxlocal.gradients(registry.loss, stateful=True)
 OPTIMIZER = registry.OPTIMIZERS["adamw"]
 
 
-def round_fn_of(method, devices=8, **options):
+@functools.cache
+def round_fn_of(method, devices=8):
+    """An entry of the registry, and its round in dispatches of one step each."""
     entry = registry.METHODS[method]
     mesh = make_mesh(entry.layout, jax.devices()[:devices])
-    return entry, RoundFn(entry.build(GRAD, OPTIMIZER), entry.layout, mesh, **options)
+    return entry, RoundFn(entry.build(GRAD, OPTIMIZER), entry.layout, mesh, max_chunk=2)
 
 
 def start(round_fn):
@@ -48,11 +51,12 @@ def progress_of(round_fn, entry, state, steps=14, **options):
     return training.run(round_fn, state, batches, steps, measure_every=4, **options)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("method", ["diloco", "slowmo", "mll_sgd", "local_sgd-average"])
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(method, tmp_path):
-    """States are restored from disk. Rounds of 4 steps run in chunks of at most 2 steps, so some
+    """States are restored from disk. Rounds of 4 steps run in dispatches of one step, so some
     checkpoints are within a round."""
-    entry, round_fn = round_fn_of(method, max_chunk=2)
+    entry, round_fn = round_fn_of(method)
     whole, seen = {}, []
     with Checkpoints(tmp_path, keep=100) as checkpoints:
         for progress in progress_of(round_fn, entry, start(round_fn)):

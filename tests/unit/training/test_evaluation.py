@@ -34,6 +34,7 @@ def metrics(params, model_state, batch):
     return {"value": batch["x"].sum(-1) * params}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize(("chunk_bytes", "chunks"), [(1 << 20, 1), (400, 5)])
 def test_a_source_gives_the_same_bits_as_a_pool(monkeypatch, devices, chunk_bytes, chunks):

@@ -118,13 +118,19 @@ def test_a_last_round_that_is_too_short_for_its_outer_stage_joins_the_one_before
         next(training.schedule(make(4), 10))
 
 
-@pytest.mark.parametrize("measure_every", [0, 1, 3])
-def test_a_run_with_an_outer_stage_of_steps_can_be_resumed_from_every_dispatch(measure_every):
-    layout = Layout(workers_per_hub=2)
+@functools.cache
+def two_fragments_of_two_workers() -> RoundFn:
     method = jaxlocal.streaming_diloco(
         grad_fn, optax.adam(0.1), period=10, outer_optimizer=None, fragments=2, delay_steps=2
     )
-    round_fn, batches = one_device(method, layout), batches_of(layout)
+    return one_device(method, Layout(workers_per_hub=2))
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("measure_every", [0, 1, 3])
+def test_a_run_with_an_outer_stage_of_steps_can_be_resumed_from_every_dispatch(measure_every):
+    round_fn = two_fragments_of_two_workers()
+    layout, batches = round_fn.layout, batches_of(round_fn.layout)
     progresses, ends = [], {}
     for progress in training.run(round_fn, start(round_fn), batches, 17, measure_every):
         progresses.append(progress._replace(state=None))
@@ -258,6 +264,7 @@ def test_the_loss_of_a_step_is_the_weighted_mean_over_workers_that_took_their_st
     np.testing.assert_allclose(progresses[1].loss, expected, rtol=1e-5)  # sums of float32 losses
 
 
+@pytest.mark.optimized
 def test_measuring_does_not_change_the_run():
     layout = Layout(workers_per_hub=8, rates=0.7)
     round_fn, ends = RoundFn(jaxlocal.local_sgd(grad_fn, ADAM, period=6), layout), []
