@@ -43,8 +43,9 @@ def avg_pool(
     Array([[ 2.5,  4.5],
            [10.5, 12.5]], dtype=float32)
     """
+    window, steps = tuple(window_shape), None if strides is None else tuple(strides)
     pool: Any = nnx.avg_pool  # untyped in Flax
-    averages: jax.Array = pool(inputs, window_shape, strides, padding, count_include_pad)
+    averages: jax.Array = pool(inputs, window, steps, padding, count_include_pad)
     return averages
 
 

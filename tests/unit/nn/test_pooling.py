@@ -96,6 +96,8 @@ def test_windows_and_strides_may_be_lists():
     for strides in ([2, 2], [1, 2]):
         expected = nnx.max_pool(image, (2, 2), tuple(strides))
         np.testing.assert_array_equal(max_pool(image, [2, 2], strides), expected)
+        expected = nnx.avg_pool(image, (2, 2), tuple(strides))
+        np.testing.assert_array_equal(avg_pool(image, [2, 2], strides), expected)
 
 
 @pytest.mark.parametrize("strides", [(2, 2), (1, 1)])
