@@ -1,4 +1,4 @@
-"""What the compiled programs say to each other: collectives, read off the optimised HLO."""
+"""Which collectives compiled rounds run, where and on how many bytes, read off optimised HLO."""
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ def convolutional(params, batch, key):
     return jnp.square(pooled.reshape(len(batch), -1) @ params["second"]).mean()
 
 
+pytestmark = pytest.mark.optimized  # which is what users run
+
 IMAGES = (2, 4, 4, 3)  # [batch, height, width, channels]
 PARAMS = {
     dense: {"first": np.zeros((48, 5)), "bias": np.zeros(5), "second": np.zeros((5, 2))},
@@ -35,15 +37,15 @@ PARAMS = {
 BYTES = {loss: 4 * sum(x.size for x in tree.values()) for loss, tree in PARAMS.items()}
 
 
-def collectives(rounds, layout: Layout, loss, inner_stages: int | None) -> list[Audited]:
-    """Those of so many inner stages, or of what ends a round."""
-    round_fn = RoundFn(rounds, layout)
+def collectives(method, layout: Layout, loss, inner_stages: int | None) -> list[Audited]:
+    """Those of a number of inner stages, or (None) of the end of a round."""
+    round_fn = RoundFn(method, layout)
     state = round_fn.init(PARAMS[loss], jax.random.key(0))
     if inner_stages is None:
         program, batches = round_fn._program("outer", state), ()
     else:
         program = round_fn._program(inner_stages, state)
-        shape = (inner_stages * rounds.inner.steps, *layout.shape, *IMAGES)
+        shape = (inner_stages * method.inner.steps, *layout.shape, *IMAGES)
         batches = jax.ShapeDtypeStruct(shape, jnp.float32)
     compiled = program.lower(state, batches, round_fn.context).compile()
     return audit(compiled, round_fn.mesh)
@@ -53,7 +55,7 @@ FLAT = Layout(workers_per_hub=16)  # two workers on each of eight devices
 HUBS = Layout(hubs=4, workers_per_hub=2)
 
 
-def told(found: list[Audited]) -> list[tuple]:
+def described(found: list[Audited]) -> list[tuple]:
     return [(one.kind, one.axes, one.dtype, one.nbytes, one.loops) for one in found]
 
 
@@ -61,21 +63,21 @@ def told(found: list[Audited]) -> list[tuple]:
 @pytest.mark.parametrize("loss", [dense, convolutional], ids=lambda loss: loss.__name__)
 def test_no_collective_runs_in_the_local_steps_of_local_sgd(loss, worker_map):
     grad_fn = jaxlocal.gradients(loss)
-    rounds = jaxlocal.local_sgd(grad_fn, optax.adam(0.1), period=4, worker_map=worker_map)
-    assert collectives(rounds, FLAT, loss, inner_stages=4) == []
+    method = jaxlocal.local_sgd(grad_fn, optax.adam(0.1), period=4, worker_map=worker_map)
+    assert collectives(method, FLAT, loss, inner_stages=4) == []
 
 
 def test_data_parallelism_averages_its_gradients_and_loss_inside_the_loop_of_steps():
-    rounds = jaxlocal.data_parallel(jaxlocal.gradients(dense), optax.adam(0.1))
-    found = collectives(rounds, FLAT, dense, inner_stages=4)
-    assert told(found) == [("all-reduce", ("workers",), "float32", BYTES[dense] + 4, (4,))]
+    method = jaxlocal.data_parallel(jaxlocal.gradients(dense), optax.adam(0.1))
+    found = collectives(method, FLAT, dense, inner_stages=4)
+    assert described(found) == [("all-reduce", ("workers",), "float32", BYTES[dense] + 4, (4,))]
 
 
 @pytest.mark.parametrize("loss", [dense, convolutional], ids=lambda loss: loss.__name__)
 def test_local_sgd_ends_a_round_with_one_all_reduce_of_the_model(loss):
-    rounds = jaxlocal.local_sgd(jaxlocal.gradients(loss), optax.adam(0.1), period=4)
-    found = collectives(rounds, FLAT, loss, inner_stages=None)
-    assert told(found) == [("all-reduce", ("workers",), "float32", BYTES[loss], ())]
+    method = jaxlocal.local_sgd(jaxlocal.gradients(loss), optax.adam(0.1), period=4)
+    found = collectives(method, FLAT, loss, inner_stages=None)
+    assert described(found) == [("all-reduce", ("workers",), "float32", BYTES[loss], ())]
 
 
 def mll_sgd(graph: str):
@@ -88,16 +90,16 @@ def mll_sgd(graph: str):
 @pytest.mark.parametrize("times, loops", [(1, ()), (4, (4,))])
 def test_hub_averages_stay_within_the_hubs_and_outside_the_loop_of_steps(times, loops):
     found = collectives(mll_sgd("ring"), HUBS, dense, inner_stages=times)
-    assert told(found) == [("all-reduce", ("workers",), "float32", BYTES[dense], loops)]
+    assert described(found) == [("all-reduce", ("workers",), "float32", BYTES[dense], loops)]
 
 
 @pytest.mark.parametrize("graph, hops", [("ring", 2), ("path", 2), ("star", 3)])
-def test_hubs_pass_models_to_their_neighbours_and_nobody_gathers_all(graph, hops):
+def test_hubs_pass_models_to_their_neighbours_and_no_device_gathers_all(graph, hops):
     found = collectives(mll_sgd(graph), HUBS, dense, inner_stages=None)
     passed = ("collective-permute", ("hubs",), "float32", BYTES[dense], ())
-    assert told(found) == [passed] * hops
+    assert described(found) == [passed] * hops
 
 
 def test_a_complete_hub_graph_is_one_all_reduce_across_hubs():
     found = collectives(mll_sgd("complete"), HUBS, dense, inner_stages=None)
-    assert told(found) == [("all-reduce", ("hubs",), "float32", BYTES[dense], ())]
+    assert described(found) == [("all-reduce", ("hubs",), "float32", BYTES[dense], ())]

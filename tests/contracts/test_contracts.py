@@ -1,4 +1,4 @@
-"""What holds for every method, whatever it computes: over the registry of all of them."""
+"""Properties that hold for every method, tested on the registry of all of them."""
 
 from typing import NamedTuple
 
@@ -98,7 +98,7 @@ def test_a_round_leaves_structure_shapes_dtypes_and_sharding_alone(case):
         assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
 
 
-def test_the_state_lies_where_its_contract_says(case):
+def test_the_state_is_sharded_as_its_contract_says(case):
     stacked = NamedSharding(case.round_fn.mesh, P("hubs", "workers"))
     for part in (case.state.params, case.state.opt_state, case.state.model_state):
         for leaf in jax.tree.leaves(part):
@@ -120,8 +120,8 @@ def test_four_more_rounds_trace_and_compile_nothing(case):
     traced, state = case.traces[0], start(case.entry, case.round_fn)
     with compilations.counted() as compiled:
         run(case, state, 4)
-    # The inner stage and, unless that is nothing, what ends the round. Of each trace one may be for
-    # shapes only. Steps may stand in each of the turns that ends of rounds take, too.
+    # One program of the inner stage and, unless that is nothing, one of the outer stage. JAX may
+    # trace each a second time, for shapes only. An outer stage with steps has them in every turn.
     assert len(case.compiled) == (1 if case.round_fn.method.outer is NOTHING else 2)
     outer = case.round_fn.method.outer
     assert 1 <= traced <= 2 * (1 + (outer.turns if outer.steps else 0))
@@ -177,20 +177,21 @@ def test_one_seed_gives_one_run_and_another_seed_another(case):
     other, other_infos = run(case, start(case.entry, case.round_fn, seed=2), 2)
     assert_same_bits((one, infos), (again, same_infos))
     assert (as_numbers(one.params["matrix"]) != as_numbers(other.params["matrix"])).any()
-    # The noise of the loss differs at the first step already, where parameters are still alike.
+    # The noise of the loss differs at the first step already, where the parameters are equal.
     first, second = (as_numbers(i[0].worker["loss"])[0] for i in (infos, other_infos))
     assert (first != second).any()
 
 
+@pytest.mark.optimized
 def test_metrics_of_the_loss_change_no_bit_of_the_run():
-    def silent(*arguments):
+    def without_metrics(*arguments):
         value, (model_state, _) = registry.loss(*arguments)
         return value, (model_state, {})
 
     entry, ends = METHODS["local_sgd"], []
-    for loss in (registry.loss, silent):
-        rounds = entry.build(jaxlocal.gradients(loss, stateful=True), OPTIMIZERS["adamw"])
-        round_fn = RoundFn(rounds, entry.layout)
+    for loss in (registry.loss, without_metrics):
+        method = entry.build(jaxlocal.gradients(loss, stateful=True), OPTIMIZERS["adamw"])
+        round_fn = RoundFn(method, entry.layout)
         ends.append(round_fn(start(entry, round_fn), registry.batches(entry.layout, 0, 4))[0])
     assert_same_bits(*ends)
 
@@ -224,7 +225,7 @@ def test_without_jit_a_round_computes_the_same(method):
 
 def test_every_stage_keeps_its_own_memory_over_the_rounds():
     def tally(increment):
-        """Counts its applications, for every worker and for all together."""
+        """A stage that counts its applications, for every worker and once for all."""
 
         def init(state):
             return Memory(stacked=jnp.zeros_like(state.opt_state[0].count), single=jnp.int32(0))

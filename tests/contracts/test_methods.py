@@ -1,4 +1,4 @@
-"""What the named methods refuse, and what averages do to state that is no parameter."""
+"""What the named methods refuse, and how averages treat state other than parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_periods_may_be_numpy_integers():
 
 
 def test_the_consensus_distance_of_half_precision_is_measured_in_float32():
-    values = jnp.array([1.0, 1.0078125], jnp.bfloat16)  # neighbours: their mean is no bfloat16
+    values = jnp.array([1.0, 1.0078125], jnp.bfloat16)  # neighbours, whose mean is not a bfloat16
     round_fn = problems.on_one_device(
         local_sgd(problems.grad_fn, optax.sgd(0.1), period=1), Layout(1, 2)
     )

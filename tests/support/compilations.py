@@ -1,4 +1,4 @@
-"""Counts what JAX compiles, by its monitoring events: a jitted function's cache over-counts."""
+"""Count what JAX compiles by its monitoring events; the cache of a jitted function over-counts."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 
 @contextlib.contextmanager
 def counted():
-    """A list that gains the name of every program that is compiled inside the block."""
+    """Yield a list to which the name of every program compiled inside the block is added."""
     names: list[str] = []
 
     def listen(event, duration, **details):

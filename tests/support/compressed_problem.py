@@ -1,4 +1,4 @@
-"""A problem large enough for compressors to bite, what its workers do step by step, and the
+"""A problem large enough for compressors to lose something, runs of it step by step, and the
 library's compressors replayed outside of the library's methods."""
 
 import functools
@@ -34,7 +34,7 @@ grad_fn = jaxlocal.gradients(loss)
 
 
 def make_batches(layout: Layout, steps: int, seed: int = 0) -> dict:
-    """Least squares with an optimum of its own for every worker; leaves [steps, D, N, ...]."""
+    """Least squares with a different optimum for every worker; leaves [steps, D, N, ...]."""
     random = np.random.default_rng(seed)
     inputs = random.normal(size=(steps, *layout.shape, EXAMPLES, FEATURES))
     optima = random.normal(size=(*layout.shape, FEATURES, OUTPUTS))
@@ -63,8 +63,8 @@ def vectors(params) -> np.ndarray:
 
 
 def trajectory(round_fn, batches, periods):
-    """Models [stages + 1, K, DIM], anchors [stages + 1, DIM] or None, active bool [steps, K],
-    before the run and after every inner stage (and what ends a round there)."""
+    """Models [stages + 1, K, DIM] and anchors [stages + 1, DIM] (or None) before the run and after
+    every inner stage, or the end of a round there; active bool [steps, K]."""
     state = round_fn.init(START, jax.random.key(0))
     size, start, states, active = round_fn.method.inner.steps, 0, [], []
 
@@ -87,10 +87,10 @@ def trajectory(round_fn, batches, periods):
 
 
 def replay(spec, purpose, weights, hub_of_worker=None):
-    """A compressor as `reference_compressed` wants it, with the keys of `trajectory`: one worker's
-    tree after another, far from any method, mixer or mesh.
+    """A compressor in the form of `reference_compressed`, with the keys of `trajectory`.
 
-    Workers of a hub, by default all, hear the weighted average of each other's first messages.
+    It compresses the tree of one worker after another, without any method, mixer or mesh. The first
+    messages of two are averaged over the workers of a hub, by default over all.
     """
     compressor, unravel = parse(spec), ravel_pytree(_zeros())[1]
     weights, memories = np.asarray(weights), [compressor.init(_zeros())] * len(weights)
@@ -98,7 +98,7 @@ def replay(spec, purpose, weights, hub_of_worker=None):
     encode, decode = _programs(spec)
 
     def average(trees):
-        """Of every worker's hub."""
+        """The averages of the trees over the hub of every worker."""
         means = []
         for hub in hubs:
             shares = weights * (hubs == hub) / weights[hubs == hub].sum()
@@ -107,15 +107,15 @@ def replay(spec, purpose, weights, hub_of_worker=None):
         return means
 
     def answer(vectors, payloads, key):
-        """The whole payloads of a compressor that says a second message."""
+        """The complete payloads of a compressor that sends a second message."""
         second = compressor.second
-        known = [second.settle(heard) for heard in average(payloads)]
+        known = [second.settle(first) for first in average(payloads)]
         arguments = zip(vectors, known, strict=True)
-        said = [second.encode(unravel(jnp.asarray(x)), fact, key) for x, fact in arguments]
-        for worker, heard in enumerate(average(said)):
-            payload = {**known[worker], **heard}
+        sent = [second.encode(unravel(jnp.asarray(x)), first, key) for x, first in arguments]
+        for worker, common in enumerate(average(sent)):
+            payload = {**known[worker], **common}
             memories[worker] = second.remember(memories[worker], payload, key)
-        return [{**fact, **own} for fact, own in zip(known, said, strict=True)]
+        return [{**first, **own} for first, own in zip(known, sent, strict=True)]
 
     def compress(vectors, message):
         shared = stream_key(jax.random.key(0), purpose, message)
@@ -133,7 +133,7 @@ def replay(spec, purpose, weights, hub_of_worker=None):
 
 @functools.cache
 def _programs(spec):
-    """Of one worker's vector: (vector, memory, key) -> payload, (payload, key) -> C(vector)."""
+    """The functions (vector, memory, key) -> payload and (payload, key) -> C(vector), compiled."""
     compressor = parse(spec)
 
     @jax.jit

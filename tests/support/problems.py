@@ -1,4 +1,4 @@
-"""Small problems on which methods are run, and the few ways in which tests run them."""
+"""Small problems on which tests run methods, and the ways in which they run them."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ grad_fn = jaxlocal.gradients(loss)
 
 
 def make_batches(layout: Layout, steps: int, seed: int = 0, examples: int = EXAMPLES) -> dict:
-    """Least squares with an optimum of its own for every worker; leaves [steps, D, N, ...]."""
+    """Least squares with a different optimum for every worker; leaves [steps, D, N, ...]."""
     random = np.random.default_rng(seed)
     inputs = random.normal(size=(steps, *layout.shape, examples, FEATURES))
     optima = random.normal(size=(*layout.shape, FEATURES))
@@ -62,10 +62,11 @@ def steps_of(batches, start: int, stop: int):
 
 
 def trajectory(round_fn, batches, periods, seed: int = 0):
-    """Models before the run and after every inner stage (and what ends a round there), and who was
-    active: [stages + 1, K, FEATURES + 1], bool [steps, K].
+    """Models before the run and after every inner stage, [stages + 1, K, FEATURES + 1], and which
+    workers were active, bool [steps, K].
 
-    One inner stage is dispatched at a time, so that rounds of any length take two compilations.
+    Where a round ends, the models are those after its end. One inner stage is dispatched at a time,
+    so that rounds of any length take two compilations.
     """
     state = round_fn.init(START, jax.random.key(seed))
     size, start = round_fn.method.inner.steps, 0
@@ -81,12 +82,12 @@ def trajectory(round_fn, batches, periods, seed: int = 0):
     return np.stack(models), np.concatenate(active) > 0
 
 
-def on_one_device(rounds, layout: Layout, **options) -> jaxlocal.RoundFn:
-    return jaxlocal.RoundFn(rounds, layout, make_mesh(layout, shape=(1, 1)), **options)
+def on_one_device(method, layout: Layout, **options) -> jaxlocal.RoundFn:
+    return jaxlocal.RoundFn(method, layout, make_mesh(layout, shape=(1, 1)), **options)
 
 
 def mix(mixer, tree, layout: Layout, shape: tuple[int, int] = (1, 1), times: int = 1):
-    """The tree, leaves [D, N, ...], after so many averages."""
+    """The tree, leaves [D, N, ...], after a number of averages."""
 
     def program(tree, context):
         return broadcast_to_workers(mixer.average(tree, context), tree)
@@ -101,7 +102,7 @@ def mix(mixer, tree, layout: Layout, shape: tuple[int, int] = (1, 1), times: int
 
 
 def connected_graph(hubs: int, seed: int) -> np.ndarray:
-    """A random tree and some more edges, bool [D, D]."""
+    """The adjacency of a random tree with some more edges, bool [D, D]."""
     random = np.random.default_rng(seed)
     adjacency = random.random((hubs, hubs)) < random.random()
     for hub in range(1, hubs):
@@ -111,7 +112,7 @@ def connected_graph(hubs: int, seed: int) -> np.ndarray:
 
 
 def schedule(decay: str, peak: float, steps: int, warmup_steps: int = 0, floor: float = 1e-6):
-    """`reference.schedule` made of optax's pieces."""
+    """`reference.schedule`, composed of schedules of optax."""
     rest = steps - warmup_steps
     cosine = optax.cosine_decay_schedule(peak, rest, alpha=floor / peak)
     third = lambda step: jnp.minimum(jnp.floor(3 * (step + warmup_steps) / steps), 2)

@@ -1,11 +1,12 @@
-"""Every method, with more than one optimizer, on the layout that it needs: what contract tests
-range over. A method that is missing here fails `test_every_method_is_in_the_registry`.
+"""Every method with an optimizer and a layout, and the problem on which contract tests run it.
 
-The problem has all that a state can hold: two dtypes among the parameters, a model state with an
-integer in it, noise by key, unequal weights, workers that skip steps.
+`test_every_method_is_in_the_registry` fails for a method that is missing here. The problem has all
+that a state can hold: parameters of two dtypes, a model state with an integer, noise from keys,
+unequal weights, workers that skip steps.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -46,150 +47,108 @@ class Entry(NamedTuple):
 
 FLAT, HUBS, PAIRS, ALONE = layout(1, 8), layout(4, 2), layout(2, 4), layout(8, 1)
 
+mll_sgd = partial(jaxlocal.mll_sgd, local_steps=2, hub_period=1)
+hl_sgd = partial(jaxlocal.hl_sgd, layout=PAIRS, local_steps=1, hub_period=4)
+
+
+def cser(gradient: str, reset: str, **options) -> Callable[..., Method]:
+    compressors = {"gradient_compressor": parse(gradient), "reset_compressor": parse(reset)}
+    return partial(jaxlocal.cser, **compressors, period=4, **options)
+
+
 METHODS = {
     "clipped_sgd": Entry(own.clipped_sgd, FLAT),
     "data_parallel": Entry(jaxlocal.data_parallel, FLAT, steps=1),
     "data_parallel-average": Entry(
-        lambda g, o: jaxlocal.data_parallel(g, o, model_state="average"), FLAT, steps=1
+        partial(jaxlocal.data_parallel, model_state="average"), FLAT, steps=1
     ),
-    "local_sgd": Entry(lambda g, o: jaxlocal.local_sgd(g, o, period=4), FLAT),
+    "local_sgd": Entry(partial(jaxlocal.local_sgd, period=4), FLAT),
     "local_sgd-average": Entry(
-        lambda g, o: jaxlocal.local_sgd(g, o, period=4, optimizer_state="average"), FLAT
+        partial(jaxlocal.local_sgd, period=4, optimizer_state="average"), FLAT
     ),
-    "local_sgd-reset": Entry(
-        lambda g, o: jaxlocal.local_sgd(g, o, period=4, optimizer_state="reset"), FLAT
-    ),
-    "post_local_sgd": Entry(
-        lambda g, o: jaxlocal.post_local_sgd(g, o, switch_step=2, local_steps=4), FLAT
-    ),
-    "swap": Entry(lambda g, o: jaxlocal.swap(g, o, switch_step=2), FLAT),
-    "mll_sgd": Entry(
-        lambda g, o: jaxlocal.mll_sgd(
-            g, o, matrix=matrix("ring", HUBS), local_steps=2, hub_period=1
-        ),
-        HUBS,
-        2,
-    ),
+    "local_sgd-reset": Entry(partial(jaxlocal.local_sgd, period=4, optimizer_state="reset"), FLAT),
+    "post_local_sgd": Entry(partial(jaxlocal.post_local_sgd, switch_step=2, local_steps=4), FLAT),
+    "swap": Entry(partial(jaxlocal.swap, switch_step=2), FLAT),
+    "mll_sgd": Entry(partial(mll_sgd, matrix=matrix("ring", HUBS)), HUBS, steps=2),
     "mll_sgd-average": Entry(
-        lambda g, o: jaxlocal.mll_sgd(
-            g,
-            o,
-            matrix=matrix("star", HUBS),
-            local_steps=2,
-            hub_period=1,
-            optimizer_state="average",
-        ),
-        HUBS,
-        2,
+        partial(mll_sgd, matrix=matrix("star", HUBS), optimizer_state="average"), HUBS, steps=2
     ),
-    "hl_sgd": Entry(
-        lambda g, o: jaxlocal.hl_sgd(g, o, layout=PAIRS, local_steps=1, hub_period=4), PAIRS
-    ),
+    "hl_sgd": Entry(hl_sgd, PAIRS),
     "cooperative_sgd": Entry(
-        lambda g, o: jaxlocal.cooperative_sgd(g, o, matrix=matrix("path", ALONE), period=4), ALONE
+        partial(jaxlocal.cooperative_sgd, matrix=matrix("path", ALONE), period=4), ALONE
     ),
     "slowmo": Entry(
-        lambda g, o: jaxlocal.slowmo(
-            g,
-            o,
+        partial(
+            jaxlocal.slowmo,
             learning_rate=lambda t: 0.1 / (1 + t),
             period=4,
-            outer_optimizer=None,
             optimizer_state="reset",
             model_state="average",
         ),
         FLAT,
     ),
     "diloco": Entry(
-        lambda g, o: jaxlocal.diloco(
-            g, o, period=4, outer_optimizer=optax.adam(0.1), optimizer_state="average"
+        partial(
+            jaxlocal.diloco, period=4, outer_optimizer=optax.adam(0.1), optimizer_state="average"
         ),
         FLAT,
     ),
     "streaming_diloco": Entry(
-        lambda g, o: jaxlocal.streaming_diloco(
-            g, o, period=8, outer_optimizer=None, fragments=2, delay_steps=2, model_state="average"
+        partial(
+            jaxlocal.streaming_diloco, period=8, fragments=2, delay_steps=2, model_state="average"
         ),
         FLAT,
     ),
-    "fedavgm": Entry(lambda g, o: jaxlocal.fedavgm(g, o, period=4), FLAT),
-    "fedadam": Entry(lambda g, o: jaxlocal.fedadam(g, o, period=4, optimizer_state="reset"), FLAT),
+    "fedavgm": Entry(partial(jaxlocal.fedavgm, period=4), FLAT),
+    "fedadam": Entry(partial(jaxlocal.fedadam, period=4, optimizer_state="reset"), FLAT),
     "data_parallel-qsgd": Entry(
-        lambda g, o: jaxlocal.data_parallel(g, o, compressor=parse("qsgd:4")), FLAT, steps=1
+        partial(jaxlocal.data_parallel, compressor=parse("qsgd:4")), FLAT, steps=1
     ),
-    "ef_sgd": Entry(lambda g, o: jaxlocal.ef_sgd(g, o, compressor=parse("sign")), FLAT, steps=1),
+    "ef_sgd": Entry(partial(jaxlocal.ef_sgd, compressor=parse("sign")), FLAT, steps=1),
     "qsparse_local_sgd": Entry(
-        lambda g, o: jaxlocal.qsparse_local_sgd(
-            g, o, compressor=parse("powersgd:1"), period=4, optimizer_state="average"
-        ),
-        FLAT,
-    ),
-    "cser": Entry(
-        lambda g, o: jaxlocal.cser(
-            g, o, gradient_compressor=parse("top_k:3"), reset_compressor=parse("int8"), period=4
-        ),
-        FLAT,
-        half=False,
-    ),
-    "cser-powersgd": Entry(
-        lambda g, o: jaxlocal.cser(
-            g,
-            o,
-            gradient_compressor=parse("powersgd:1"),
-            reset_compressor=parse("powersgd:1"),
+        partial(
+            jaxlocal.qsparse_local_sgd,
+            compressor=parse("powersgd:1"),
             period=4,
-        ),
-        FLAT,
-        half=False,
-    ),
-    "cser-2": Entry(
-        lambda g, o: jaxlocal.cser(
-            g,
-            o,
-            gradient_compressor=parse("grbs:2"),
-            reset_compressor=parse("random_k:2"),
-            period=4,
-            implementation=2,
+            optimizer_state="average",
         ),
         FLAT,
     ),
+    "cser": Entry(cser("top_k:3", "int8"), FLAT, half=False),
+    "cser-powersgd": Entry(cser("powersgd:1", "powersgd:1"), FLAT, half=False),
+    "cser-2": Entry(cser("grbs:2", "random_k:2", implementation=2), FLAT),
     "csea": Entry(
-        lambda g, o: jaxlocal.csea(g, o, reset_compressor=parse("grbs:2"), model_state="average"),
+        partial(jaxlocal.csea, reset_compressor=parse("grbs:2"), model_state="average"),
         FLAT,
         steps=1,
         half=False,
     ),
     "cser_pl": Entry(
-        lambda g, o: jaxlocal.cser_pl(g, o, reset_compressor=parse("grbs:2+bfloat16"), period=4),
+        partial(jaxlocal.cser_pl, reset_compressor=parse("grbs:2+bfloat16"), period=4),
         FLAT,
         half=False,
     ),
     "sparse_loco": Entry(
-        lambda g, o: jaxlocal.sparse_loco(
-            g, o, compressor=parse("top_k:2+qsgd:2"), period=4, outer_optimizer=optax.adam(0.1)
+        partial(
+            jaxlocal.sparse_loco,
+            compressor=parse("top_k:2+qsgd:2"),
+            period=4,
+            outer_optimizer=optax.adam(0.1),
         ),
         FLAT,
     ),
     "mll_sgd-grbs": Entry(
-        lambda g, o: jaxlocal.mll_sgd(
-            g,
-            o,
+        partial(
+            mll_sgd,
             matrix=matrix("ring", HUBS),
-            local_steps=2,
-            hub_period=1,
             optimizer_state="reset",
             model_state="average",
             compressor=parse("grbs:2"),
         ),
         HUBS,
-        2,
+        steps=2,
     ),
-    "hl_sgd-top_k": Entry(
-        lambda g, o: jaxlocal.hl_sgd(
-            g, o, layout=PAIRS, local_steps=1, hub_period=4, compressor=parse("top_k:2:model")
-        ),
-        PAIRS,
-    ),
+    "hl_sgd-top_k": Entry(partial(hl_sgd, compressor=parse("top_k:2:model")), PAIRS),
 }
 OPTIMIZERS = {
     "momentum": optax.chain(optax.trace(0.9), jaxlocal.scale_by_step(lambda t: 0.1 / (1 + t))),
@@ -197,7 +156,7 @@ OPTIMIZERS = {
         optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.05, 100))
     ),
 }
-# A compilation takes a second: every method once, the plain one with both optimizers.
+# A compilation takes a second: each method once, Local SGD with both optimizers.
 CASES = [
     ("clipped_sgd", "adamw"),
     ("data_parallel", "momentum"),

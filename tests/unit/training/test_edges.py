@@ -105,6 +105,7 @@ def test_metrics_that_carry_a_constant_are_evaluated():
     assert Evaluation(round_fn, metrics, np.ones(8), batch_size=2)(state)["total"] > 0
 
 
+@pytest.mark.optimized
 def test_a_round_of_several_chunks_runs_inside_jit():
     round_fn, batches = plain(Layout(workers_per_hub=2)), jnp.ones((6, 1, 2))
     start = lambda: round_fn.init(jnp.ones(()), jax.random.key(0))
@@ -114,7 +115,7 @@ def test_a_round_of_several_chunks_runs_inside_jit():
 
 
 @pytest.mark.parametrize("name", ["local_sgd", "data_parallel"])
-def test_optimizers_are_told_the_loss(name):
+def test_optimizers_are_given_the_loss(name):
     optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
     method = getattr(jaxlocal, name)(grad_fn, optimizer)
     round_fn = RoundFn(method, Layout(workers_per_hub=2))
@@ -137,7 +138,7 @@ def test_weights_that_overflow_or_vanish():
 
 
 @pytest.mark.parametrize("name", ["local_sgd", "data_parallel"])
-def test_a_gradient_function_of_ones_own_may_report_nothing(name):
+def test_a_users_gradient_function_may_report_nothing(name):
     own = lambda params, model_state, batch, key: (params - batch, model_state, {})
     round_fn = RoundFn(getattr(jaxlocal, name)(own, optax.sgd(0.5)), Layout(workers_per_hub=2))
     state = round_fn.init(jnp.zeros(()), jax.random.key(0))

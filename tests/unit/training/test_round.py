@@ -1,4 +1,4 @@
-"""The compiled round: how many programs a run takes, how a round is cut, and what it is fed."""
+"""The compiled round: how many programs a run takes, how a round is cut, and which batches fit."""
 
 import compilations
 import jax
@@ -21,16 +21,16 @@ from jaxlocal.types import Method
 grad_fn = jaxlocal.gradients(lambda w, batch, key: jnp.square(jnp.tanh(w) - batch).mean())
 
 
-def method(steps_of_inner: int = 1, optimizer=None) -> Method:
-    """Local SGD, its inner stage a number of steps."""
+def local_sgd(steps_of_inner: int = 1, optimizer=None) -> Method:
+    """Local SGD with an inner stage of some steps."""
     optimizer = optimizer or optax.sgd(0.1)
     inner = repeat(local_step(grad_fn, optimizer), steps_of_inner)
     return Method(inner, sync(mixing.mean()), optimizer, periods.constant(steps_of_inner))
 
 
-def one_device(rounds: Method, layout: Layout, **options) -> RoundFn:
+def one_device(method: Method, layout: Layout, **options) -> RoundFn:
     mesh = jaxlocal.make_mesh(layout, jax.devices()[:1])
-    return RoundFn(rounds, layout, mesh, **options)
+    return RoundFn(method, layout, mesh, **options)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_run_compiles_one_program_for_each_power_of_four_and_one_for_the_end(
     lengths = list(periods.lengths(rule, total_steps))
     assert sum(lengths) == total_steps and len(set(lengths)) == distinct
     layout = Layout(workers_per_hub=2)
-    round_fn = one_device(method(), layout)
+    round_fn = one_device(local_sgd(), layout)
     state = round_fn.init(jnp.zeros(2), jax.random.key(0))
     with compilations.counted() as compiled:
         for length in lengths:
@@ -68,10 +68,10 @@ def test_a_run_compiles_one_program_for_each_power_of_four_and_one_for_the_end(
 
 def test_on_hubs_the_programs_are_counted_in_hub_averages():
     layout = Layout(2, 2)
-    rounds = jaxlocal.mll_sgd(
+    method = jaxlocal.mll_sgd(
         grad_fn, optax.sgd(0.1), matrix=np.full((2, 2), 0.5), local_steps=3, hub_period=7
     )
-    round_fn = RoundFn(rounds, layout)
+    round_fn = RoundFn(method, layout)
     state = round_fn.init(jnp.zeros(2), jax.random.key(0))
     with compilations.counted() as compiled:
         for length in (21, 21, 9):  # 7 = 4 + 1 + 1 + 1 hub averages
@@ -82,7 +82,7 @@ def test_on_hubs_the_programs_are_counted_in_hub_averages():
 @settings(deadline=None)
 @given(times=st.integers(1, 5000), inner=st.integers(1, 7), max_chunk=st.integers(1, 2000))
 def test_chunks_sum_to_the_round_descend_and_are_capped(times, inner, max_chunk):
-    round_fn = one_device(method(inner), Layout(), max_chunk=max_chunk)
+    round_fn = one_device(local_sgd(inner), Layout(), max_chunk=max_chunk)
     chunks = list(round_fn.chunks(times * inner))
     assert sum(chunks) == times * inner
     assert chunks == sorted(chunks, reverse=True)
@@ -95,13 +95,14 @@ def test_chunks_sum_to_the_round_descend_and_are_capped(times, inner, max_chunk)
     assert 4 * powers[0] > min(times, max_chunk // inner)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("max_chunk", [1, 4])
 def test_however_a_round_is_cut_the_bits_and_the_report_are_the_same(max_chunk):
     layout = Layout(workers_per_hub=8, rates=0.7)
     batches = np.random.default_rng(0).normal(size=(16, *layout.shape, 3)).astype(np.float32)
 
     def run(most):
-        round_fn = RoundFn(method(1, optax.adam(0.1)), layout, max_chunk=most)
+        round_fn = RoundFn(local_sgd(1, optax.adam(0.1)), layout, max_chunk=most)
         state = round_fn.init(jnp.ones(3), jax.random.key(0))
         state, info = round_fn(state, batches)
         return jax.tree.map(np.asarray, (state.params, state.opt_state, info))
@@ -112,7 +113,7 @@ def test_however_a_round_is_cut_the_bits_and_the_report_are_the_same(max_chunk):
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "message"),
     [
         ((4, 2, 3), r"2 hubs, 4 workers.*\(4, 2, 3\)"),
         ((4, 8), r"2 hubs, 4 workers.*\(4, 8\)"),
@@ -121,19 +122,19 @@ def test_however_a_round_is_cut_the_bits_and_the_report_are_the_same(max_chunk):
     ],
     ids=str,
 )
-def test_batches_of_a_wrong_leading_shape_are_refused_with_both_values(shape, said):
-    rounds = jaxlocal.mll_sgd(
+def test_batches_of_a_wrong_leading_shape_are_refused_with_both_values(shape, message):
+    method = jaxlocal.mll_sgd(
         grad_fn, optax.sgd(0.1), matrix=np.full((2, 2), 0.5), local_steps=2, hub_period=1
     )
-    round_fn = RoundFn(rounds, Layout(2, 4))
+    round_fn = RoundFn(method, Layout(2, 4))
     state = round_fn.init(jnp.zeros(()), jax.random.key(0))
-    with pytest.raises(ConfigurationError, match=said):
+    with pytest.raises(ConfigurationError, match=message):
         round_fn(state, np.ones(shape, np.float32))
-    assert not state.params.is_deleted()  # a refused round costs nothing
+    assert not state.params.is_deleted()  # a refused round does not consume the state
 
 
 def test_leaves_of_different_leading_shapes_are_refused_with_both():
-    round_fn = RoundFn(method(), Layout())
+    round_fn = RoundFn(local_sgd(), Layout())
     state = round_fn.init(jnp.zeros(()), jax.random.key(0))
     with pytest.raises(ConfigurationError, match=r"\(2, 1, 1\), \(3, 1, 1\)"):
         round_fn(state, {"x": np.ones((2, 1, 1)), "y": np.ones((3, 1, 1))})
@@ -141,15 +142,15 @@ def test_leaves_of_different_leading_shapes_are_refused_with_both():
 
 def test_a_raw_key_is_refused():
     with pytest.raises(ConfigurationError, match=r"typed key as of jax.random.key, got \w+"):
-        RoundFn(method(), Layout()).init(jnp.zeros(()), jax.random.PRNGKey(0))
+        RoundFn(local_sgd(), Layout()).init(jnp.zeros(()), jax.random.PRNGKey(0))
 
 
 def test_a_mixer_that_does_not_fit_the_layout_is_refused_before_anything_is_allocated():
-    rounds = jaxlocal.cooperative_sgd(
+    method = jaxlocal.cooperative_sgd(
         grad_fn, optax.sgd(0.1), matrix=np.full((3, 3), 1 / 3), period=1
     )
     with pytest.raises(ConfigurationError, match="3 hubs does not fit 4 hubs"):
-        RoundFn(rounds, Layout(hubs=4)).init(jnp.zeros(()), jax.random.key(0))
+        RoundFn(method, Layout(hubs=4)).init(jnp.zeros(()), jax.random.key(0))
 
 
 POOL = {
@@ -163,13 +164,14 @@ def classify(params, batch, key):
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"]).mean()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("layout", [Layout(workers_per_hub=8), Layout(2, 3)], ids=lambda x: x.shape)
 def test_indices_into_a_pool_give_the_bits_that_the_examples_give(layout):
-    rounds = jaxlocal.local_sgd(jaxlocal.gradients(classify), optax.adam(0.1), period=4)
+    method = jaxlocal.local_sgd(jaxlocal.gradients(classify), optax.adam(0.1), period=4)
     indices = np.random.default_rng(3).integers(0, 50, (2, 4, *layout.shape, 5))
     ends = []
     for pool in (POOL, ()):
-        round_fn = RoundFn(rounds, layout, data=pool)
+        round_fn = RoundFn(method, layout, data=pool)
         state = round_fn.init(jnp.zeros((6, 3)), jax.random.key(0))
         for index in indices.astype(np.int32):
             batches = index if pool else jax.tree.map(lambda x, at=index: x[at], POOL)
@@ -186,23 +188,24 @@ def test_a_pool_and_its_indices_are_checked():
         RoundFn(method, layout, data={"x": np.arange(10.0), "y": np.arange(5.0)})
     round_fn = RoundFn(method, layout, data={"x": np.arange(5.0)})
     state = round_fn.init(jnp.float32(1), jax.random.key(0))
-    for wrong, told in [
+    for wrong, message in [
         (np.full((1, 1, 2, 3), 5), "from 5 to 5 do not fit a pool of 5"),
         (np.full((1, 1, 2, 3), -1), "from -1 to -1"),
         (np.ones((1, 1, 2, 3)), "integer indices.*float64"),
         ({"rows": np.ones((1, 1, 2, 3), int)}, '"index"'),
     ]:
-        with pytest.raises(ConfigurationError, match=told):
+        with pytest.raises(ConfigurationError, match=message):
             round_fn(state, wrong)
-    beside = {"index": np.full((1, 1, 2, 3), 4), "noise": np.zeros((1, 1, 2, 3))}
-    state, info = round_fn(state, beside)
+    more = {"index": np.full((1, 1, 2, 3), 4), "noise": np.zeros((1, 1, 2, 3))}
+    state, info = round_fn(state, more)
     assert (np.asarray(info.worker["loss"]) == 4).all()
 
 
+@pytest.mark.optimized
 def test_a_pool_of_bytes_stays_bytes_on_every_device():
     layout = Layout(workers_per_hub=8)
-    rounds = jaxlocal.local_sgd(jaxlocal.gradients(classify), optax.adam(0.1), period=4)
-    round_fn = RoundFn(rounds, layout, data=POOL)
+    method = jaxlocal.local_sgd(jaxlocal.gradients(classify), optax.adam(0.1), period=4)
+    round_fn = RoundFn(method, layout, data=POOL)
     image = round_fn.context.data["image"]
     assert image.dtype == np.uint8 and image.is_fully_replicated
     assert len(image.addressable_shards) == 8
@@ -217,8 +220,8 @@ def test_the_mean_of_the_workers_is_weighted_in_parameters_and_model_state():
         return (params * batch).sum(), ({"sum": model_state["sum"] + batch}, {})
 
     layout = Layout(2, 4, weights=np.arange(1, 9))
-    rounds = jaxlocal.local_sgd(jaxlocal.gradients(loss, stateful=True), optax.sgd(1.0), period=2)
-    round_fn = RoundFn(rounds, layout)
+    method = jaxlocal.local_sgd(jaxlocal.gradients(loss, stateful=True), optax.sgd(1.0), period=2)
+    round_fn = RoundFn(method, layout)
     state = round_fn.init(jnp.zeros(3), jax.random.key(0), {"sum": jnp.zeros(3)})
     batches = np.random.default_rng(0).normal(size=(2, 2, 4, 3)).astype(np.float32)
     state, _ = round_fn.local_steps(state, batches)
@@ -232,8 +235,8 @@ def test_the_mean_of_the_workers_is_weighted_in_parameters_and_model_state():
 def test_an_inner_stage_that_takes_turns_is_refused_unless_they_are_all_in_it():
     stage = sync(mixing.mean())
     turns = in_turn(stage, stage)
-    rounds = jaxlocal.local_sgd(problems.grad_fn, optax.sgd(0.1), period=2)
-    with pytest.raises(ConfigurationError, match="something else in each of 2 turns"):
-        RoundFn(rounds._replace(inner=sequence(rounds.inner, turns)), Layout())
-    whole = repeat(sequence(rounds.inner, turns), 2)
-    assert RoundFn(rounds._replace(inner=whole), Layout()).method.inner.turns == 1
+    method = jaxlocal.local_sgd(problems.grad_fn, optax.sgd(0.1), period=2)
+    with pytest.raises(ConfigurationError, match="same messages at every.*takes 2 turns"):
+        RoundFn(method._replace(inner=sequence(method.inner, turns)), Layout())
+    whole = repeat(sequence(method.inner, turns), 2)
+    assert RoundFn(method._replace(inner=whole), Layout()).method.inner.turns == 1
