@@ -108,7 +108,7 @@ def test_mll_sgd_in_whole_rounds_of_which_the_last_is_shorter():
         state, info = round_fn(state, problems.steps_of(batches, start, start + length))
         active.append(np.asarray(info.worker["active"]).reshape(length, -1) > 0)
     assert list(periods.lengths(method.period, 10)) == [6, 4] and int(state.step) == 10
-    # The loops mix after every sixth step only; what is left at the end is the last mixing.
+    # The loops mix after every sixth step only; the last mixing is added here.
     last = mll_reference(layout, adjacency, batches, 2, 3, np.concatenate(active))[-1]
     hubs = reference.mixing_matrix(adjacency, layout.hub_weight).T @ last[::2]
     expected = np.repeat(hubs, 2, axis=0)
@@ -232,10 +232,11 @@ def test_data_parallel(shape, mesh, beta):
 )
 @settings(max_examples=40, deadline=None)
 def test_rules_in_the_learning_rate(seed, steps, warmup, coefficient, base, exponent):
-    """For any learning rates at all, also such as rise, and rates next to nothing."""
+    """For any learning rates, rising ones and tiny ones included."""
     table = 10.0 ** np.random.default_rng(seed).uniform(-7, 0, steps + warmup)
     rule = {1: periods.linear, 2: periods.qsr, 3: periods.cubic}[exponent]
-    period = rule(lambda step: jnp.asarray(table)[step], coefficient, base, warmup_steps=warmup)
+    learning_rate = lambda step: jnp.asarray(table)[step]
+    period = rule(learning_rate, coefficient=coefficient, base=base, warmup_steps=warmup)
     arguments = (steps, coefficient, base, exponent, warmup)
     expected = reference.qsr_periods(lambda step: table[step], *arguments)
     assert list(periods.lengths(period, steps)) == expected
@@ -244,15 +245,16 @@ def test_rules_in_the_learning_rate(seed, steps, warmup, coefficient, base, expo
 @given(st.integers(1, 300), st.integers(0, 400), st.integers(1, 50))
 @settings(deadline=None)
 def test_rules_in_the_step(steps, switch, local_steps):
-    def lengths(make, *arguments):
-        method = make(problems.grad_fn, optax.sgd(0.1), *arguments)
+    def lengths(make, **options):
+        method = make(problems.grad_fn, optax.sgd(0.1), **options)
         return list(periods.lengths(method.period, steps))
 
     expected = reference.constant_periods(steps, local_steps)
-    assert lengths(jaxlocal.local_sgd, local_steps) == expected
+    assert lengths(jaxlocal.local_sgd, period=local_steps) == expected
     expected = reference.post_local_periods(steps, switch, local_steps)
-    assert lengths(jaxlocal.post_local_sgd, switch, local_steps) == expected
-    assert lengths(jaxlocal.swap, switch) == reference.swap_periods(steps, switch)
+    options = {"switch_step": switch, "local_steps": local_steps}
+    assert lengths(jaxlocal.post_local_sgd, **options) == expected
+    assert lengths(jaxlocal.swap, switch_step=switch) == reference.swap_periods(steps, switch)
 
 
 VIT = (300 * 312, 10_000, 0.008)

@@ -1,7 +1,7 @@
 """The library's compressed methods in float64 equal the papers' algorithms as plain NumPy loops.
 
-What a worker says is replayed tree by tree, so that what is compared is the method: who says what
-when, what is done with what is heard, and what is kept.
+The loops replay the library's compressors on the tree of one worker after another. The comparison
+is therefore of the method: who sends what and when, how it is aggregated, which residual is kept.
 """
 
 import warnings
@@ -61,8 +61,10 @@ def four(rates=1.0, hubs=2):
 
 
 def compare(method, layout, mesh, optimizer, lengths, loops):
-    """`loops(run)` gives the expected models and errors, of which the latter may be None; `active`
-    is what the library drew."""
+    """Compare a run of the library with `loops(run)`, the expected models and errors (or None).
+
+    The loops are given which workers the library drew as active.
+    """
     round_fn = RoundFn(method, layout, make_mesh(layout, shape=mesh))
     batches = problem.make_batches(layout, STEPS)
     models, anchors, active = problem.trajectory(round_fn, batches, lengths)
@@ -147,7 +149,7 @@ def test_qsparse_local_sgd(spec, optimizer, rule, mesh, rates):
     ],
 )
 def test_cser(update, reset, rule, mesh):
-    """Algorithm 2, which says gradients: these compressors are homogeneous, and odd where no entry
+    """Algorithm 2, which sends gradients: these compressors are homogeneous, and odd where no entry
     is zero, so that C(−η g) = −η C(g)."""
     period, lengths = lengths_of(rule)
     method = jaxlocal.cser(
@@ -177,7 +179,8 @@ def test_momentum_cser_in_the_first_implementation(
 ):
     period, lengths = lengths_of(rule)
     method = jaxlocal.cser(
-        problem.grad_fn, OPTIMIZERS[optimizer][0], gradient_compressor=parse(update), reset_compressor=parse(reset), period=period,
+        problem.grad_fn, OPTIMIZERS[optimizer][0],
+        gradient_compressor=parse(update), reset_compressor=parse(reset), period=period,
         worker_map=worker_map,
     )  # fmt: skip
     loops = lambda run: compressed.m_cser_1(run, lengths, at_steps(update), at_ends(reset))
@@ -195,7 +198,8 @@ def test_momentum_cser_in_the_first_implementation(
 def test_momentum_cser_in_the_second_implementation(optimizer, update, reset, mesh, rates):
     period, lengths = lengths_of("quadratic")
     method = jaxlocal.cser(
-        problem.grad_fn, OPTIMIZERS[optimizer][0], gradient_compressor=parse(update), reset_compressor=parse(reset), period=period,
+        problem.grad_fn, OPTIMIZERS[optimizer][0],
+        gradient_compressor=parse(update), reset_compressor=parse(reset), period=period,
         implementation=2,
     )  # fmt: skip
 
@@ -214,18 +218,15 @@ def test_momentum_cser_in_the_second_implementation(optimizer, update, reset, me
     ],
 )
 def test_csea_and_cser_pl(optimizer, spec, lengths, mesh):
-    """CSER that says nothing at steps, at every step or at the end of rounds."""
+    """CSER that sends nothing at steps; it resets at every step, or at the end of a round."""
     inner = OPTIMIZERS[optimizer][0]
     if lengths is None:
-        method, lengths = (
-            jaxlocal.csea(problem.grad_fn, inner, reset_compressor=parse(spec)),
-            [1] * STEPS,
-        )
+        method = jaxlocal.csea(problem.grad_fn, inner, reset_compressor=parse(spec))
+        lengths = [1] * STEPS
     else:
         period, lengths = lengths
-        method = jaxlocal.cser_pl(
-            problem.grad_fn, inner, reset_compressor=parse(spec), period=period
-        )
+        reset = parse(spec)
+        method = jaxlocal.cser_pl(problem.grad_fn, inner, reset_compressor=reset, period=period)
     loops = lambda run: compressed.m_cser_1(run, lengths, compressed.zero, at_ends(spec))
     anchors, models, errors = compare(method, four(), mesh, optimizer, lengths, loops)
     np.testing.assert_allclose(anchors, (models - errors)[:, 0], **CLOSE)
@@ -266,7 +267,7 @@ def test_data_parallel(spec, optimizer, mesh, rates):
         )
 
     def loops(run):
-        one = compressed.data_parallel(run, STEPS, model_state=at_steps(spec))
+        one = compressed.data_parallel(run, STEPS, at_steps(spec))
         return np.repeat(one[:, None], 4, axis=1), None
 
     compare(method, four(rates), mesh, optimizer, [STEPS], loops)
@@ -291,14 +292,15 @@ def test_multi_level_local_sgd(spec, graph, hubs, workers, optimizer, mesh):
         adjacency = topology.hub_graph(graph, hubs)
     method = jaxlocal.mll_sgd(
         problem.grad_fn, OPTIMIZERS[optimizer][0],
-        matrix=topology.mixing_matrix(adjacency, layout.hub_weight), local_steps=tau, hub_period=q, compressor=parse(spec),
+        matrix=topology.mixing_matrix(adjacency, layout.hub_weight),
+        local_steps=tau, hub_period=q, compressor=parse(spec),
     )  # fmt: skip
     hub_of_worker = np.repeat(np.arange(hubs), workers)
     mixing = reference.mixing_matrix(adjacency, layout.hub_weight)
 
     def loops(run):
-        say = at_ends(spec, weights, hub_of_worker)
-        return compressed.mll_sgd(run, STEPS, tau, q, hub_of_worker, mixing, say)
+        compress = at_ends(spec, weights, hub_of_worker)
+        return compressed.mll_sgd(run, STEPS, tau, q, hub_of_worker, mixing, compress)
 
     lengths = [tau * q] * (STEPS // (tau * q))
     compare(method, layout, mesh, optimizer, lengths, loops)

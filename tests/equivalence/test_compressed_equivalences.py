@@ -1,5 +1,4 @@
-"""Compressed methods that must coincide with others, do; and what they lose, they lose not for
-good."""
+"""Compressed methods that must coincide with others do, and nothing is lost for good."""
 
 import functools
 
@@ -37,7 +36,7 @@ def float64():
 
 
 def final_state(method, layout=FOUR, mesh=(1, 1), batches=None, steps=STEPS):
-    """After so many steps in rounds of the method's own period, in one compilation of a step."""
+    """The state after rounds of the method's period; all local steps are one program."""
     round_fn = RoundFn(method, layout, make_mesh(layout, shape=mesh), max_chunk=1)
     batches = problem.make_batches(layout, steps) if batches is None else batches
     state, start = round_fn.init(problem.START, jax.random.key(0)), 0
@@ -53,8 +52,9 @@ def run(method, *arguments, **options):
 
 def mll(make, **options):
     matrix = topology.mixing_matrix(topology.hub_graph("ring", 2), FOUR.hub_weight)
-    shape = {"mll_sgd": matrix, "hl_sgd": FOUR}[make]
-    return getattr(jaxlocal, make)(problem.grad_fn, MOMENTUM, shape, 2, 2, **options)
+    shape = {"mll_sgd": {"matrix": matrix}, "hl_sgd": {"layout": FOUR}}[make]
+    options |= shape | {"local_steps": 2, "hub_period": 2}
+    return getattr(jaxlocal, make)(problem.grad_fn, MOMENTUM, **options)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,13 @@ def mll(make, **options):
     ],
     ids=["ef_sgd", "qsparse_local_sgd", "sparse_loco", "mll_sgd", "hl_sgd"],
 )
-def test_with_everything_said_there_might_as_well_be_no_compressor(compressed, plain):
-    """But for rounding, since y + Σ a_i (x_i − y) takes the place of Σ a_i x_i."""
+def test_the_identity_compressor_is_no_compressor(compressed, plain):
+    """Up to rounding, since y + Σ a_i (x_i − y) takes the place of Σ a_i x_i."""
     np.testing.assert_allclose(run(compressed()), run(plain()), **ROUNDING)
 
 
-def test_gradients_said_whole_are_data_parallel_to_the_bit():
+@pytest.mark.optimized
+def test_gradients_sent_whole_are_data_parallel_to_the_bit():
     """The same values are averaged in the same way, and added to zero."""
     make = functools.partial(jaxlocal.data_parallel, problem.grad_fn, ADAMW)
     np.testing.assert_array_equal(run(make(compressor=identity())), run(make()))
@@ -116,7 +117,7 @@ def test_gradients_said_whole_are_data_parallel_to_the_bit():
 @pytest.mark.parametrize(
     ("optimizer", "period"), [(optax.sgd(SCHEDULE), QSR), (ADAMW, 5), (MOMENTUM, QSR)]
 )
-def test_cser_that_resets_everything_and_says_nothing_before_is_local_sgd(optimizer, period):
+def test_cser_that_sends_nothing_at_steps_and_resets_everything_is_local_sgd(optimizer, period):
     assert len(set(periods.lengths(QSR, STEPS))) > 1  # the rule is at work
     local = run(jaxlocal.local_sgd(problem.grad_fn, optimizer, period=period))
     cser = jaxlocal.cser(
@@ -129,7 +130,8 @@ def test_cser_that_resets_everything_and_says_nothing_before_is_local_sgd(optimi
     np.testing.assert_allclose(run(cser), local, **ROUNDING)
 
 
-def test_the_second_implementation_that_says_nothing_before_the_end_is_local_sgd_to_the_bit():
+@pytest.mark.optimized
+def test_the_second_implementation_that_sends_nothing_at_steps_is_local_sgd_to_the_bit():
     local = run(jaxlocal.local_sgd(problem.grad_fn, ADAMW, period=QSR))
     cser = jaxlocal.cser(
         problem.grad_fn,
@@ -142,9 +144,11 @@ def test_the_second_implementation_that_says_nothing_before_the_end_is_local_sgd
     np.testing.assert_array_equal(run(cser), local)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["sgd", "nesterov"])
-def test_cser_that_says_updates_whole_is_data_parallel_and_has_nothing_to_reset(name):
-    """Of optimizers linear in the gradient. The anchor is every worker's model to the bit."""
+def test_cser_that_sends_updates_whole_is_data_parallel_and_has_nothing_to_reset(name):
+    """With optimizers that are linear in the gradient. The anchor is every worker's model to the
+    bit."""
     optimizer = OPTIMIZERS[name]
     parallel = run(jaxlocal.data_parallel(problem.grad_fn, optimizer))
     cser = jaxlocal.cser(
@@ -203,8 +207,11 @@ def test_special_cases(name, spec):
 def test_the_defaults_of_sparse_loco_are_the_papers():
     with pytest.raises(jaxlocal.ConfigurationError, match="top_k:64 keeps one value in 64"):
         final_state(jaxlocal.sparse_loco(problem.grad_fn, SGD))  # the largest tensor has 30
-    make = functools.partial(jaxlocal.sparse_loco, problem.grad_fn, SGD, parse("grbs:3"), 3)
-    np.testing.assert_array_equal(run(make()), run(make(optax.sgd(1.0), 0.95)))
+    make = functools.partial(
+        jaxlocal.sparse_loco, problem.grad_fn, SGD, compressor=parse("grbs:3"), period=3
+    )
+    explicit = make(outer_optimizer=optax.sgd(1.0), error_decay=0.95)
+    np.testing.assert_array_equal(run(make()), run(explicit))
 
 
 def plain_optax(optimizer, batches):
@@ -227,8 +234,8 @@ def plain_optax(optimizer, batches):
         ("momentum", "powersgd:1", "qsgd:3"),
     ],
 )
-def test_one_worker_hears_what_it_says_whatever_it_leaves_out(name, update, reset):
-    """x + C(u) + u − C(u) = x + u, and the same at a reset: CSER of one worker is plain optax."""
+def test_cser_of_one_worker_is_plain_optax(name, update, reset):
+    """x + C(u) + u − C(u) = x + u with any compressor, and the same at a reset."""
     layout, optimizer = Layout(), OPTIMIZERS[name]
     cser = jaxlocal.cser(
         problem.grad_fn,
@@ -248,7 +255,7 @@ def pull(params, batch, key):
 
 
 @pytest.mark.parametrize(("update", "reset"), [("top_k:4+int8", "sign"), ("powersgd:1", "grbs:3")])
-def test_the_mean_of_the_models_moves_by_the_mean_update_whatever_is_said(update, reset):
+def test_the_mean_of_the_models_moves_by_the_mean_update_with_any_compressor(update, reset):
     """Σ a_i x_i = x_0 − η Σ_t Σ_i a_i g_i(t) over the steps that worker i did not skip, and the
     anchor is that without the mean error."""
     layout = Layout(2, 2, FOUR.weights, rates=[0.4, 0.7])
@@ -278,7 +285,7 @@ def test_the_mean_of_the_models_moves_by_the_mean_update_whatever_is_said(update
     taken = np.einsum("i,ti,tip->p", layout.weight.ravel(), active.reshape(STEPS, 4), gradients)
     mean = problem.vectors(round_fn.mean(state)[0])[0]
     np.testing.assert_allclose(mean, problem.START_VECTOR - 0.1 * taken, **ROUNDING)
-    assert np.abs(problem.vectors(state.params) - mean).max() > 0.1  # errors there are
+    assert np.abs(problem.vectors(state.params) - mean).max() > 0.1  # there are errors
 
 
 def bowl(params, batch, key):
@@ -304,7 +311,7 @@ def bowls():
 @pytest.mark.parametrize("spec", ["top_k:8", "sign"])
 def test_feedback_and_reset_reach_the_optimum_where_the_same_compressor_alone_stalls(spec, bowls):
     """At the optimum Σ a_i g_i = 0, but Σ a_i C(g_i) is not. Feedback and reset leave what workers
-    have not said yet, which is of the order of the learning rate: η falls from step 100 to step 400
+    have not sent yet, which is of the order of the learning rate: η falls from step 100 to step 400
     by a factor of 3.5, and their distance with it, while the other stays where it is."""
     batch, optimum = bowls
     two = jax.tree.map(lambda leaf: np.repeat(leaf, 2, axis=0), batch)
@@ -341,6 +348,7 @@ def test_feedback_and_reset_reach_the_optimum_where_the_same_compressor_alone_st
         assert after < 0.6 * before and after < 0.1 * stalled
 
 
+@pytest.mark.optimized
 def test_cser_on_any_number_of_devices_is_the_same_and_its_anchor_is_one():
     layout = Layout(2, 4, weights=[1, 2, 3, 4, 4, 3, 2, 1])
     method = jaxlocal.cser(

@@ -1,4 +1,4 @@
-"""Methods that must coincide, do: K = 1 is optax, one hub is Local SGD, 8 devices are as one."""
+"""Methods that must coincide do: K = 1 is optax, one hub is Local SGD, 8 devices equal one."""
 
 import functools
 
@@ -28,12 +28,12 @@ OPTIMIZERS = {
 }
 
 
-def run(rounds, layout, steps, mesh=(1, 1), batches=None):
-    """The models after so many steps in rounds of the method's own period, in one compilation."""
-    round_fn = RoundFn(rounds, layout, make_mesh(layout, shape=mesh), max_chunk=1)
+def run(method, layout, steps, mesh=(1, 1), batches=None):
+    """The models after rounds of the method's period; all local steps are one program."""
+    round_fn = RoundFn(method, layout, make_mesh(layout, shape=mesh), max_chunk=1)
     batches = problems.make_batches(layout, steps) if batches is None else batches
     state, start = round_fn.init(problems.START, jax.random.key(0)), 0
-    for length in periods.lengths(rounds.period, steps):
+    for length in periods.lengths(method.period, steps):
         state, _ = round_fn(state, problems.steps_of(batches, start, start + length))
         start += length
     return problems.vectors(state.params)
@@ -51,7 +51,7 @@ def optax_step(optimizer):
 
 
 def plain_optax(optimizer, batches, worker):
-    """One worker's model, by the loop that everyone writes; batches [steps, 1, K, ...]."""
+    """One worker's model, by the usual loop with optax; batches [steps, 1, K, ...]."""
     update, params = optax_step(optimizer), jax.tree.map(np.float32, problems.START)
     opt_state = optimizer.init(params)
     for step in range(len(batches["inputs"])):
@@ -71,10 +71,10 @@ def test_one_worker_is_plain_optax(name):
 @pytest.mark.parametrize(
     ("name", "worker_map"), [("lamb", "vmap"), ("clipped", "vmap"), ("clipped", "map")]
 )
-def test_norms_are_a_workers_own(name, worker_map):
+def test_norms_are_those_of_one_worker(name, worker_map):
     layout, optimizer = Layout(workers_per_hub=3), OPTIMIZERS[name]
     batches = problems.make_batches(layout, 4)
-    batches["targets"] *= np.array([1.0, 10.0, 100.0])[:, None]  # gradients of unlike norms
+    batches["targets"] *= np.array([1.0, 10.0, 100.0])[:, None]  # gradients of different norms
     method = jaxlocal.local_sgd(problems.grad_fn, optimizer, period=4, worker_map=worker_map)
     round_fn = problems.on_one_device(method, layout, max_chunk=1)
     state = round_fn.init(problems.START, jax.random.key(0))
@@ -96,12 +96,14 @@ def test_a_local_step_and_an_average_are_data_parallel_and_the_large_batch(optim
     np.testing.assert_allclose(local, np.repeat(one, 4, axis=0), **ROUNDING)
 
 
-def mll(graph, layout, tau, q, optimizer=SGD, **options):
+def on_graph(graph, layout):
     adjacency = graph if isinstance(graph, np.ndarray) else topology.hub_graph(graph, layout.hubs)
-    matrix = topology.mixing_matrix(adjacency, layout.hub_weight)
-    return jaxlocal.mll_sgd(
-        problems.grad_fn, optimizer, matrix=matrix, local_steps=tau, hub_period=q, **options
-    )
+    return topology.mixing_matrix(adjacency, layout.hub_weight)
+
+
+def mll(graph, layout, tau, q, optimizer=SGD, grad_fn=problems.grad_fn):
+    matrix = on_graph(graph, layout)
+    return jaxlocal.mll_sgd(grad_fn, optimizer, matrix=matrix, local_steps=tau, hub_period=q)
 
 
 def test_one_hub_is_local_sgd():
@@ -111,6 +113,7 @@ def test_one_hub_is_local_sgd():
     np.testing.assert_allclose(one_hub, local, **ROUNDING)
 
 
+@pytest.mark.optimized
 def test_hubs_that_all_mix_at_every_average_are_local_sgd_and_hierarchical_local_sgd():
     local = run(jaxlocal.local_sgd(problems.grad_fn, MOMENTUM, period=3), EIGHT, 12)
     complete = run(mll("complete", EIGHT, 3, 1, MOMENTUM), EIGHT, 12)
@@ -156,6 +159,7 @@ def test_qsr_without_a_coefficient_is_a_constant_period():
         assert list(periods.lengths(rule, 40)) == expected
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("make", "mesh"),
     [
@@ -186,7 +190,7 @@ def test_regrouped_steps_are_equal_to_the_bit(make, mesh):
 
 
 def noisy_loss(params, batch, key):
-    """Reads the worker's own random numbers too, which no mesh may change."""
+    """Depends on the worker's random numbers too, which no mesh may change."""
     noise = 0.1 * jax.random.normal(key, (problems.FEATURES,))
     return problems.loss(params, batch, key) + noise @ params["weight"]
 
@@ -194,11 +198,6 @@ def noisy_loss(params, batch, key):
 NOISY = jaxlocal.gradients(noisy_loss)
 LINE = Layout(8, 1, EIGHT.weights)
 GRID = Layout(4, 2, EIGHT.weights, rates=[0.5, 0.9])
-
-
-def on_graph(graph, layout):
-    adjacency = graph if isinstance(graph, np.ndarray) else topology.hub_graph(graph, layout.hubs)
-    return topology.mixing_matrix(adjacency, layout.hub_weight)
 
 
 @pytest.mark.parametrize(
@@ -215,51 +214,22 @@ def on_graph(graph, layout):
             LINE,
             (8, 1),
         ),
-        (
-            lambda: jaxlocal.mll_sgd(
-                NOISY, SGD, matrix=on_graph("ring", GRID), local_steps=2, hub_period=1
-            ),
-            GRID,
-            (4, 2),
-        ),
-        (
-            lambda: jaxlocal.mll_sgd(
-                NOISY, SGD, matrix=on_graph("star", GRID), local_steps=2, hub_period=1
-            ),
-            GRID,
-            (4, 2),
-        ),
-        (
-            lambda: jaxlocal.mll_sgd(
-                NOISY, SGD, matrix=on_graph("complete", GRID), local_steps=2, hub_period=1
-            ),
-            GRID,
-            (4, 2),
-        ),
-        (
-            lambda: jaxlocal.mll_sgd(
-                NOISY,
-                SGD,
-                matrix=on_graph(problems.connected_graph(4, 2), GRID),
-                local_steps=2,
-                hub_period=1,
-            ),
-            GRID,
-            (4, 2),
-        ),
+        (lambda: mll("ring", GRID, 2, 1, grad_fn=NOISY), GRID, (4, 2)),
+        (lambda: mll("star", GRID, 2, 1, grad_fn=NOISY), GRID, (4, 2)),
+        (lambda: mll("complete", GRID, 2, 1, grad_fn=NOISY), GRID, (4, 2)),
+        (lambda: mll(problems.connected_graph(4, 2), GRID, 2, 1, grad_fn=NOISY), GRID, (4, 2)),
     ],
     ids=["local", "data_parallel", "cooperative", "ring", "star", "complete", "irregular"],
 )
 def test_eight_devices_are_as_one(make, layout, mesh):
-    rounds = make()
+    method = make()
     batches = problems.make_batches(layout, 50)
-    one = run(rounds, layout, 50, batches=batches)
-    np.testing.assert_allclose(run(rounds, layout, 50, mesh, batches), one, **ROUNDING)
+    one = run(method, layout, 50, batches=batches)
+    np.testing.assert_allclose(run(method, layout, 50, mesh, batches), one, **ROUNDING)
 
 
 def permuted_run(make, layout, batches, hubs, workers):
-    """The models in the middle of the third round, with hubs and the workers of each in another
-    order."""
+    """The models in the middle of the third round, with hubs and workers in another order."""
     weights = layout.weight[hubs][:, workers]
     other = Layout(*layout.shape, weights=weights)
     round_fn = problems.on_one_device(make(other, hubs), other)

@@ -21,7 +21,7 @@ def test_parts_give_the_run_of_the_whole_batch(method, worker_map):
         for parts in (1, 2, 3, 12):
             grad_fn = jaxlocal.accumulate(problems.grad_fn, parts)
             rounds = method(grad_fn, optax.adam(0.1), worker_map=worker_map)
-            round_fn = RoundFn(rounds, LAYOUT, make_mesh(LAYOUT, shape=(2, 2)))
+            round_fn = RoundFn(rounds, LAYOUT, make_mesh(LAYOUT, shape=(2, 2)), max_chunk=1)
             state = round_fn.init(problems.START, jax.random.key(0))
             state, info = round_fn(state, batches)
             ends.append((problems.vectors(state.params), np.asarray(info.worker["loss"])))
