@@ -119,7 +119,7 @@ def parse_augmentation(spec: str) -> CropFlip | None:
     if len(set(names)) < len(names):
         raise ConfigurationError(f"augmentation {spec!r} names {_repeated(names)!r} more than once")
     if "none" in names and len(names) > 1:
-        raise ConfigurationError(f"augmentation 'none' cannot be combined with others, got {spec!r}")
+        raise ConfigurationError(f"augmentation 'none' cannot be combined, got {spec!r}")
     return None if names == ["none"] else CropFlip(pad, "flip" in names)
 
 

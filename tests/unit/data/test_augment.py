@@ -156,7 +156,7 @@ def test_specs(spec, expected):
         ("crop:", "from 1 to 127, got ''"),
         ("crop:128", "from 1 to 127, got '128'"),
         ("flip,flip", "'flip,flip' names 'flip' more than once"),
-        ("none,flip", "'none' cannot be combined with others, got 'none,flip'"),
+        ("none,flip", "'none' cannot be combined, got 'none,flip'"),
     ],
 )
 def test_wrong_specs_are_errors(spec, message):
