@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import compressed_problem as problem
+import fast_compilation
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,51 +117,74 @@ def metrics(params, model_state, batch):
 
 
 def whole_run(folder):
-    """The results of a streamed run that is measured, saved, restored and exported, and of one that
-    diverges."""
+    """The results of a streamed run that is measured, saved and restored, of an export, and of a
+    run that diverges."""
     method, layout = METHODS["local_sgd"]
     round_fn, source = RoundFn(method(), layout), Counted()
-    indices = make_batches("sorted", np.arange(64) // 8, 1, 8, 4, seed=0).indices
     workers = round_fn.local_workers
-    results = {"workers": workers.tolist()}
+    last = _streamed(round_fn, source, workers)
+    results = {"workers": workers.tolist(), "streamed": sorted(source.read)}
+    results |= {"loss": last.loss, "distance": last.distance}
+    results |= _evaluated(round_fn, source, last.state, folder)
+    results["mean"] = _reestimated_mean(round_fn, last.state)
+    return results | {"exported": _exported(folder), "diverged": _diverged(round_fn)}
+
+
+def _streamed(round_fn, source, workers):
+    """The last progress of a run whose examples are sorted by worker."""
+    indices = make_batches("sorted", np.arange(64) // 8, 1, 8, 4, seed=0).indices
     with Stream(source, indices, processes=0, buffer_bytes=1, workers=workers) as stream:
         feed = lambda start, steps: round_fn.local_batches(stream(start, steps))
         state = round_fn.init(problem.START, jax.random.key(0), {"mean": np.float32(0)})
         *_, last = run(round_fn, state, feed, 8, measure_every=4, save_every=8)
-    results |= {"streamed": sorted(source.read), "loss": last.loss, "distance": last.distance}
+    return last
+
+
+def _evaluated(round_fn, source, state, folder):
+    """Evaluations on streamed examples, on examples in memory, and of the restored state."""
     evaluation = Evaluation(round_fn, metrics, batch_size=2, source=source)
     source.read.clear()
-    results |= {"source": evaluation(last.state), "evaluated": sorted(source.read)}
+    results = {"source": evaluation(state), "evaluated": sorted(source.read)}
     pool = {"inputs": source.inputs, "targets": source.targets}
-    results["pool"] = Evaluation(round_fn, metrics, pool, batch_size=2)(last.state)
-    # A running mean, a tenth of which is that of the last batch.
-    move = lambda params, old, batch: {"mean": 0.9 * old["mean"] + 0.1 * batch["inputs"].mean()}
-    batches = {"inputs": np.arange(16.0).reshape(2, 1, 8, 1)}
-    estimated = Reestimation(round_fn, move, batches)(last.state)
-    results["mean"] = float(round_fn.mean(estimated)[1]["mean"])
+    results["pool"] = Evaluation(round_fn, metrics, pool, batch_size=2)(state)
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        checkpoints.save(last.state, {"written by": jax.process_index()})
+        checkpoints.save(state, {"written by": jax.process_index()})
         checkpoints.wait()
         shapes = round_fn.shapes(problem.START, {"mean": np.float32(0)})
         restored, notes = checkpoints.restore(shapes)
-    results |= {"notes": notes, "step": int(restored.step), "again": evaluation(restored)}
+    return results | {"notes": notes, "step": int(restored.step), "again": evaluation(restored)}
+
+
+def _reestimated_mean(round_fn, state):
+    """A running mean, a tenth of which is that of the last batch."""
+    move = lambda params, old, batch: {"mean": 0.9 * old["mean"] + 0.1 * batch["inputs"].mean()}
+    batches = {"inputs": np.arange(16.0).reshape(2, 1, 8, 1)}
+    estimated = Reestimation(round_fn, move, batches)(state)
+    return float(round_fn.mean(estimated)[1]["mean"])
+
+
+def _exported(folder):
+    """The exported values of an array that no process has all of."""
     everyone = NamedSharding(Mesh(np.array(jax.devices()), "model"), P("model"))
-    sharded = {"sharded": place(np.arange(8.0), everyone)}  # no process has all of it
-    _, single = export(folder / "export", sharded, {})
-    results["exported"] = load_file(single)["params/sharded"].tolist()
-    broken = problem.make_batches(layout, 8)
+    _, single = export(folder / "export", {"sharded": place(np.arange(8.0), everyone)}, {})
+    return load_file(single)["params/sharded"].tolist()
+
+
+def _diverged(round_fn):
+    """The error of a run in which one worker has an infinite loss."""
+    broken = problem.make_batches(round_fn.layout, 8)
     broken["targets"][5, 0, 6] = np.inf
-    fresh = round_fn.init(problem.START, jax.random.key(0))
+    state = round_fn.init(problem.START, jax.random.key(0))
+    feed = lambda start, steps: problem.steps_of(broken, start, start + steps)
     try:
-        feed = lambda start, steps: problem.steps_of(broken, start, start + steps)
-        list(run(round_fn, fresh, feed, 8, measure_every=4))
+        list(run(round_fn, state, feed, 8, measure_every=4))
     except Diverged as error:
-        results["diverged"] = str(error)
-    return results
+        return str(error)
 
 
 def main(processes, number, port, devices, folder, what):
     jax.config.update("jax_num_cpu_devices", int(devices))
+    fast_compilation.install()
     folder = Path(folder)
     jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(number))
     np.savez(folder / f"losses{number}.npz", **{name: losses(name) for name in METHODS})

@@ -1,17 +1,19 @@
-"""The cache of compiled programs: its folder, its limit and its warnings.
-
-That runs read and repair it is tested in `test_new_interpreters.py`.
-"""
+"""The cache of compiled programs: its folder, its limit and its warnings. In the slow tier, runs read
+and repair it."""
 
 import os
 from types import SimpleNamespace
 
 import jax
 import pytest
-from binaries import call
+from binaries import call, call_new
+from short_runs import without_time
 
 from experiments.launching import program_cache
 from experiments.launching.program_cache import CacheWarnings
+from experiments.running.recording import read_metrics
+
+TINY = ("--dataset=least_squares", "--model=linear", "--workers=2", "--steps=4", "--momentum=0")
 
 
 @pytest.fixture
@@ -74,3 +76,35 @@ def test_a_failure_is_reported_once_and_its_programs_are_deleted(tmp_path, monke
     assert shown(message.format("reading", "jit_g")) is None
     assert shown("something else") == "something else"
     assert [path.name for path in tmp_path.iterdir()] == ["jit_h-1-cache"]
+
+
+def entries(folder):
+    return {path: path.read_bytes() for path in sorted(folder.glob("jaxlocal/*-cache"))}
+
+
+@pytest.mark.slow
+def test_programs_are_kept_and_damaged_ones_are_compiled_again(tmp_path, monkeypatch):
+    for name in list(os.environ):
+        if "CACHE" in name:
+            monkeypatch.delenv(name)
+    home, runs = tmp_path / "caches", [tmp_path / name for name in ("none", "first", "again")]
+
+    def warnings(folder, **environment):
+        done = call_new("train", *TINY, f"--workdir={folder}", **environment)
+        assert done.status == 0, done.error
+        return done.error
+
+    assert warnings(runs[0], JAX_COMPILATION_CACHE_DIR="") == ""
+    assert warnings(runs[1], XDG_CACHE_HOME=str(home)) == ""
+    kept = entries(home)
+    assert len(kept) > 4 and (home / "jaxlocal").stat().st_mode & 0o077 == 0
+    damaged = list(kept)[::2]
+    for path in damaged:
+        path.write_bytes(kept[path][: len(kept[path]) // 2])
+    warning = warnings(runs[2], XDG_CACHE_HOME=str(home))
+    assert warning.startswith("warning: reading compiled programs in") and warning.count("\n") == 1
+    healed = entries(home)
+    assert healed.keys() <= kept.keys() and healed.keys() & set(damaged)
+    assert all(len(program) > 0.9 * len(kept[path]) for path, program in healed.items())
+    first, *others = [without_time(read_metrics(folder)) for folder in runs]
+    assert others == [first, first]

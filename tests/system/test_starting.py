@@ -1,14 +1,13 @@
-"""The number of virtual devices that the binaries start with, and how long these wait for each
-other.
+"""The number of virtual devices that the commands start with, and how long these wait for each
+other. The slow tier starts JAX with them."""
 
-That JAX starts so is tested in `test_new_interpreters.py`.
-"""
-
+import json
 import os
 from types import SimpleNamespace
 
 import jax
 import pytest
+from binaries import call_new
 
 from experiments.building.config import Config
 from experiments.launching import starting
@@ -28,7 +27,7 @@ def chosen(monkeypatch):
 
 @pytest.fixture
 def one_core():
-    """This thread may use one core."""
+    """This thread, and the processes that it starts, may use one core."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     yield
@@ -90,3 +89,33 @@ def test_a_file_of_flags_is_left_alone(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "flags.txt")
     starting.be_patient()
     assert os.environ["XLA_FLAGS"] == "flags.txt"
+
+
+def planned_devices(*flags, **environment):
+    """The devices of a plan in a new interpreter."""
+    settings = {"XLA_FLAGS": "", **environment}
+    done = call_new("plan", "--format=json", "--parameters=64", *flags, **settings)
+    assert done.status == 0 and not done.error, done.error
+    return json.loads(done.out)["devices"]
+
+
+@pytest.mark.slow
+def test_jax_starts_with_as_many_devices_as_use_the_cores():
+    assert planned_devices("--workers=8") == max(n for n in (1, 2, 4, 8) if n <= starting.cores())
+
+
+@pytest.mark.slow
+def test_jax_starts_with_one_device_on_one_core(one_core):
+    assert planned_devices("--workers=8") == 1
+
+
+@pytest.mark.slow
+def test_jax_starts_with_as_many_devices_as_a_mesh_asks_for():
+    assert planned_devices("--workers=2", "--mesh=1x2x4") == 8
+
+
+@pytest.mark.slow
+def test_jax_starts_with_the_devices_that_the_user_has_chosen():
+    chosen = "--xla_force_host_platform_device_count=4"
+    assert planned_devices("--workers=8", XLA_FLAGS=chosen) == 4
+    assert planned_devices("--workers=6", JAX_NUM_CPU_DEVICES="3") == 3
