@@ -1,5 +1,5 @@
-"""The cache of compiled programs: its folder, its limit and its warnings. In the slow tier, runs read
-and repair it."""
+"""The cache of compiled programs: its folder, its limit and its warnings. In the slow tier, runs
+read it and repair it."""
 
 import os
 from types import SimpleNamespace
