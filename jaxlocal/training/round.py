@@ -48,7 +48,7 @@ class RoundFn:
     Raises:
       ConfigurationError: the method, the layout and the mesh do not fit together.
 
-    >>> import jaxlocal, optax
+    >>> import jax.numpy as jnp, jaxlocal, optax
     >>> grad_fn = jaxlocal.gradients(lambda w, batch, key: (w - batch) ** 2)
     >>> method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.25), period=4)
     >>> round_fn = jaxlocal.RoundFn(method, jaxlocal.Layout(workers_per_hub=2))
