@@ -16,7 +16,7 @@ from jaxlocal import (
 )
 from jaxlocal.communication import mixing, topology
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.methods import *
+from jaxlocal.methods.table import *
 from jaxlocal.parallel import sharding
 from jaxlocal.parallel.layout import Layout
 from jaxlocal.parallel.mesh import make_mesh
@@ -57,15 +57,17 @@ __all__ = [
     "training",
     "types",
 ]
-__all__ += methods.__all__
+__all__ += methods.table.__all__
 
 _LAZY = ("data", "models", "nn")  # what imports Flax, or reads data, is imported when it is used
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return importlib.import_module(f"jaxlocal.{name}")
-    raise AttributeError(f"module 'jaxlocal' has no attribute {name!r}")
+if not TYPE_CHECKING:  # to which the names above are known, and others are mistakes
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return importlib.import_module(f"jaxlocal.{name}")
+        raise AttributeError(f"module 'jaxlocal' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

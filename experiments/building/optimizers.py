@@ -27,13 +27,13 @@ def make_outer_optimizer(config: Config) -> optax.GradientTransformation | None:
     name, rate, beta = config.outer_optimizer, config.outer_learning_rate, config.outer_momentum
     if default is None or (name, rate, beta) == (None, None, None):
         return None
-    if name not in (None, "sgd", "nesterov") and beta is not None:
+    if name not in (None, default.name, "sgd", "nesterov") and beta is not None:
         raise ConfigurationError(
             f"--outer_momentum={beta} is for sgd and nesterov, not for --outer_optimizer={name}"
         )
     rate = default.learning_rate if rate is None else rate
     beta = default.momentum if beta is None else beta
-    if name is None:
+    if name in (None, default.name):
         return default.make(rate, beta)
     return optax.chain(*_directions(name, beta, 0.0), optax.scale(-rate))
 

@@ -17,7 +17,7 @@ def data_parallel(
     grad_fn: GradFn,
     optimizer: optax.GradientTransformation,
     *,
-    compressor: Compressor | None = None,
+    compressor: Compressor | str | None = None,
     model_state: str = "keep",
     worker_map: str | None = None,
 ) -> Method:

@@ -15,6 +15,7 @@ from jaxlocal.stages.compose import sequence
 from jaxlocal.stages.error_reset import error_reset, partial_average
 from jaxlocal.stages.gradient import GradFn
 from jaxlocal.stages.local_step import local_step
+from jaxlocal.stages.partial_sync import carried
 from jaxlocal.stages.synced_updates import synced_updates
 from jaxlocal.types import Compressor, Method, Period, Stage
 
@@ -24,8 +25,8 @@ def cser(
     grad_fn: GradFn,
     optimizer: optax.GradientTransformation,
     *,
-    gradient_compressor: Compressor,
-    reset_compressor: Compressor,
+    gradient_compressor: Compressor | str,
+    reset_compressor: Compressor | str,
     period: Period | int = 1,
     implementation: int = 1,
     model_state: str = "keep",
@@ -86,7 +87,7 @@ def csea(
     grad_fn: GradFn,
     optimizer: optax.GradientTransformation,
     *,
-    reset_compressor: Compressor,
+    reset_compressor: Compressor | str,
     model_state: str = "keep",
     worker_map: str | None = None,
 ) -> Method:
@@ -125,7 +126,7 @@ def cser_pl(
     grad_fn: GradFn,
     optimizer: optax.GradientTransformation,
     *,
-    reset_compressor: Compressor,
+    reset_compressor: Compressor | str,
     period: Period | int = 1,
     model_state: str = "keep",
     worker_map: str | None = None,
@@ -172,6 +173,7 @@ def _by_models(
 ) -> tuple[Stage, Stage]:
     """The stages of M-CSER II."""
     for compressor in (gradient_compressor, reset_compressor):
+        compressor = carried(mixing.mean(), compressor)
         if not compressor.shared_mask:
             raise ConfigurationError(
                 f"implementation 2 of M-CSER averages the same part of all models, and what "

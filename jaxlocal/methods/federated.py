@@ -1,40 +1,13 @@
 """Federated methods: a server optimizer over the averages of the workers."""
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from jaxlocal.errors import explain_arguments
 from jaxlocal.methods.outer import diloco
 from jaxlocal.methods.spec import OuterDefault, momentum_sgd
 from jaxlocal.stages.gradient import GradFn
+from jaxlocal.stages.optimizers import fed_adam
 from jaxlocal.types import Method, Period
-
-
-def fed_adam(
-    learning_rate: float, momentum: float = 0.9, second_momentum: float = 0.99, tau: float = 1e-3
-) -> optax.GradientTransformation:
-    """The server optimizer of FedAdam: Adam without bias correction, whose v starts from τ².
-
-        m ← β1 m + (1 − β1) d;  v ← β2 v + (1 − β2) d²;  y ← y − η m / (√v + τ)
-
-    Args:
-      learning_rate, momentum, second_momentum, tau: η, β1, β2 and τ.
-    """
-
-    def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return zeros, jax.tree.map(lambda x: jnp.full_like(x, tau**2), params)
-
-    def update(gradient, state, params=None):
-        decay = lambda b: lambda old, new: b * old + (1 - b) * new
-        first = jax.tree.map(decay(momentum), state[0], gradient)
-        second = jax.tree.map(decay(second_momentum), state[1], jax.tree.map(jnp.square, gradient))
-        move = lambda m, v: -learning_rate * m / (jnp.sqrt(v) + tau)
-        return jax.tree.map(move, first, second), (first, second)
-
-    return optax.GradientTransformation(init, update)
-
 
 FEDAVGM = OuterDefault("sgd", momentum_sgd, learning_rate=1.0, momentum=0.9)
 FEDADAM = OuterDefault("fed_adam", fed_adam, learning_rate=0.01, momentum=0.9)
@@ -107,8 +80,8 @@ def fedadam(
 
     Args:
       grad_fn, optimizer, period, optimizer_state, model_state, worker_map: as in `fedavgm`.
-      outer_optimizer: the server's; by default η = 0.01, β1 = 0.9, β2 = 0.99, τ = 0.001. The paper
-        tunes η for every task.
+      outer_optimizer: the server's; by default `jaxlocal.stages.fed_adam(0.01)`: β1 = 0.9,
+        β2 = 0.99, τ = 0.001. The paper tunes η for every task.
 
     Returns:
       A `Method`, to be given to `RoundFn`.

@@ -1,5 +1,7 @@
 """Methods with an outer optimizer on averages: SlowMo, DiLoCo and its streaming form."""
 
+import numbers
+
 import optax
 
 from jaxlocal import periods
@@ -59,7 +61,7 @@ def slowmo(
 
     Source: Wang, Tantia, Ballas, Rabbat, "SlowMo: Improving Communication-Efficient Distributed SGD
     with Slow Momentum", ICLR 2020, https://arxiv.org/abs/1910.00643. Differs from the paper in: η
-    may change inside a round, of which its mean is taken.
+    may change inside a round, whose mean over the round is then used.
 
     >>> import jaxlocal, optax
     >>> grad_fn = jaxlocal.gradients(lambda w, batch, key: (w - batch) ** 2)
@@ -70,8 +72,9 @@ def slowmo(
     if rate is None:
         raise ConfigurationError(
             "slowmo needs the learning rate of the workers: give learning_rate, or an optimizer "
-            "made by jaxlocal.scheduled"
+            "made by jaxlocal.scheduled (a chain is scheduled as a whole)"
         )
+    periods.check_schedule("slowmo was given", rate, optimizer)
     end = outer_step(
         mixing.mean(),
         outer_optimizer or SLOWMO.build(),
@@ -147,7 +150,7 @@ def streaming_diloco(
     fragments: Fragments = 2,
     delay_steps: int = 1,
     mixing_factor: float = 0.5,
-    compressor: Compressor | None = None,
+    compressor: Compressor | str | None = None,
     model_state: str = "keep",
     worker_map: str | None = None,
 ) -> Method:
@@ -160,8 +163,8 @@ def streaming_diloco(
 
     Symbols: y the anchor, d the pseudo-gradient of a fragment. A round is H/P steps, the last τ of
     which run while d is averaged; see `stages.overlapped` for where a machine does both at once.
-    The end of a round is one program, which holds the τ steps once per fragment and takes as long
-    to compile.
+    The end of a round is one program, which contains the τ steps P times, so that its compilation
+    takes P times as long.
 
     Args:
       grad_fn: the gradient of one worker, as `gradients(loss)` makes it.
@@ -199,8 +202,10 @@ def streaming_diloco(
     >>> list(jaxlocal.periods.lengths(method.period, 100)), method.outer.turns
     ([25, 25, 25, 25], 4)
     """
-    if delay_steps < 0:
-        raise ConfigurationError(f"the delay must be at least 0 steps, got {delay_steps}")
+    if not isinstance(delay_steps, numbers.Integral) or delay_steps < 0:
+        raise ConfigurationError(
+            f"the delay must be an integer of at least 0 steps, got {delay_steps}"
+        )
     parts = count_fragments(fragments)
     rounds = periods.of(periods.split(period, parts), optimizer)
     step = local_step(grad_fn, optimizer, worker_map=worker_map)

@@ -15,9 +15,10 @@ on a synchronisation.
 
 from jaxlocal.periods.fixed import constant, post_local, swap
 from jaxlocal.periods.learning_rate import cubic, linear, power, qsr, rates
-from jaxlocal.periods.rounds import lengths, of, split
+from jaxlocal.periods.rounds import check_schedule, lengths, of, split
 
 __all__ = [
+    "check_schedule",
     "constant",
     "cubic",
     "lengths",

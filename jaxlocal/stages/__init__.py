@@ -24,7 +24,7 @@ from jaxlocal.stages.error_reset import error_reset, partial_average
 from jaxlocal.stages.fragments import fragments_of
 from jaxlocal.stages.gradient import GradFn, accumulate, gradients
 from jaxlocal.stages.local_step import local_step
-from jaxlocal.stages.optimizers import ScheduledOptimizer, scale_by_step, scheduled
+from jaxlocal.stages.optimizers import ScheduledOptimizer, fed_adam, scale_by_step, scheduled
 from jaxlocal.stages.outer_step import outer_step
 from jaxlocal.stages.overlap import overlapped
 from jaxlocal.stages.partial_sync import Synced, partial_sync, partial_sync_messages
@@ -62,6 +62,7 @@ __all__ = [
     "averaged_gradients",
     "error_feedback",
     "error_reset",
+    "fed_adam",
     "fragments_of",
     "gradients",
     "in_turn",

@@ -12,7 +12,7 @@ from jaxlocal.parallel.pool import fetch
 from jaxlocal.parallel.worker_maps import over_workers
 from jaxlocal.stages.gradient import GradFn
 from jaxlocal.stages.partial_sync import (
-    check_exchange,
+    carried,
     compressor_memory,
     partial_sync,
     partial_sync_messages,
@@ -20,7 +20,7 @@ from jaxlocal.stages.partial_sync import (
 from jaxlocal.stages.worker_step import (
     advance,
     at_rate,
-    check_worker_map,
+    check_worker,
     choose_worker_map,
     reported,
     zeros,
@@ -33,7 +33,7 @@ def averaged_gradients(
     optimizer: optax.GradientTransformation,
     mixer: Mixer,
     *,
-    compressor: Compressor | None = None,
+    compressor: Compressor | str | None = None,
     worker_map: str | None = None,
 ) -> Stage:
     """Average the gradients of all workers, and take the same optimizer step on each.
@@ -61,9 +61,10 @@ def averaged_gradients(
     >>> averaged_gradients(grad_fn, optax.sgd(0.1), jaxlocal.mixing.mean()).steps
     1
     """
-    check_worker_map(worker_map)
+    check_worker(grad_fn, optimizer, worker_map)
     if compressor is not None:
-        _check_compressor(mixer, compressor)
+        compressor = carried(mixer, compressor)
+        _warn_of_bias(compressor)
     update = optax.with_extra_args_support(optimizer).update
 
     def init(state):
@@ -134,8 +135,7 @@ def _step(update, state):
     return step
 
 
-def _check_compressor(mixer: Mixer, compressor: Compressor) -> None:
-    check_exchange(mixer, compressor)
+def _warn_of_bias(compressor: Compressor) -> None:
     if not compressor.unbiased:
         warnings.warn(
             f"{compressor.name} is biased, and without error feedback what it leaves out of the "

@@ -13,8 +13,8 @@ from jaxlocal.parallel.layout import AXES
 from jaxlocal.stages.compose import sequence
 from jaxlocal.stages.partial_sync import (
     add_single,
+    carried,
     check_common,
-    check_exchange,
     compressor_memory,
     partial_sync,
     partial_sync_messages,
@@ -39,7 +39,7 @@ class HubMemory(NamedTuple):
 
 def error_feedback(
     mixer: Mixer,
-    compressor: Compressor,
+    compressor: Compressor | str,
     *,
     outer_optimizer: optax.GradientTransformation | None = None,
     error_decay: float = 1.0,
@@ -79,7 +79,7 @@ def error_feedback(
     >>> error_feedback(jaxlocal.mixing.mean(), jaxlocal.compression.top_k(64)).anchored
     True
     """
-    check_exchange(mixer, compressor)
+    compressor = carried(mixer, compressor)
     if not 0 <= error_decay <= 1:
         raise ConfigurationError(f"the decay of errors must be in [0, 1], got {error_decay}")
     policy = StatePolicy(optimizer_state, optimizer, model_state)

@@ -7,8 +7,8 @@ from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.keys import ROUND_MESSAGE, stream_key
 from jaxlocal.stages.partial_sync import (
     add_single,
+    carried,
     check_common,
-    check_exchange,
     compressor_memory,
     partial_sync,
     partial_sync_messages,
@@ -17,7 +17,7 @@ from jaxlocal.stages.sync import StatePolicy
 from jaxlocal.types import Compressor, Info, Memory, Mixer, Stage
 
 
-def error_reset(mixer: Mixer, compressor: Compressor, *, model_state: str = "keep") -> Stage:
+def error_reset(mixer: Mixer, compressor: Compressor | str, *, model_state: str = "keep") -> Stage:
     """Reset the errors of the workers: partially synchronise what they differ by from the anchor y.
 
         e_i = x_i − y;  y ← y + Σ_j a_j C(e_j);  x_i ← y + e_i − C(e_i)
@@ -44,7 +44,7 @@ def error_reset(mixer: Mixer, compressor: Compressor, *, model_state: str = "kee
     True
     """
     check_common("an error reset", mixer)
-    check_exchange(mixer, compressor)
+    compressor = carried(mixer, compressor)
     policy = StatePolicy("keep", None, model_state)
 
     def init(state):
@@ -70,7 +70,7 @@ def error_reset(mixer: Mixer, compressor: Compressor, *, model_state: str = "kee
 
 def partial_average(
     mixer: Mixer,
-    compressor: Compressor,
+    compressor: Compressor | str,
     *,
     model_state: str = "keep",
     purpose: int = ROUND_MESSAGE,
@@ -98,7 +98,7 @@ def partial_average(
     >>> partial_average(jaxlocal.mixing.mean(), jaxlocal.compression.grbs(4)).steps
     0
     """
-    check_exchange(mixer, compressor)
+    compressor = carried(mixer, compressor)
     policy = StatePolicy("keep", None, model_state)
 
     def apply(state, memory, batches, context):

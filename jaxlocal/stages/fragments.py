@@ -45,8 +45,31 @@ def fragments_of(params: Tree, fragments: Fragments) -> Tree:
 
 
 def count_fragments(fragments: Fragments) -> int:
-    """The number of fragments P."""
-    return fragments if isinstance(fragments, int) else len(fragments)
+    """The number of fragments P.
+
+    Raises:
+      ConfigurationError: neither a number of at least 1 nor a list of regular expressions.
+    """
+    if isinstance(fragments, int):
+        count = 0 if isinstance(fragments, bool) else fragments
+    elif isinstance(fragments, str) or not all(map(_is_pattern, fragments)):
+        count = 0
+    else:
+        count = len(fragments)
+    if count < 1:
+        raise ConfigurationError(
+            f"fragments must be a number of at least 1 or a list of regular expressions, got "
+            f"{fragments!r}"
+        )
+    return count
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, TypeError):
+        return False
+    return True
 
 
 def _by_size(params: Tree, fragments: int) -> Tree:

@@ -1,5 +1,6 @@
 """The gradient of one worker's loss, on its batch at once or in micro-batches."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +33,19 @@ def gradients(loss: Callable[..., Any], stateful: bool = False, gathered: bool =
       `grad_fn(params, model_state, batch, key)` → (gradients, model_state, metrics), where metrics
       has "loss".
 
+    Raises:
+      ConfigurationError: the loss takes other arguments.
+
     >>> grad_fn = gradients(lambda params, batch, key: params * batch)
     >>> grads, model_state, metrics = grad_fn(2.0, {}, 3.0, None)
     >>> float(grads), float(metrics["loss"])
     (3.0, 6.0)
     """
+    arguments = "(params, model_state, batch, key)" if stateful else "(params, batch, key)"
+    if not takes(loss, 4 if stateful else 3):
+        raise ConfigurationError(
+            f"a loss must take {arguments} with stateful={stateful}, and {loss!r} does not"
+        )
     gather = unshard if gathered else lambda tree: tree
 
     def grad_fn(params, model_state, batch, key):
@@ -99,6 +108,23 @@ def accumulate(grad_fn: GradFn, micro_batches: int) -> GradFn:
         return jax.tree.map(lambda g, x: g.astype(x.dtype), means, grads), model_state, metrics
 
     return grad_fn if micro_batches == 1 else accumulated
+
+
+def takes(fn: Any, count: int) -> bool:
+    """Whether a function takes so many arguments by position, as far as its signature shows it.
+
+    >>> takes(lambda params, batch, key: 0, 3), takes(lambda params, batch: 0, 3), takes(None, 3)
+    (True, False, False)
+    """
+    if not callable(fn):
+        return False
+    try:
+        inspect.signature(fn).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # no signature, as some functions written in C
+        pass
+    return True
 
 
 def _parts(examples: jax.Array, count: int) -> jax.Array:

@@ -11,7 +11,7 @@ from jaxlocal.stages.gradient import GradFn
 from jaxlocal.stages.worker_step import (
     advance,
     at_rate,
-    check_worker_map,
+    check_worker,
     choose_worker_map,
     reported,
 )
@@ -48,7 +48,7 @@ def local_step(
     >>> local_step(grad_fn, optax.sgd(0.1)).steps
     1
     """
-    check_worker_map(worker_map)
+    check_worker(grad_fn, optimizer, worker_map)
     update = optax.with_extra_args_support(optimizer).update
 
     def apply(state, memory, batches, context):

@@ -53,6 +53,9 @@ def scheduled(
     period such as `periods.qsr`, and `slowmo`, read `optimizer.learning_rate`; a method refuses a
     rule that reads another schedule.
 
+    A chain is scheduled as a whole, since `optax.chain` does not pass the schedule on:
+    `scheduled(lambda learning_rate: optax.chain(optax.clip(1.0), optax.sgd(learning_rate)), ...)`.
+
     Args:
       make: an optax optimizer that takes `learning_rate`, such as `optax.sgd` or `optax.adamw`.
       learning_rate: η by step, or a number.
@@ -68,6 +71,7 @@ def scheduled(
     >>> period.length(0, 200), period.length(100, 100)
     (4, 16)
     """
+    make(learning_rate=0.0, **arguments)  # a wrong argument is refused here
     at = lambda step: learning_rate(step) if callable(learning_rate) else learning_rate
     init = lambda params: make(learning_rate=at(jnp.int32(0)), **arguments).init(params)
 
@@ -78,3 +82,36 @@ def scheduled(
     optimizer = ScheduledOptimizer(init, update)
     optimizer.learning_rate = learning_rate
     return optimizer
+
+
+def fed_adam(
+    learning_rate: float, momentum: float = 0.9, second_momentum: float = 0.99, tau: float = 1e-3
+) -> optax.GradientTransformation:
+    """The server optimizer of FedAdam: Adam without bias correction, whose v starts from τ².
+
+        m ← β1 m + (1 − β1) d;  v ← β2 v + (1 − β2) d²;  y ← y − η m / (√v + τ)
+
+    Args:
+      learning_rate, momentum, second_momentum, tau: η, β1, β2 and τ.
+
+    Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021,
+    https://arxiv.org/abs/2003.00295.
+
+    >>> server = fed_adam(0.1)
+    >>> updates, _ = server.update(jnp.ones(()), server.init(jnp.zeros(())))
+    >>> round(float(updates), 4)
+    -0.099
+    """
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return zeros, jax.tree.map(lambda x: jnp.full_like(x, tau**2), params)
+
+    def update(gradient, state, params=None):
+        decay = lambda b: lambda old, new: b * old + (1 - b) * new
+        first = jax.tree.map(decay(momentum), state[0], gradient)
+        second = jax.tree.map(decay(second_momentum), state[1], jax.tree.map(jnp.square, gradient))
+        move = lambda m, v: -learning_rate * m / (jnp.sqrt(v) + tau)
+        return jax.tree.map(move, first, second), (first, second)
+
+    return optax.GradientTransformation(init, update)

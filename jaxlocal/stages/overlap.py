@@ -15,8 +15,8 @@ from jaxlocal.stages.fragments import Fragments, fragments_of
 from jaxlocal.stages.outer_step import moved
 from jaxlocal.stages.partial_sync import (
     add_single,
+    carried,
     check_common,
-    check_exchange,
     partial_sync,
     partial_sync_messages,
 )
@@ -32,7 +32,7 @@ def overlapped(
     mixing_factor: float = 0.5,
     fragment: int = 0,
     fragments: Fragments = 1,
-    compressor: Compressor | None = None,
+    compressor: Compressor | str | None = None,
     model_state: str = "keep",
 ) -> Stage:
     """Take an outer step of a fragment whose pseudo-gradient is averaged while local steps run.
@@ -84,7 +84,7 @@ def overlapped(
     """
     check_common("an overlapped outer step", mixer)
     if compressor is not None:
-        check_exchange(mixer, compressor)
+        compressor = carried(mixer, compressor)
     if not 0 <= mixing_factor <= 1:
         raise ConfigurationError(f"the mixing factor must be in [0, 1], got {mixing_factor}")
     policy = StatePolicy("keep", None, model_state)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlocal.compression import payload_shapes
+from jaxlocal.compression import parse, payload_shapes
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.collectives import vary, worker_shapes
 from jaxlocal.parallel.layout import AXES
@@ -120,8 +120,19 @@ def add_single(add: Add, tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x[0, 0], added)
 
 
-def check_exchange(mixer: Mixer, compressor: Compressor) -> None:
-    """Raise ConfigurationError where the mixer cannot carry the payload of the compressor."""
+def carried(mixer: Mixer, compressor: Compressor | str) -> Compressor:
+    """The compressor, parsed where it is a spec string, if the mixer can carry its payload.
+
+    Raises:
+      ConfigurationError: it cannot, or this is no compressor.
+    """
+    if isinstance(compressor, str):
+        compressor = parse(compressor)
+    if not isinstance(compressor, Compressor):
+        raise ConfigurationError(
+            f"a compressor is one of jaxlocal.compression or a spec string such as 'top_k:64', got "
+            f"{compressor!r}"
+        )
     if not compressor.averageable and mixer.gather is None:
         raise ConfigurationError(
             f"the messages of {compressor.name} cannot be averaged as they are, and this mixer "
@@ -132,6 +143,7 @@ def check_exchange(mixer: Mixer, compressor: Compressor) -> None:
             f"{compressor.name} needs a mixer that makes the workers of a hub common; this one "
             f"makes them common over {mixer.axes}"
         )
+    return compressor
 
 
 def check_common(what: str, mixer: Mixer) -> None:

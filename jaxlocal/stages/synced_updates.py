@@ -11,8 +11,8 @@ from jaxlocal.stages.gradient import GradFn
 from jaxlocal.stages.partial_sync import (
     add_single,
     aggregate,
+    carried,
     check_common,
-    check_exchange,
     compress,
     compressor_memory,
     partial_sync,
@@ -21,7 +21,7 @@ from jaxlocal.stages.partial_sync import (
 from jaxlocal.stages.worker_step import (
     advance,
     at_rate,
-    check_worker_map,
+    check_worker,
     choose_worker_map,
     reported,
     zeros,
@@ -33,7 +33,7 @@ def synced_updates(
     grad_fn: GradFn,
     optimizer: optax.GradientTransformation,
     mixer: Mixer,
-    compressor: Compressor,
+    compressor: Compressor | str,
     *,
     worker_map: str | None = None,
 ) -> Stage:
@@ -65,8 +65,8 @@ def synced_updates(
     >>> synced_updates(grad_fn, optax.sgd(0.1), jaxlocal.mixing.mean(), blocks).steps
     1
     """
-    check_worker_map(worker_map)
-    check_exchange(mixer, compressor)
+    check_worker(grad_fn, optimizer, worker_map)
+    compressor = carried(mixer, compressor)
     check_common("a partial synchronisation of updates", mixer)
     update_fn = optax.with_extra_args_support(optimizer).update
     init = lambda state: Memory(stacked=compressor_memory(compressor, state.params))

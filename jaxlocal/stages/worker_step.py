@@ -5,13 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
+from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.collectives import vary
 from jaxlocal.parallel.keys import RATE, stream_key
 from jaxlocal.parallel.pool import fetch
 from jaxlocal.parallel.worker_maps import block_size, worker_map_for
-from jaxlocal.stages.gradient import GradFn
+from jaxlocal.stages.gradient import GradFn, takes
 from jaxlocal.types import Context, Info, TrainState, Tree
 
 
@@ -59,10 +61,19 @@ def choose_worker_map(
     return worker_map_for(gradient, *one)
 
 
-def check_worker_map(chosen: str | None) -> None:
-    """Raises ConfigurationError where the name of a worker map is unknown."""
-    if chosen is not None:
-        block_size(chosen)
+def check_worker(
+    grad_fn: GradFn, optimizer: optax.GradientTransformation, worker_map: str | None
+) -> None:
+    """Raise ConfigurationError where these are not what a worker runs."""
+    if not takes(grad_fn, 4):
+        raise ConfigurationError(
+            f"grad_fn must take (params, model_state, batch, key), as jaxlocal.gradients(loss) "
+            f"makes it, got {grad_fn!r}"
+        )
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ConfigurationError(f"the optimizer must be one of optax, got {optimizer!r}")
+    if worker_map is not None:
+        block_size(worker_map)
 
 
 def advance(

@@ -8,8 +8,13 @@ from jaxlocal.parallel.layout import Layout
 from jaxlocal.types import Method, Tree
 
 
-def check_method(method: Method) -> None:
-    """Raise ConfigurationError where the stages of a method do not make a round."""
+def check_method(method: Method, layout: Layout) -> None:
+    """Raise ConfigurationError where these do not make rounds."""
+    if not isinstance(method, Method) or not isinstance(layout, Layout):
+        raise ConfigurationError(
+            f"a RoundFn is made of a method and a jaxlocal.Layout, got {type(method).__name__} and "
+            f"{type(layout).__name__}"
+        )
     inner, outer = method.inner, method.outer
     if outer.steps % inner.steps:
         raise ConfigurationError(

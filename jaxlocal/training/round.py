@@ -68,7 +68,7 @@ class RoundFn:
         max_chunk: int = 1024,
         sharding: placing.Rule | None = None,
     ):
-        check_method(method)
+        check_method(method, layout)
         self.method = method
         self.layout = layout
         self.mesh = mesh if mesh is not None else make_mesh(layout)

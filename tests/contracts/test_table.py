@@ -3,6 +3,8 @@
 import inspect
 import re
 
+import jax.numpy as jnp
+import numpy as np
 import optax
 import problems
 import pytest
@@ -14,6 +16,7 @@ from jaxlocal.methods import METHODS, table
 
 SPECS = pytest.mark.parametrize("name", METHODS)
 SHARED = ("model_state", "worker_map")
+WORKER = (problems.grad_fn, optax.sgd(0.1))
 
 
 @SPECS
@@ -111,3 +114,88 @@ def test_slowmo_reads_the_learning_rate_of_a_scheduled_optimizer_or_asks_for_it(
     with pytest.raises(jaxlocal.ConfigurationError, match="needs the learning rate"):
         jaxlocal.slowmo(problems.grad_fn, optax.sgd(0.1))
     assert jaxlocal.slowmo(problems.grad_fn, jaxlocal.scheduled(optax.sgd, 0.1)).outer.anchored
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda spec: jaxlocal.data_parallel(*WORKER, compressor=spec),
+        lambda spec: jaxlocal.ef_sgd(*WORKER, compressor=spec),
+        lambda spec: jaxlocal.qsparse_local_sgd(*WORKER, compressor=spec),
+        lambda spec: jaxlocal.sparse_loco(*WORKER, compressor=spec),
+        lambda spec: jaxlocal.cser(*WORKER, gradient_compressor=spec, reset_compressor=spec),
+        lambda spec: jaxlocal.csea(*WORKER, reset_compressor=spec),
+        lambda spec: jaxlocal.streaming_diloco(*WORKER, period=4, compressor=spec),
+        lambda spec: jaxlocal.hl_sgd(
+            *WORKER, layout=jaxlocal.Layout(2, 2), local_steps=2, hub_period=2, compressor=spec
+        ),
+    ],
+)
+def test_a_spec_string_is_the_compressor_that_it_stands_for(build):
+    layout = jaxlocal.Layout(2, 2)
+    params = {"weight": jnp.zeros(64), "bias": jnp.zeros(())}
+
+    def bits(compressor):
+        round_fn = problems.on_one_device(build(compressor), layout)
+        return [round_fn.stage_bits(round_fn.shapes(params), number) for number in range(2)]
+
+    assert bits("random_k:4") == bits(parse("random_k:4")) != bits("random_k:2")
+    with pytest.raises(jaxlocal.ConfigurationError, match="unknown compressor 'topk'"):
+        build("topk")
+    with pytest.raises(jaxlocal.ConfigurationError, match="is one of jaxlocal.compression or a"):
+        build(64)
+
+
+@SPECS
+def test_what_is_no_gradient_function_or_optimizer_is_refused_when_the_method_is_built(name):
+    arguments = {
+        "matrix": np.full((2, 2), 0.5),
+        "layout": jaxlocal.Layout(2, 2),
+        "learning_rate": 0.1,
+        **dict.fromkeys(("local_steps", "hub_period", "switch_step"), 1),
+        **dict.fromkeys(("compressor", "gradient_compressor", "reset_compressor"), "random_k:2"),
+        "period": 4,
+    }
+    build = METHODS[name].build
+    own = {key: value for key, value in arguments.items() if METHODS[name].takes(key)}
+    if name == "data_parallel":
+        own.pop("compressor")
+    build(*WORKER, **own)
+    for wrong in (problems.loss, lambda params, batch, key: 0.0, None):
+        with pytest.raises(jaxlocal.ConfigurationError, match=r"grad_fn must take \(params"):
+            build(wrong, optax.sgd(0.1), **own)
+    with pytest.raises(jaxlocal.ConfigurationError, match="the optimizer must be one of optax"):
+        build(problems.grad_fn, 0.1, **own)
+
+
+def test_a_loss_of_other_arguments_is_refused():
+    with pytest.raises(jaxlocal.ConfigurationError, match="with stateful=False"):
+        jaxlocal.gradients(lambda params, model_state, batch, key: 0.0)
+    with pytest.raises(jaxlocal.ConfigurationError, match="with stateful=True"):
+        jaxlocal.gradients(problems.loss, stateful=True)
+
+
+def test_a_round_function_is_made_of_a_method_and_a_layout():
+    method = jaxlocal.local_sgd(*WORKER)
+    with pytest.raises(jaxlocal.ConfigurationError, match="got Layout and Method"):
+        jaxlocal.RoundFn(jaxlocal.Layout(), method)
+    with pytest.raises(jaxlocal.ConfigurationError, match="got Method and int"):
+        jaxlocal.RoundFn(method, 8)
+
+
+@pytest.mark.parametrize("fragments", ["layers", ["("], [], 0, True, [1]])
+def test_fragments_that_are_no_number_or_patterns_are_refused(fragments):
+    with pytest.raises(jaxlocal.ConfigurationError, match="fragments must be a number of at least"):
+        jaxlocal.streaming_diloco(*WORKER, period=4, fragments=fragments)
+
+
+def test_schedules_are_compared_far_into_the_run_and_by_slowmo_too():
+    falls = lambda step: optax.piecewise_constant_schedule(0.1, {step: 0.1})
+    optimizer = jaxlocal.scheduled(optax.sgd, falls(2000))
+    rule = periods.qsr(falls(9000), coefficient=0.1, base=2)
+    with pytest.raises(jaxlocal.ConfigurationError, match="reads the learning rate 0.1 at step 20"):
+        jaxlocal.local_sgd(problems.grad_fn, optimizer, period=rule)
+    with pytest.raises(jaxlocal.ConfigurationError, match="slowmo was given the learning rate 0.7"):
+        jaxlocal.slowmo(problems.grad_fn, optimizer, learning_rate=0.7)
+    with pytest.raises(TypeError, match="momentm"):
+        jaxlocal.scheduled(optax.sgd, 0.1, momentm=0.9)
