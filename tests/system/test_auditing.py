@@ -28,8 +28,8 @@ def test_a_round_on_hubs_is_shown_by_axis():
     assert (figures["steps"], figures["mesh"]) == (8, {"hubs": 4, "workers": 2})
     rows = {(row["collective"], *row["axes"]): row for row in figures["round"]}
     in_hub, between = rows["all-reduce", "workers"], rows["collective-permute", "hubs"]
-    assert in_hub["bytes_accounting"] == in_hub["bytes_program"] == 2 * 4 * VALUES  # two averages
-    # Two neighbours.
+    # A worker takes part in two averages, and a hub has two neighbours.
+    assert in_hub["bytes_accounting"] == in_hub["bytes_program"] == 2 * 4 * VALUES
     assert between["bytes_accounting"] == between["bytes_program"] == 2 * 4 * VALUES
     assert re.search(r"all-reduce +workers +float32 +5,200 +5,200 +2\n", printed(figures))
 

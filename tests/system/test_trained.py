@@ -129,7 +129,9 @@ def little_text(monkeypatch):
 def test_text_is_learned(tmp_path, little_text):
     status, lines = run(TEXT, tmp_path / "run")
     assert status == 0
-    assert abs(lines[0]["eval_loss"] - math.log(97)) < 0.2  # of 97 characters, all alike
+    assert (
+        abs(lines[0]["eval_loss"] - math.log(97)) < 0.2
+    )  # as if all 97 characters were equally likely
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.5
     assert lines[-1]["eval_accuracy"] > 0.1
 
@@ -190,7 +192,7 @@ def test_precision_and_accumulation(tmp_path):
         losses[name] = run(dataclasses.replace(config, **changes), tmp_path / name)[1][-1]
     plain, parts, half = (losses[name]["eval_loss"] for name in ("plain", "parts", "half"))
     np.testing.assert_allclose(parts, plain, rtol=1e-4)
-    assert half != plain and abs(half - plain) < 0.05 * plain  # eight bits of every product
+    assert half != plain and abs(half - plain) < 0.05 * plain  # products have eight bits
     assert losses["half"]["bits_workers"] == losses["plain"]["bits_workers"]  # float32 is sent
 
 
