@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import optax
 
 Tree = Any  # a pytree of arrays
-Leaf = Any  # an array; in a tree of shapes or of shardings, what stands for one
+Leaf = Any  # an array, or its shape or sharding
 
 
 class Memory(NamedTuple):
-    """What a stage carries from one application to the next; its fields are its placements."""
+    """What a stage carries from one application to the next, by how it is placed."""
 
     stacked: Tree = ()  # one per worker, leaves [D, N, ...]
     single: Tree = ()  # one for all workers, leaves [...]
@@ -164,7 +164,7 @@ class Stage(NamedTuple):
 
 class Period(NamedTuple):
     """When to synchronise: `length(step, remaining)` is H, the steps of the round that starts at a
-    step, when so many steps remain."""
+    step, when `remaining` steps are left."""
 
     length: Callable[[int, int], int]
     description: str

@@ -20,7 +20,7 @@ def compare(folders: Sequence[Path], output: Path, target: float | None) -> None
       target: accuracy to which costs are compared; by default the largest that all runs reach.
 
     Raises:
-      ConfigurationError: a folder that is no run, or a picture that cannot be written.
+      ConfigurationError: a folder that is not a run, or a picture that cannot be written.
     """
     if not folders:
         raise ConfigurationError("give the folders of the runs to compare")

@@ -23,7 +23,7 @@ def _parts(folder: Path) -> list[Path]:
         raise ConfigurationError(f"there is no folder {folder}")
     parts = [path.parent for path in folder.glob(f"seed_*/{METRICS}")]
     if not parts:
-        raise ConfigurationError(f"{folder} is no run: it holds neither {METRICS} nor seed_*")
+        raise ConfigurationError(f"{folder} is not a run: it holds neither {METRICS} nor seed_*")
     return sorted(parts, key=lambda part: (len(part.name), part.name))
 
 

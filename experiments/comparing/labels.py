@@ -14,7 +14,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
     """The flags in which runs differ; where these are too long or equal, the names of the folders.
 
     Raises:
-      ConfigurationError: a folder that is no run.
+      ConfigurationError: a folder that is not a run.
     """
     chosen = [_flags(seed_folders(folder)) for folder in folders]
     default = _named(Config().flag_lines())

@@ -22,8 +22,8 @@ def load_runs(folders: Sequence[Path]) -> list[Curves]:
     """Read the runs in some folders, with labels that distinguish them.
 
     Raises:
-      ConfigurationError: a folder that is no run, that is given twice, or whose metrics are damaged
-        or have fewer than two measurements.
+      ConfigurationError: a folder that is not a run, that is given twice, or whose metrics are
+        damaged or have fewer than two measurements.
     """
     places = [folder.resolve() for folder in folders]
     for before, folder in enumerate(folders):

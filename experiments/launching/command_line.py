@@ -70,9 +70,9 @@ def run_command(main: Callable[..., int], about: str | None, operands: bool = Fa
     sentence and exit status 1. An error that is a fault of the program raises.
 
     Args:
-      main: takes the arguments that are no flags.
+      main: takes the arguments that are not flags.
       about: what `--help` prints above the flags that the command defines.
-      operands: whether there may be arguments that are no flags.
+      operands: whether there may be arguments that are not flags.
     """
     logging.use_absl_handler()
     faulthandler.enable()
@@ -93,7 +93,7 @@ def run_command(main: Callable[..., int], about: str | None, operands: bool = Fa
 
 
 def _parse(argv: list[str], about: str, operands: bool) -> list[str]:
-    """Parse the flags, or print help and exit; return the arguments that are no flags."""
+    """Parse the flags, or print help and exit; return the arguments that are not flags."""
     if HELP & set(argv[1:]):
         print(about.strip() + _own_flags())
         sys.exit(0)

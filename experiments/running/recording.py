@@ -155,7 +155,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the measurements of a run's folder, without an incomplete last line of a killed run.
 
     Raises:
-      ConfigurationError: another line that is no measurement.
+      ConfigurationError: another line that is not a measurement.
     """
     lines = (folder / METRICS).read_text().splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
@@ -169,7 +169,7 @@ def _measurement(path: Path, number: int, line: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         values = None
     if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        raise ConfigurationError(f"{path} is damaged: its line {number} is no measurement")
+        raise ConfigurationError(f"{path} is damaged: its line {number} is not a measurement")
     return values
 
 

@@ -38,7 +38,7 @@ def read_settings(path: Path, base: Config) -> dict[str, Config]:
         name, colon, chosen = line.partition(":")
         if not colon or not re.fullmatch(r"\w[\w.-]*", name):
             raise ConfigurationError(
-                f"{path} line {number} is no setting, such as 'NAME: --flag=value': {line!r}"
+                f"{path} line {number} is not a setting such as 'NAME: --flag=value': {line!r}"
             )
         if name in settings:
             raise ConfigurationError(f"{path} has two settings named {name}, one in line {number}")

@@ -30,9 +30,10 @@ def data_parallel(
     Args:
       grad_fn: the gradient of one worker, as `gradients(loss)` makes it.
       optimizer: any optax transformation; every worker runs its own state of it.
-      compressor: C, without feedback of what it leaves out, as in QSGD. Where E C(g) is less than g
-        (1 / (1 + ω) of it with `compression.qsgd`, the part that is kept with `grbs` and
-        `random_k`), so are the steps of SGD. By default gradients are sent uncompressed.
+      compressor: C, without feedback of what it leaves out, as in QSGD. A compressor that shrinks
+        the mean gradient (to 1 / (1 + ω) with `compression.qsgd`, to the kept part with `grbs` and
+        `random_k`) shrinks SGD's steps by the same factor. By default gradients are sent
+        uncompressed.
       model_state: "keep" or "average" model state such as batch statistics, see `stages.sync`.
       worker_map: how a device runs its workers: "vmap", "map" or "blocks:N"; by default the
         fastest.

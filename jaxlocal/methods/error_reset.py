@@ -1,7 +1,7 @@
 """Methods that compress messages with error reset: CSER and its special cases CSEA and CSER-PL.
 
-What a message leaves out is applied at once where it arose, and taken back in part at a reset. The
-overall ratio R_C compares with data parallelism: 1 / (1/R_2 + 1/(R_1 H)), with a compressor of
+What a message leaves out is applied at once on its own worker, and taken back in part at a reset.
+The overall ratio R_C compares with data parallelism: 1 / (1/R_2 + 1/(R_1 H)), with a compressor of
 ratio R_2 at every step and one of R_1 every H steps.
 """
 

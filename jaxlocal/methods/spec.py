@@ -35,7 +35,7 @@ class MethodSpec(NamedTuple):
     # default how, as a spec string; None: sent uncompressed.
     compressors: Mapping[str, str | None] = {}
     outer_optimizer: OuterDefault | None = None
-    network: str = ""  # who mixes over a graph: "hubs", "workers", or nobody
+    network: str = ""  # what mixes over a graph: "hubs", "workers", or nothing
     own_options: Mapping[str, str] = {}  # flags that only this method has, and its arguments
 
     def takes(self, argument: str) -> bool:

@@ -42,8 +42,8 @@ def qsr(
         number of fragments in streaming DiLoCo.
 
     Raises:
-      ConfigurationError: a coefficient below 0, an H_base that is no multiple; when the length of a
-        round is asked for, a learning rate below 0.
+      ConfigurationError: a coefficient below 0, an H_base that is not a multiple of `multiple`;
+        when the length of a round is asked for, a learning rate below 0.
 
     >>> import jaxlocal, optax
     >>> schedule = optax.cosine_decay_schedule(0.1, 200)

@@ -9,7 +9,7 @@
 | `partial_average` | 0 | average the part of the models that a compressor keeps |
 | `outer_step` | 0 | an outer optimizer steps on the pseudo-gradient |
 | `error_feedback` | 0 | send compressed differences; add what is left out to the next message |
-| `error_reset` | 0 | partially synchronise what workers differ by |
+| `error_reset` | 0 | partially synchronise the differences from the anchor |
 | `overlapped` | τ | an outer step of a fragment while local steps run |
 | `repeat`, `sequence`, `in_turn` | | stages made of stages |
 

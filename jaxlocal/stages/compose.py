@@ -13,7 +13,7 @@ from jaxlocal.types import Info, Leaf, Memory, Stage
 
 
 class TurnMemory(NamedTuple):
-    """What stages in turn carry."""
+    """The memory of stages that are applied in turn."""
 
     applied: Memory  # single: int32 [], how often one of them has been applied
     stages: tuple  # memory of each
@@ -159,7 +159,7 @@ def in_turn(*stages: Stage) -> Stage:
 
 
 def join(infos: list[Info], concatenate: Callable = jnp.concatenate) -> Info:
-    """One report made of several: the values of a name, one after another."""
+    """Join several reports: the values of each name are concatenated."""
     by_name = lambda reports: {
         name: values[0] if len(values) == 1 else concatenate(values)
         for name, values in _collected(reports).items()

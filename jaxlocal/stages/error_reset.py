@@ -18,7 +18,7 @@ from jaxlocal.types import Compressor, Info, Memory, Mixer, Stage
 
 
 def error_reset(mixer: Mixer, compressor: Compressor | str, *, model_state: str = "keep") -> Stage:
-    """Reset the errors of the workers: partially synchronise what they differ by from the anchor y.
+    """Reset the errors of the workers: partially synchronise their differences from the anchor y.
 
         e_i = x_i − y;  y ← y + Σ_j a_j C(e_j);  x_i ← y + e_i − C(e_i)
 

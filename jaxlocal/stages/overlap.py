@@ -63,8 +63,8 @@ def overlapped(
       fragment: the number of the fragment, from 0 on.
       fragments: how the model is divided, see `fragments_of`.
       compressor: C, of the messages, with error feedback: each worker sends C(e_i + x_i − y), and
-        keeps what that leaves out as e_i. A fragment of tensors that are all too small for it is
-        sent uncompressed, as by default all are.
+        keeps what that leaves out as e_i. By default, and where all its tensors are too small, a
+        fragment is sent uncompressed.
       model_state: as in `sync`; averaged at the end, and not overlapped.
 
     Returns:
@@ -143,7 +143,7 @@ def _messages(mixer, compressor, params):
 
 
 def _fitting(compressor: Compressor, params: Tree) -> Compressor:
-    """The compressor, or for a fragment of which it fits no tensor, none."""
+    """The compressor, or `identity` if it fits no tensor of the fragment."""
     try:
         compressor.init(worker_shapes(params))
     except ConfigurationError:

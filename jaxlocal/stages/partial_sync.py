@@ -55,7 +55,7 @@ def partial_sync(
         return Synced(tree, lambda empty: empty, memory)
     if compressor.second is None:
         send = lambda x, kept, worker: compress(compressor, x, kept, key, worker)
-        # Where all keep the same places, one slice of all workers costs no more than it keeps.
+        # With a shared mask, slicing all workers at once costs only the entries that are kept.
         run = _grid if compressor.shared_mask else _mapped
         payload, residual = run(send)(tree, memory, context.worker)
         return Synced(residual, aggregate(mixer, compressor, payload, tree, key, context), memory)
@@ -89,7 +89,7 @@ def aggregate(
     key: jax.Array,
     context: Context,
 ) -> Add:
-    """Average the payloads of all workers; gives a function that adds Σ_j W_ji C(x_j) to a tree.
+    """Average the payloads of all workers; returns a function that adds Σ_j W_ji C(x_j) to a tree.
 
     Args:
       payload: of every worker, leaves [d, n, ...].
@@ -124,7 +124,7 @@ def carried(mixer: Mixer, compressor: Compressor | str) -> Compressor:
     """The compressor, parsed where it is a spec string, if the mixer can carry its payload.
 
     Raises:
-      ConfigurationError: it cannot, or this is no compressor.
+      ConfigurationError: it cannot, or this is not a compressor.
     """
     if isinstance(compressor, str):
         compressor = parse(compressor)
@@ -181,7 +181,7 @@ def compressor_memory(compressor: Compressor, stacked: Tree) -> Tree:
 
 
 def _adder(compressor: Compressor, average: Tree, key: jax.Array) -> Add:
-    """Adds a decoded average, leaves [d or 1, n or 1, ...], to a tree."""
+    """Make the function that adds a decoded average, leaves [d or 1, n or 1, ...], to a tree."""
 
     def add(tree):
         leaves = jax.tree.leaves(tree)
@@ -198,7 +198,7 @@ def _grid(fn: Callable) -> Callable:
 
 
 def _mapped(fn: Callable) -> Callable:
-    """Runs fn of one worker's trees over the workers of this device, as is fast on this backend."""
+    """Run fn of one worker's trees over the workers of this device, in the fastest way."""
 
     def mapped(*trees):
         one = jax.tree.map(lambda x: x[0, 0], trees)

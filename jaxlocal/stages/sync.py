@@ -24,7 +24,7 @@ def sync(
     optimizer: optax.GradientTransformation | None = None,
     model_state: str = "keep",
 ) -> Stage:
-    """Average the models of all workers: x_i ← Σ_j W_ji x_j.
+    """Average the models of the workers by a mixer: x_i ← Σ_j W_ji x_j.
 
     An anchor that exists moves to the average where the mixer makes all workers common.
     `partial_average` averages a part of the models only.
@@ -69,7 +69,7 @@ def sync(
 
 
 def sync_model_state(mixer: Mixer, *, model_state: str = "average") -> Stage:
-    """Average the model state of the workers alone, for methods whose parameters are common.
+    """Average only the model state of the workers, for methods whose parameters are common.
 
     Args:
       mixer: W.
@@ -126,7 +126,7 @@ def _floats(tree):
 
 
 def _average(tree, mixer, context):
-    """Averages the floating-point values, and leaves every worker its own others."""
+    """Average the floating-point values; every worker keeps its other values."""
     leaves, structure = jax.tree.flatten(tree)
     floats = _floats(leaves)
     averaged = iter(broadcast_to_workers(mixer.average(floats, context), floats))

@@ -37,7 +37,7 @@ def synced_updates(
     *,
     worker_map: str | None = None,
 ) -> Stage:
-    """Synchronise the compressed part of the workers' updates, and apply the rest where it arose.
+    """Synchronise the compressed part of the workers' updates; each worker applies its own rest.
 
         x_i ← x_i + Σ_j a_j C(u_j) + u_i − C(u_i);  an anchor moves by Σ_j a_j C(u_j)
 
@@ -124,7 +124,7 @@ def _in_one_message(update, mode, workers, mixer, compressor, memory, state, con
 
 
 def _in_two_messages(update, mode, workers, mixer, compressor, memory, state, context):
-    """The residual is known when the average of the first message is."""
+    """The residual is computed after the first message has been averaged."""
     key = stream_key(state.key, STEP_MESSAGE, state.step)
     updates, *new, metrics = over_workers(update, mode)(*workers)
     synced = partial_sync(mixer, compressor, updates, memory.stacked, key, context)

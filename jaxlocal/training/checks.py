@@ -18,7 +18,7 @@ def check_method(method: Method, layout: Layout) -> None:
     inner, outer = method.inner, method.outer
     if outer.steps % inner.steps:
         raise ConfigurationError(
-            f"the end of a round takes {outer.steps} steps, which is no multiple of the "
+            f"the end of a round takes {outer.steps} steps, which is not a multiple of the "
             f"{inner.steps} of the inner stage"
         )
     if inner.turns > 1:
@@ -41,8 +41,8 @@ def steps_of(batches: Tree, method: Method, layout: Layout) -> int:
     """The steps of some batches, whose leaves must be [steps, hubs, workers_per_hub, ...].
 
     Raises:
-      ConfigurationError: other leading sizes, or a number of steps that is no positive multiple of
-        those of the inner stage.
+      ConfigurationError: other leading sizes, or a number of steps that is not a positive multiple
+        of those of the inner stage.
     """
     leading = {jnp.shape(x)[:3] for x in jax.tree.leaves(batches)}
     if len(leading) != 1 or next(iter(leading))[1:] != layout.shape:

@@ -48,6 +48,6 @@ def compile_stage(
 
 
 def shapes_of_steps(batches: Tree, steps: int) -> Tree:
-    """The shapes of so many steps of batches."""
+    """The shapes of `steps` steps of batches."""
     shape = lambda x: jax.ShapeDtypeStruct((steps, *x.shape[1:]), x.dtype)
     return jax.tree.map(shape, batches)

@@ -151,7 +151,8 @@ class RoundFn:
     def chunks(self, steps: int) -> Iterator[int]:
         """The sizes in which steps are dispatched: powers of four of inner stages, descending.
 
-        A dispatch costs little and a compilation much, hence fours and not twos.
+        A dispatch costs little and a compilation much: powers of four need half as many
+        compilations as powers of two.
         """
         times, size = steps // self.method.inner.steps, 1
         while 4 * size <= min(times, self._most):
@@ -191,7 +192,7 @@ class RoundFn:
         )
 
     def message_bits(self, state: TrainState, steps: int, rounds: int) -> MessageBits:
-        """Bits that one worker, and one hub, sends in so many steps, in which so many rounds end.
+        """Bits that one worker and one hub send in some steps, in which `rounds` rounds end.
 
         The state may be given as its shapes.
         """
@@ -203,7 +204,7 @@ class RoundFn:
         return total
 
     def collectives(self, state: TrainState, steps: int, number: int = 0) -> list[Collective]:
-        """The collectives between devices in the number-th round, which has so many steps.
+        """The collectives between devices in the number-th round, of `steps` steps.
 
         The state may be given as its shapes.
         """
@@ -245,7 +246,7 @@ class RoundFn:
         return self._programs[fn]
 
     def _program(self, which: int | str, state: TrainState):
-        """The program of the end of a round, or of so many inner stages."""
+        """The program of the end of a round, or of `which` inner stages."""
         if which not in self._programs:
             outer = which == "outer"
             stage = self.method.outer if outer else repeat(self.method.inner, int(which))

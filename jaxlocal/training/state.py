@@ -33,7 +33,7 @@ class States:
         if not typed or key.shape:
             got = f"{jnp.shape(key)} keys" if typed else type(key).__name__
             raise ConfigurationError(
-                f"the root key must be one typed key as of jax.random.key, got {got}"
+                f"the root key must be a key from jax.random.key(seed), got {got}"
             )
         given = (params, _or_empty(model_state), key)
         return self._make(
@@ -85,7 +85,7 @@ def _or_empty(model_state: Tree) -> Tree:
 
 
 def _wide(x: Any) -> jax.Array:
-    """A parameter in the precision of the anchor: half would lose what workers differ by."""
+    """A parameter in the precision of the anchor: half would lose the differences of workers."""
     x = jnp.asarray(x)
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float else x

@@ -86,6 +86,18 @@ def trajectory(round_fn, batches, periods):
     return np.stack(models), anchors, np.concatenate(active) > 0
 
 
+def final_state(method, layout, mesh=(1, 1), steps=12):
+    """The state after rounds of the method's period; all local steps are one program."""
+    mesh = jaxlocal.make_mesh(layout, shape=mesh)
+    round_fn = jaxlocal.RoundFn(method, layout, mesh, max_chunk=1)
+    batches, start = make_batches(layout, steps), 0
+    state = round_fn.init(START, jax.random.key(0))
+    for length in jaxlocal.periods.lengths(method.period, steps):
+        state, _ = round_fn(state, steps_of(batches, start, start + length))
+        start += length
+    return state
+
+
 def replay(spec, purpose, weights, hub_of_worker=None):
     """A compressor in the form of `reference_compressed`, with the keys of `trajectory`.
 

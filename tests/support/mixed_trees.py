@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import own
+import registry
 
 from jaxlocal.compression import parse
 
 SPARSE = ["grbs:8", "random_k:8", "random_k:2.5", "top_k:8", "top_k:8:tensor", "top_k:8:model"]
-DENSE = [own.one_bit().name, "sign", "two_bit", "qsgd:5", "int8", "bfloat16"]
+DENSE = [*registry.COMPRESSORS, "sign", "two_bit", "qsgd:5", "int8", "bfloat16"]
 CODED = [
     *("grbs:8+qsgd:4", "random_k:8+bfloat16", "top_k:8+int8", "top_k:8+two_bit"),
     "top_k:8:model+sign",

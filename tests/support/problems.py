@@ -112,7 +112,7 @@ def connected_graph(hubs: int, seed: int) -> np.ndarray:
 
 
 def schedule(decay: str, peak: float, steps: int, warmup_steps: int = 0, floor: float = 1e-6):
-    """`reference.schedule`, composed of schedules of optax."""
+    """`reference_periods.schedule`, composed of schedules of optax."""
     rest = steps - warmup_steps
     cosine = optax.cosine_decay_schedule(peak, rest, alpha=floor / peak)
     third = lambda step: jnp.minimum(jnp.floor(3 * (step + warmup_steps) / steps), 2)

@@ -56,6 +56,10 @@ def cser(gradient: str, reset: str, **options) -> Callable[..., Method]:
     return partial(jaxlocal.cser, **compressors, period=4, **options)
 
 
+# Compressors and mixers that property tests range over besides the library's.
+COMPRESSORS = [own.one_bit().name]
+MIXERS = {"halfway_mean": own.halfway_mean}
+
 METHODS = {
     "clipped_sgd": Entry(own.clipped_sgd, FLAT),
     "data_parallel": Entry(jaxlocal.data_parallel, FLAT, steps=1),

@@ -1,4 +1,7 @@
-"""A user's program in ten lines, for `mypy --strict` against the installed wheel."""
+"""A user's program in ten lines, for `mypy --strict` against the installed wheel.
+
+optax, which it imports, has no types.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,3 +22,12 @@ state = round_fn.init(jnp.zeros(()), jax.random.key(0))
 for steps in jaxlocal.periods.lengths(method.period, 40):
     state, info = round_fn(state, jnp.ones((steps, 1, 2, 8)))
 print(round_fn.mean(state)[0], round_fn.message_bits(state, 40, 5).workers)
+
+
+def slips() -> None:
+    """What a type checker refuses: with `--strict` a comment that ignores nothing is an error."""
+    grad_fn = jaxlocal.gradients(loss)
+    jaxlocal.local_sgd(grad_fn, optimizer, perod=4)  # type: ignore[call-arg]
+    jaxlocal.local_sgd(grad_fn, optimizer, 4)  # type: ignore[misc]
+    jaxlocal.local_sgd(grad_fn, optimizer, period="4")  # type: ignore[arg-type]
+    print(jaxlocal.no_such_thing)  # type: ignore[attr-defined]

@@ -241,7 +241,7 @@ def test_other_mistakes_are_reported_with_their_values(tmp_path):
     for folders, output, words in [
         ([], picture, "give the folders of the runs"),
         ([good, tmp_path / "none"], picture, "there is no folder .*none"),
-        ([good, tmp_path / "empty"], picture, "empty is no run"),
+        ([good, tmp_path / "empty"], picture, "empty is not a run"),
         ([good, tmp_path / "odd" / ".." / "run"], picture, "given twice"),
         ([tmp_path / "odd"], picture, "odd were not measured at the same steps"),
         ([good], tmp_path / "compare.txt", "compare.txt should end in .png"),

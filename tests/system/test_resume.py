@@ -163,7 +163,7 @@ def test_checkpoints_with_missing_or_damaged_metrics_are_refused(ended, tmp_path
     with pytest.raises(ConfigurationError, match="holds 3 of the 7 measurements up to step 40"):
         run(SMALL, tmp_path / "run")
     (tmp_path / "run" / METRICS).write_text("null\n" + "".join(lines))
-    with pytest.raises(ConfigurationError, match="damaged: its line 1 is no measurement"):
+    with pytest.raises(ConfigurationError, match="damaged: its line 1 is not a measurement"):
         run(SMALL, tmp_path / "run")
 
 

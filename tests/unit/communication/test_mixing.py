@@ -5,9 +5,9 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import own
 import problems
 import pytest
+import registry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -119,7 +119,7 @@ def test_from_matrix_multiplies_by_any_matrix(mesh):
 
 
 MIXERS = {
-    "halfway_mean": lambda layout: own.halfway_mean(),
+    **{name: lambda layout, make=make: make() for name, make in registry.MIXERS.items()},
     "mean": lambda layout: mixing.mean(),
     "hub_mean": lambda layout: mixing.hub_mean(),
     "ring": lambda layout: mixing.hub_diffusion(hub_matrix("ring", layout)),

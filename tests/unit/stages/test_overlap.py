@@ -1,5 +1,5 @@
-"""Overlapped and fragmented synchronisation: Streaming DiLoCo against a float64 loop, and what it
-must coincide with."""
+"""Overlapped synchronisation of fragments: Streaming DiLoCo against a float64 loop, and against
+methods that it must coincide with."""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import pytest
 import reference_streaming
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxprs import jaxprs, kind, reaches
 
 import jaxlocal
 from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh, periods
@@ -24,7 +25,7 @@ START = np.append(problems.START["weight"], problems.START["bias"])
 FOUR = dict(zip("abcd", START, strict=True))
 GRID = Layout(2, 4, weights=[1, 2, 3, 4, 4, 3, 2, 1])
 SOMETIMES = Layout(1, 4, weights=[1, 2, 3, 4], rates=[0.4, 1, 0.7, 1])
-# By their number, the coordinates of each fragment: tensors of one size lie in strides.
+# The coordinates of each fragment, by the number of fragments: equal tensors take turns.
 COORDINATES = {
     1: [range(4)],
     2: [(0, 2), (1, 3)],
@@ -113,6 +114,7 @@ def test_streaming_diloco(fragments, delay, factor, layout, mesh):
         np.testing.assert_allclose(found, expected[now], **CLOSE)
 
 
+@pytest.mark.optimized
 def test_one_fragment_without_delay_is_diloco_to_the_bit():
     ends = []
     for method in (
@@ -121,7 +123,6 @@ def test_one_fragment_without_delay_is_diloco_to_the_bit():
             grad_fn,
             optax.adam(0.1),
             period=3,
-            outer_optimizer=None,
             fragments=1,
             delay_steps=0,
             mixing_factor=0.0,
@@ -150,13 +151,13 @@ def test_an_outer_step_of_one_without_delay_is_local_sgd():
         np.testing.assert_allclose(models[now], local[now], **CLOSE)
 
 
+@pytest.mark.optimized
 def test_fragments_take_turns_and_leave_the_others_alone():
-    """Rounds 0, 3 are of the fragment of a and d, rounds 1, 4 of b, rounds 2, 5 of c."""
+    """Rounds 0 and 3 synchronise a and d, rounds 1 and 4 b, rounds 2 and 5 c."""
     method = jaxlocal.streaming_diloco(
         grad_fn,
         optax.sgd(0.1),
         period=9,
-        outer_optimizer=None,
         fragments=3,
         delay_steps=1,
         mixing_factor=0.5,
@@ -183,9 +184,9 @@ def test_fragments_take_turns_and_leave_the_others_alone():
             assert all(jax.tree.leaves(same)) == (fragment != number % 3)
 
 
-def test_the_average_and_the_steps_beside_it_do_not_wait_for_each_other():
+def test_the_average_and_the_steps_that_overlap_it_do_not_wait_for_each_other():
     method = jaxlocal.streaming_diloco(
-        grad_fn, optax.sgd(0.1), period=6, outer_optimizer=None, fragments=2, delay_steps=2
+        grad_fn, optax.sgd(0.1), period=6, fragments=2, delay_steps=2
     )
     round_fn = RoundFn(method, GRID, make_mesh(GRID, shape=(2, 4)))
     state = round_fn.shapes(FOUR)
@@ -202,37 +203,6 @@ def test_the_average_and_the_steps_beside_it_do_not_wait_for_each_other():
         loops = [eqn for eqn in inner.eqns if kind(eqn) == "scan"]
         within = {kind(eqn) for loop in loops for sub in jaxprs(loop) for eqn in sub.eqns}
         assert "psum" not in within
-
-
-def kind(eqn):
-    name = eqn.primitive.name
-    return "psum" if name.startswith("psum") else name
-
-
-def jaxprs(node):
-    """All jaxprs in a jaxpr or an equation, at any depth, itself included."""
-    node = getattr(node, "jaxpr", node)
-    if hasattr(node, "eqns"):
-        yield node
-        for eqn in node.eqns:
-            yield from jaxprs(eqn)
-    else:
-        for value in getattr(node, "params", {}).values():
-            for sub in value if isinstance(value, (tuple, list)) else (value,):
-                if hasattr(sub, "eqns") or hasattr(sub, "jaxpr"):
-                    yield from jaxprs(sub)
-
-
-def reaches(jaxpr, first, last):
-    """Whether an equation of the last kind needs a result of one of the first kind."""
-    found = set()
-    for eqn in jaxpr.eqns:
-        needs = any(not hasattr(v, "val") and v in found for v in eqn.invars)
-        if needs and kind(eqn) == last:
-            return True
-        if needs or kind(eqn) == first:
-            found.update(eqn.outvars)
-    return False
 
 
 @given(
@@ -255,6 +225,7 @@ def test_fragments_are_sized_in_bytes():
     assert fragments_of(tree, 2) == {"a": 0, "b": (1, None), "c": 0}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_workers_that_do_not_move_leave_the_anchor_where_it_is(dtype):
     still = jaxlocal.gradients(lambda w, batch, key: (0 * w * batch.astype(w.dtype)).sum())
@@ -262,7 +233,6 @@ def test_workers_that_do_not_move_leave_the_anchor_where_it_is(dtype):
         still,
         optax.sgd(0.1),
         period=2,
-        outer_optimizer=None,
         fragments=1,
         delay_steps=1,
         mixing_factor=0.25,
@@ -278,29 +248,33 @@ def test_workers_that_do_not_move_leave_the_anchor_where_it_is(dtype):
     )
 
 
-def test_what_does_not_fit_is_told():
+def refused(message):
+    return pytest.raises(ConfigurationError, match=message)
+
+
+def test_what_does_not_fit_is_an_error():
     layout, batches = Layout(1, 2), problems.make_batches(Layout(1, 2), 4)
-    make = lambda *options: jaxlocal.streaming_diloco(grad_fn, optax.sgd(0.1), 8, None, *options)
+    make = lambda **options: jaxlocal.streaming_diloco(grad_fn, optax.sgd(0.1), period=8, **options)
     start = lambda method: problems.on_one_device(method, layout).init(FOUR, jax.random.key(0))
-    with pytest.raises(ConfigurationError, match="4 tensors does not divide into 5 fragments"):
-        start(make(5))
-    with pytest.raises(ConfigurationError, match=r"mixing factor.*\[0, 1\), got 1"):
-        make(2, 1, 1.0)
-    with pytest.raises(ConfigurationError, match=r"all workers common.*\('workers',\)"):
+    with refused("4 tensors does not divide into 5 fragments"):
+        start(make(fragments=5))
+    with refused(r"mixing factor.*\[0, 1\], got 1.5"):
+        make(mixing_factor=1.5)
+    with refused(r"all workers common.*\('workers',\)"):
         overlapped(compose.sequence(), mixing.hub_mean(), optax.sgd(1.0))
-    with pytest.raises(ConfigurationError, match="at least 1, got 0"):
-        make(0)
-    with pytest.raises(ConfigurationError, match="delay.*at least 0 steps, got -1"):
-        make(2, -1)
+    with refused("at least 1 .*got 0"):
+        make(fragments=0)
+    with refused("delay.*at least 0 steps, got -1"):
+        make(delay_steps=-1)
     keeping = make().inner._replace(init=lambda state: Memory(stacked=state.params))
     stage = overlapped(keeping, mixing.mean(), optax.sgd(1.0))
-    with pytest.raises(ConfigurationError, match="may keep no memory"):
+    with refused("may keep no memory"):
         start(make()._replace(outer=stage))
-    round_fn = problems.on_one_device(make(2, 3), layout)
+    round_fn = problems.on_one_device(make(delay_steps=3), layout)
     state = round_fn.init(FOUR, jax.random.key(0))
-    with pytest.raises(ConfigurationError, match="H = 3 is too short.*last τ = 3"):
+    with refused("H = 3 is too short.*last τ = 3"):
         round_fn(state, problems.steps_of(batches, 0, 3))
-    with pytest.raises(ConfigurationError, match="takes 3 steps, got batches of 4"):
+    with refused("takes 3 steps, got batches of 4"):
         round_fn.end_round(state, batches)
-    with pytest.raises(ConfigurationError, match="end of 3 steps is no multiple of the 2"):
-        RoundFn(make(2, 3)._replace(inner=compose.repeat(make().inner, 2)), layout)
+    with refused("takes 3 steps, which is not a multiple of the 2"):
+        RoundFn(make(delay_steps=3)._replace(inner=compose.repeat(make().inner, 2)), layout)
