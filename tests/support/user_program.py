@@ -28,6 +28,6 @@ def slips() -> None:
     """What a type checker refuses: with `--strict` a comment that ignores nothing is an error."""
     grad_fn = jaxlocal.gradients(loss)
     jaxlocal.local_sgd(grad_fn, optimizer, perod=4)  # type: ignore[call-arg]
-    jaxlocal.local_sgd(grad_fn, optimizer, 4)  # type: ignore[misc]
+    jaxlocal.local_sgd(grad_fn, optimizer, 4)  # type: ignore[call-arg]
     jaxlocal.local_sgd(grad_fn, optimizer, period="4")  # type: ignore[arg-type]
     print(jaxlocal.no_such_thing)  # type: ignore[attr-defined]
