@@ -16,7 +16,7 @@ from jaxlocal.methods.__main__ import rows as method_rows
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-PROGRAM, WITH_NNX, WITH_CHECKPOINTS, COMPRESSED, *OWN, SHARDED, FAST = PROGRAMS
+PROGRAM, WITH_NNX, WITH_CHECKPOINTS, HUBS, COMPRESSED, *OWN, SHARDED, FAST = PROGRAMS
 OWN_METHOD, OWN_COMPRESSOR, OWN_MIXER = OWN
 
 
@@ -75,6 +75,20 @@ def test_the_program_of_fast_layers_has_the_gradients_of_plain_ones():
     batch = {"inputs": images, "targets": np.arange(4)}
     ours, theirs = (jax.jit(f)(params, state, batch, None)[0] for f in (names["grad_fn"], plain))
     chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_program_of_hubs_trains_a_round_of_thirty_two_steps():
+    names = {}
+    exec(compile(PROGRAM + WITH_NNX + HUBS, "README.md", "exec"), names)
+    round_fn = names["round_fn"]
+    assert names["mll"].period.length(0, 1000) == 32
+    state = round_fn.init(names["params"], jax.random.key(0), names["model_state"])
+    x = names["rng"].normal(size=(32, 4, 5, 8, 3)).astype("float32")
+    state, info = round_fn(state, {"inputs": x, "targets": x.argmax(-1)})
+    taken = np.asarray(info.worker["active"]).mean(axis=(0, 1))
+    # 128 draws of 0.6, and 512 of 0.9: four standard errors are 0.17 and 0.05.
+    assert abs(taken[0] - 0.6) < 0.17 and abs(taken[1:].mean() - 0.9) < 0.05
+    assert info.worker["loss"][-8:].mean() < info.worker["loss"][:8].mean()
 
 
 def test_the_own_method_converges_to_the_target_of_the_first_program():
