@@ -26,6 +26,8 @@ def compare(folders: Sequence[Path], output: Path, target: float | None) -> None
         raise ConfigurationError("give the folders of the runs to compare")
     if output.suffix not in FORMATS:
         raise ConfigurationError(f"--output={output} should end in {', '.join(FORMATS)}")
+    if not output.absolute().parent.is_dir():
+        raise ConfigurationError(f"--output={output} is in a folder that does not exist")
     short = [folder for folder in folders if too_short(folder)]
     folders = [folder for folder in folders if folder not in short] or folders
     runs = load_runs(folders)

@@ -100,7 +100,7 @@ def _parse(argv: list[str], about: str, operands: bool) -> list[str]:
     try:
         rest = FLAGS(argv)[1:]
     except flags.Error as error:
-        raise ConfigurationError(str(error)) from None
+        raise ConfigurationError(str(error).removeprefix("ERROR:: ")) from None
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # the log messages of libraries are noise here
     if rest and not operands:

@@ -10,6 +10,7 @@ from experiments.benchmarks.compression.sync_time import sync_times
 from experiments.benchmarks.compression.tables import show_memory, show_sync_times
 from experiments.benchmarks.compression.task import make_task
 from experiments.benchmarks.machine_load import OtherLoad, wait_until_idle
+from jaxlocal.compression import parse
 
 COMPRESSORS = (
     *("identity", "grbs:64", "random_k:64", "top_k:64", "top_k:64:tensor", "top_k:64:model"),
@@ -40,6 +41,8 @@ def run(options: Options, wait_idle: float, console: Console) -> dict[str, Any]:
     Returns:
       The figures: "sync_times", "memory", "other_load_before" and "other_load_during".
     """
+    for spec in options.compressors:
+        parse(spec)  # a mistake is reported before anything is measured
     image = (options.image, options.image, 3)
     timed = make_task(options.model, image, options.batch_size)
     counted = make_task(options.memory_model, image, options.batch_size)
