@@ -245,7 +245,7 @@ def test_other_mistakes_are_reported_with_their_values(tmp_path):
         ([good, tmp_path / "odd" / ".." / "run"], picture, "given twice"),
         ([tmp_path / "odd"], picture, "odd were not measured at the same steps"),
         ([good], tmp_path / "compare.txt", "compare.txt should end in .png"),
-        ([good], tmp_path / "none" / "compare.png", "none.compare.png cannot be written"),
+        ([good], tmp_path / "none" / "compare.png", "is in a folder that does not exist"),
     ]:
         with pytest.raises(ConfigurationError, match=words):
             compare(folders, output, None)
