@@ -9,6 +9,7 @@ import optax
 import problems
 import pytest
 import reference
+import reference_periods
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -179,7 +180,7 @@ OPTIMIZERS = {
 )
 def test_local_sgd(optimizer, at_sync, decay, shape, mesh):
     peak = 0.1 if optimizer != "sgd" else 0.2
-    rate = reference.schedule(decay, peak, STEPS, WARMUP)
+    rate = reference_periods.schedule(decay, peak, STEPS, WARMUP)
     make_optimizer, reference_loop = OPTIMIZERS[optimizer]
     scheduled = problems.schedule(decay, peak, STEPS, WARMUP)
     layout = Layout(*shape, weights=np.random.default_rng(1).uniform(0.5, 4, shape))
@@ -190,13 +191,13 @@ def test_local_sgd(optimizer, at_sync, decay, shape, mesh):
     batches = problems.make_batches(layout, STEPS)
     # H is the host's: the same two programs serve every rule.
     rules = {
-        "constant": (periods.constant(5), reference.constant_periods(STEPS, 5)),
+        "constant": (periods.constant(5), reference_periods.constant(STEPS, 5)),
         "quadratic": (
             periods.qsr(scheduled, coefficient=0.2, base=2, warmup_steps=WARMUP),
-            reference.qsr_periods(rate, STEPS, 0.2, 2, 2, WARMUP),
+            reference_periods.qsr(rate, STEPS, 0.2, 2, 2, WARMUP),
         ),
-        "post-local": (periods.post_local(7, 6), reference.post_local_periods(STEPS, 7, 6)),
-        "swap": (periods.swap(9), reference.swap_periods(STEPS, 9)),
+        "post-local": (periods.post_local(7, 6), reference_periods.post_local(STEPS, 7, 6)),
+        "swap": (periods.swap(9), reference_periods.swap(STEPS, 9)),
     }
     for rule, (period, expected_lengths) in rules.items():
         lengths = list(periods.lengths(period, STEPS))
@@ -238,7 +239,7 @@ def test_rules_in_the_learning_rate(seed, steps, warmup, coefficient, base, expo
     learning_rate = lambda step: jnp.asarray(table)[step]
     period = rule(learning_rate, coefficient=coefficient, base=base, warmup_steps=warmup)
     arguments = (steps, coefficient, base, exponent, warmup)
-    expected = reference.qsr_periods(lambda step: table[step], *arguments)
+    expected = reference_periods.qsr(lambda step: table[step], *arguments)
     assert list(periods.lengths(period, steps)) == expected
 
 
@@ -249,12 +250,12 @@ def test_rules_in_the_step(steps, switch, local_steps):
         method = make(problems.grad_fn, optax.sgd(0.1), **options)
         return list(periods.lengths(method.period, steps))
 
-    expected = reference.constant_periods(steps, local_steps)
+    expected = reference_periods.constant(steps, local_steps)
     assert lengths(jaxlocal.local_sgd, period=local_steps) == expected
-    expected = reference.post_local_periods(steps, switch, local_steps)
+    expected = reference_periods.post_local(steps, switch, local_steps)
     options = {"switch_step": switch, "local_steps": local_steps}
     assert lengths(jaxlocal.post_local_sgd, **options) == expected
-    assert lengths(jaxlocal.swap, switch_step=switch) == reference.swap_periods(steps, switch)
+    assert lengths(jaxlocal.swap, switch_step=switch) == reference_periods.swap(steps, switch)
 
 
 VIT = (300 * 312, 10_000, 0.008)
@@ -273,7 +274,7 @@ RESNET = (200 * 312, 5 * 312, 0.8)
 def test_published_runs(run, rules, decay):
     """Every H of the runs of arXiv 2310.14423: steps, warm-up and peak, and (α, H_base, power)."""
     steps, warmup, peak = run
-    rate = reference.schedule(decay, peak, steps, warmup)
+    rate = reference_periods.schedule(decay, peak, steps, warmup)
     scheduled = problems.schedule(decay, peak, steps, warmup)
     some = range(0, steps, 97)
     rates = periods.rates(scheduled)
@@ -283,5 +284,5 @@ def test_published_runs(run, rules, decay):
         period = periods.power(
             scheduled, coefficient=coefficient, base=base, exponent=exponent, warmup_steps=warmup
         )
-        expected = reference.qsr_periods(rate, steps, coefficient, base, exponent, warmup)
+        expected = reference_periods.qsr(rate, steps, coefficient, base, exponent, warmup)
         assert list(periods.lengths(period, steps)) == expected

@@ -13,6 +13,8 @@ import optax
 import pytest
 import reference
 import reference_compressed as compressed
+import reference_compressors
+import reference_periods
 from problems import connected_graph
 
 import jaxlocal
@@ -60,6 +62,15 @@ def four(rates=1.0, hubs=2):
     return Layout(hubs, 4 // hubs, WEIGHTS, rates)
 
 
+def built(name, optimizer, **options):
+    return getattr(jaxlocal, name)(problem.grad_fn, OPTIMIZERS[optimizer][0], **options)
+
+
+def cser(optimizer, update, reset, **options):
+    compressors = {"gradient_compressor": parse(update), "reset_compressor": parse(reset)}
+    return built("cser", optimizer, **compressors, **options)
+
+
 def compare(method, layout, mesh, optimizer, lengths, loops):
     """Compare a run of the library with `loops(run)`, the expected models and errors (or None).
 
@@ -100,19 +111,17 @@ def at_ends(spec, weights=WEIGHTS, hub_of_worker=None):
     ],
 )
 def test_ef_sgd(spec, optimizer, mesh, worker_map, rates):
-    method = jaxlocal.ef_sgd(
-        problem.grad_fn, OPTIMIZERS[optimizer][0], compressor=parse(spec), worker_map=worker_map
-    )
+    method = built("ef_sgd", optimizer, compressor=parse(spec), worker_map=worker_map)
     loops = lambda run: compressed.ef_sgd(run, STEPS, at_ends(spec))
     anchors, expected, _ = compare(method, four(rates), mesh, optimizer, [1] * STEPS, loops)
     np.testing.assert_allclose(anchors, expected[:, 0], **CLOSE)
 
 
 RULES = {
-    "constant": (periods.constant(5), reference.constant_periods(STEPS, 5)),
+    "constant": (periods.constant(5), reference_periods.constant(STEPS, 5)),
     "quadratic": (
         periods.qsr(decaying, coefficient=0.16, base=2),
-        reference.qsr_periods(decaying, STEPS, 0.16, 2),
+        reference_periods.qsr(decaying, STEPS, 0.16, 2),
     ),
 }
 
@@ -133,9 +142,7 @@ def lengths_of(rule):
 )
 def test_qsparse_local_sgd(spec, optimizer, rule, mesh, rates):
     period, lengths = lengths_of(rule)
-    method = jaxlocal.qsparse_local_sgd(
-        problem.grad_fn, OPTIMIZERS[optimizer][0], compressor=parse(spec), period=period
-    )
+    method = built("qsparse_local_sgd", optimizer, compressor=parse(spec), period=period)
     loops = lambda run: compressed.qsparse_local_sgd(run, lengths, at_ends(spec))
     compare(method, four(rates), mesh, optimizer, lengths, loops)
 
@@ -152,13 +159,7 @@ def test_cser(update, reset, rule, mesh):
     """Algorithm 2, which sends gradients: these compressors are homogeneous, and odd where no entry
     is zero, so that C(−η g) = −η C(g)."""
     period, lengths = lengths_of(rule)
-    method = jaxlocal.cser(
-        problem.grad_fn,
-        OPTIMIZERS["sgd"][0],
-        gradient_compressor=parse(update),
-        reset_compressor=parse(reset),
-        period=period,
-    )
+    method = cser("sgd", update, reset, period=period)
     loops = lambda run: compressed.cser(run, lengths, at_steps(update), at_ends(reset))
     anchors, models, errors = compare(method, four(), mesh, "sgd", lengths, loops)
     np.testing.assert_allclose(anchors, (models - errors)[:, 0], **CLOSE)
@@ -178,11 +179,7 @@ def test_momentum_cser_in_the_first_implementation(
     optimizer, update, reset, rule, mesh, worker_map, rates
 ):
     period, lengths = lengths_of(rule)
-    method = jaxlocal.cser(
-        problem.grad_fn, OPTIMIZERS[optimizer][0],
-        gradient_compressor=parse(update), reset_compressor=parse(reset), period=period,
-        worker_map=worker_map,
-    )  # fmt: skip
+    method = cser(optimizer, update, reset, period=period, worker_map=worker_map)
     loops = lambda run: compressed.m_cser_1(run, lengths, at_steps(update), at_ends(reset))
     anchors, models, errors = compare(method, four(rates), mesh, optimizer, lengths, loops)
     np.testing.assert_allclose(anchors, (models - errors)[:, 0], **CLOSE)
@@ -197,11 +194,7 @@ def test_momentum_cser_in_the_first_implementation(
 )
 def test_momentum_cser_in_the_second_implementation(optimizer, update, reset, mesh, rates):
     period, lengths = lengths_of("quadratic")
-    method = jaxlocal.cser(
-        problem.grad_fn, OPTIMIZERS[optimizer][0],
-        gradient_compressor=parse(update), reset_compressor=parse(reset), period=period,
-        implementation=2,
-    )  # fmt: skip
+    method = cser(optimizer, update, reset, period=period, implementation=2)
 
     def loops(run):
         return compressed.m_cser_2(run, lengths, at_steps(update), at_ends(reset)), None
@@ -219,15 +212,12 @@ def test_momentum_cser_in_the_second_implementation(optimizer, update, reset, me
 )
 def test_csea_and_cser_pl(optimizer, spec, lengths, mesh):
     """CSER that sends nothing at steps; it resets at every step, or at the end of a round."""
-    inner = OPTIMIZERS[optimizer][0]
     if lengths is None:
-        method = jaxlocal.csea(problem.grad_fn, inner, reset_compressor=parse(spec))
-        lengths = [1] * STEPS
+        method, lengths = built("csea", optimizer, reset_compressor=parse(spec)), [1] * STEPS
     else:
         period, lengths = lengths
-        reset = parse(spec)
-        method = jaxlocal.cser_pl(problem.grad_fn, inner, reset_compressor=reset, period=period)
-    loops = lambda run: compressed.m_cser_1(run, lengths, compressed.zero, at_ends(spec))
+        method = built("cser_pl", optimizer, reset_compressor=parse(spec), period=period)
+    loops = lambda run: compressed.m_cser_1(run, lengths, reference_compressors.zero, at_ends(spec))
     anchors, models, errors = compare(method, four(), mesh, optimizer, lengths, loops)
     np.testing.assert_allclose(anchors, (models - errors)[:, 0], **CLOSE)
 
@@ -243,10 +233,8 @@ def test_csea_and_cser_pl(optimizer, spec, lengths, mesh):
 def test_sparse_loco(spec, decay, outer, optimizer, mesh, rates):
     period, lengths = lengths_of("quadratic")
     rate, momentum, nesterov = outer
-    method = jaxlocal.sparse_loco(
-        problem.grad_fn, OPTIMIZERS[optimizer][0], compressor=parse(spec), period=period,
-        outer_optimizer=optax.sgd(rate, momentum or None, nesterov), error_decay=decay,
-    )  # fmt: skip
+    options = {"outer_optimizer": optax.sgd(rate, momentum or None, nesterov), "period": period}
+    method = built("sparse_loco", optimizer, compressor=parse(spec), error_decay=decay, **options)
     loops = lambda run: compressed.sparse_loco(run, lengths, at_ends(spec), decay, *outer)
     compare(method, four(rates), mesh, optimizer, lengths, loops)
 
@@ -262,9 +250,7 @@ def test_sparse_loco(spec, decay, outer, optimizer, mesh, rates):
 def test_data_parallel(spec, optimizer, mesh, rates):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # top_k and powersgd are biased
-        method = jaxlocal.data_parallel(
-            problem.grad_fn, OPTIMIZERS[optimizer][0], compressor=parse(spec)
-        )
+        method = built("data_parallel", optimizer, compressor=parse(spec))
 
     def loops(run):
         one = compressed.data_parallel(run, STEPS, at_steps(spec))
@@ -290,11 +276,9 @@ def test_multi_level_local_sgd(spec, graph, hubs, workers, optimizer, mesh):
         adjacency = connected_graph(hubs, graph)
     else:
         adjacency = topology.hub_graph(graph, hubs)
-    method = jaxlocal.mll_sgd(
-        problem.grad_fn, OPTIMIZERS[optimizer][0],
-        matrix=topology.mixing_matrix(adjacency, layout.hub_weight),
-        local_steps=tau, hub_period=q, compressor=parse(spec),
-    )  # fmt: skip
+    matrix = topology.mixing_matrix(adjacency, layout.hub_weight)
+    options = {"matrix": matrix, "local_steps": tau, "hub_period": q}
+    method = built("mll_sgd", optimizer, compressor=parse(spec), **options)
     hub_of_worker = np.repeat(np.arange(hubs), workers)
     mixing = reference.mixing_matrix(adjacency, layout.hub_weight)
 

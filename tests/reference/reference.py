@@ -1,6 +1,6 @@
 """Each paper's algorithm as slow float64 NumPy loops, the reference for the fast library.
 
-Everything follows the equations, one worker after another, and imports nothing of jaxlocal.
+The loops follow the equations, one worker after another, and import nothing of jaxlocal.
 A model is one vector of `dim` numbers; `gradient(worker, x, step)` and `learning_rate(step)`
 are functions of the global 0-based step. A trajectory holds the models of all workers before
 the first step and after every step, `[steps + 1, workers, dim]`, averaging included.
@@ -19,7 +19,6 @@ Array = NDArray[np.float64]
 Gradient = Callable[[int, Array, int], Array]
 Schedule = Callable[[int], float]
 AtSync = Literal["keep", "average", "reset"]
-Decay = Literal["constant", "cosine", "cosine_step", "linear", "step"]
 
 
 class TwoQuadratics(NamedTuple):
@@ -160,9 +159,10 @@ def local_adamw(
 ) -> Array:
     """Local AdamW: every worker runs AdamW, after every H of `periods` steps x_i ← Σ a_i x_i.
 
-    m ← β₁m + (1−β₁)g; v ← β₂v + (1−β₂)g²; x ← x − η (m̂/(√v̂ + ε) + λx), m̂ = m/(1−β₁ⁿ), v̂ alike
-    (Loshchilov, Hutter, arXiv 1711.05101; locally: Gu et al., arXiv 2310.14423). A sync keeps m, v
-    and n, averages m and v and keeps n, or zeroes all three; η follows the global step always.
+    m ← β₁m + (1−β₁)g; v ← β₂v + (1−β₂)g²; x ← x − η (m̂/(√v̂ + ε) + λx), m̂ = m/(1−β₁ⁿ),
+    v̂ = v/(1−β₂ⁿ) (Loshchilov, Hutter, arXiv 1711.05101; locally: Gu et al., arXiv 2310.14423). A
+    sync keeps m, v and n, averages m and v and keeps n, or zeroes all three; η always follows the
+    global step.
     """
 
     def update(x: Array, state: tuple, g: Array, rate: float) -> tuple[Array, tuple]:
@@ -196,65 +196,6 @@ def data_parallel(
         x = x - learning_rate(step) * (g + momentum * velocity if nesterov else velocity)
         trajectory.append(x)
     return np.stack(trajectory)
-
-
-def constant_periods(steps: int, local_steps: int) -> list[int]:
-    """H at every round."""
-    return _periods(steps, lambda step: local_steps)
-
-
-def post_local_periods(steps: int, switch_step: int, local_steps: int) -> list[int]:
-    """H = 1 before the switch, then constant: post-local SGD, Lin et al., arXiv 1808.07217."""
-    return _periods(steps, lambda step: 1 if step < switch_step else local_steps)
-
-
-def swap_periods(steps: int, switch_step: int) -> list[int]:
-    """H = 1 before the switch, then one average at the end: SWAP, arXiv 2001.02312."""
-    return _periods(steps, lambda step: 1 if step < switch_step else steps)
-
-
-def qsr_periods(
-    learning_rate: Schedule,
-    steps: int,
-    coefficient: float,
-    base: int,
-    power: float = 2,
-    warmup_steps: int = 0,
-) -> list[int]:
-    """H = max{H_base, ⌊(α/η_t)^power⌋}, t the first step of the round: QSR, arXiv 2310.14423.
-
-    A round that starts in warm-up takes the rule's value at the first step after it.
-    """
-
-    def rule(step: int) -> int:
-        return max(base, int((coefficient / learning_rate(max(step, warmup_steps))) ** power))
-
-    return _periods(steps, rule)
-
-
-def schedule(
-    decay: Decay, peak: float, steps: int, warmup_steps: int = 0, floor: float = 1e-6
-) -> Schedule:
-    """Linear warm-up from the floor to the peak, then the decay (arXiv 2310.14423, appendix).
-
-    cosine, linear: from the peak at the end of warm-up to the floor at `steps`; cosine_step:
-    2^round(log2(cosine)), so it starts at the power of two nearest to the peak; step: ×0.1 at
-    1/3 and 2/3 of `steps`, counted from step 0.
-    """
-
-    def learning_rate(step: int) -> float:
-        if step < warmup_steps:
-            return floor + (peak - floor) * step / warmup_steps
-        if decay == "constant":
-            return peak
-        if decay == "step":
-            return peak * 0.1 ** min(3 * step // steps, 2)
-        done = min((step - warmup_steps) / (steps - warmup_steps), 1.0)
-        left = 1 - done if decay == "linear" else (1 + math.cos(math.pi * done)) / 2
-        rate = floor + (peak - floor) * left
-        return 2.0 ** round(math.log2(rate)) if decay == "cosine_step" else rate
-
-    return learning_rate
 
 
 def two_quadratics(
@@ -351,12 +292,3 @@ def _local_optimizer(
             states = [zero_state] * workers
         trajectory[-1] = np.stack(models)
     return np.stack(trajectory)
-
-
-def _periods(steps: int, rule: Callable[[int], int]) -> list[int]:
-    """The rule at the first step of each round, clipped to the steps that remain, at least 1."""
-    periods, step = [], 0
-    while step < steps:
-        periods.append(max(min(rule(step), steps - step), 1))
-        step += periods[-1]
-    return periods

@@ -1,13 +1,11 @@
-"""Methods whose messages are compressed, as slow float64 NumPy loops; the conventions are those of
-`reference`.
+"""Methods with compressed messages as slow float64 NumPy loops, in the conventions of `reference`.
 
-A compressor makes what all workers say of what they would say: `compress(vectors, message)`, rows
-of `[workers, dim]`, where `message` tells one message of a run from another. What is said in the
-middle of a step, of gradients or updates, has the step's 0-based number; what is said of models
-afterwards the number of steps that are over.
-Updates are what is added to a model, u_i = −p_i in terms of the CSER paper. A worker that skips a
-step has an update of zero, keeps its optimizer's state and hears the others. Errors are what a
-worker has not said yet, `[steps + 1, workers, dim]` as the models are.
+A compressor `compress(vectors, message)` maps the vectors of all workers, rows of `[workers, dim]`,
+to what they send. `message` is a number that differs between the messages of a run: for gradients
+and updates, sent within a step, the 0-based step; for models, sent after a step, the number of
+steps taken. An update u_i is added to a model, u_i = −p_i in terms of the CSER paper. A worker that
+skips a step has a zero update, keeps its optimizer state and receives the messages of others. The
+errors e_i of a worker are what its messages have left out, `[steps + 1, workers, dim]`.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from reference import Array, Gradient, Schedule, weighted_mean
+from reference_compressors import Compress
 
-Compress = Callable[[Array, int], Array]
 Rule = Callable[[Array, Any, Array, float], tuple[Array, Any]]  # (x, state, g, η) -> (u, state)
 
 
@@ -46,14 +44,14 @@ def adamw(beta1: float, beta2: float, weight_decay: float, epsilon: float = 1e-8
 
 
 class Run(NamedTuple):
-    """What every method is told of the workers and of what each does on its own."""
+    """The arguments of every method: the workers and their optimizer."""
 
     gradient: Gradient
     start: Array
     learning_rate: Schedule
     weights: ArrayLike
     rule: Rule = sgd()
-    active: NDArray[np.bool_] | None = None  # [steps, workers]; None if all always are
+    active: NDArray[np.bool_] | None = None  # [steps, workers]; None: all of them always
 
 
 def psync(
@@ -90,7 +88,7 @@ def ef_sgd(run: Run, steps: int, compress: Compress) -> tuple[Array, Array]:
 
 
 def qsparse_local_sgd(run: Run, periods: Sequence[int], compress: Compress) -> tuple[Array, Array]:
-    """Local steps, then error feedback on how far a worker came, Basu et al., arXiv 1906.02367.
+    """Local steps, then error feedback on the sum of updates, Basu et al., arXiv 1906.02367.
 
     every H: p_i = e_i + x_i − y; e_i ← p_i − C(p_i); y ← y + Σ a_i C(p_i); x_i ← y
     """
@@ -113,7 +111,7 @@ def sparse_loco(
     outer_momentum: float = 0.0,
     nesterov: bool = False,
 ) -> tuple[Array, Array]:
-    """Errors that are forgotten and an outer optimizer, arXiv 2508.15706.
+    """Error feedback with decay, and an outer optimizer, arXiv 2508.15706.
 
     every H: p_i = ρ e_i + x_i − y; e_i ← p_i − C(p_i); d = −Σ a_i C(p_i); v ← β v + d;
              y ← y − α v, with Nesterov y − α (d + β v); x_i ← y
@@ -135,7 +133,7 @@ def sparse_loco(
 def cser(
     run: Run, periods: Sequence[int], gradient_compress: Compress, reset_compress: Compress
 ) -> tuple[Array, Array]:
-    """CSER, Algorithm 2 of Xie et al., arXiv 2007.13221: gradients said, an error buffer each.
+    """CSER, Algorithm 2 of Xie et al., arXiv 2007.13221: compressed gradients, error buffers.
 
     every step: g'_i, r_i ← PSync(g_i, C2); x_i ← x_i − η g'_i; e_i ← e_i − η r_i
     every H:    e'_i, r_i ← PSync(e_i, C1); x_i ← x_i − e_i + e'_i; e_i ← r_i
@@ -154,8 +152,8 @@ def cser(
 def m_cser_1(
     run: Run, periods: Sequence[int], update_compress: Compress, reset_compress: Compress
 ) -> tuple[Array, Array]:
-    """M-CSER, implementation I, Algorithm 4 of arXiv 2007.13221, for any optimizer: its updates are
-    said, and its state is a worker's own.
+    """M-CSER, implementation I, Algorithm 4 of arXiv 2007.13221, for any optimizer of a
+    worker, whose updates are compressed.
 
     every step: u'_i, r_i ← PSync(u_i, C2); x_i ← x_i + u'_i; e_i ← e_i + r_i
     every H:    as in Algorithm 2
@@ -199,7 +197,7 @@ def mll_sgd(
     mixing: Array,
     compress: Compress,
 ) -> tuple[Array, Array]:
-    """Multi-Level Local SGD whose hub averages feed errors back, z_d being where hub d began.
+    """Multi-Level Local SGD with error feedback in hub averages, from the hub model z_d.
 
     every τ:  p_i = e_i + x_i − z_d; e_i ← p_i − C(p_i); x_i ← z_d ← z_d + Σ_{i in d} v_i C(p_i)
     every qτ: x_i ← z_d ← Σ_j H_jd z_j
@@ -219,45 +217,8 @@ def mll_sgd(
     return workers.trajectories()
 
 
-def each(one: Callable[[Array], Array]) -> Compress:
-    """What every worker says of its own vector alone, the same at every message."""
-    return lambda vectors, message: np.stack([one(vector) for vector in vectors])
-
-
-identity = each(lambda vector: vector)
-zero = each(np.zeros_like)
-
-
-def top_k(kept: int) -> Compress:
-    """The entries of largest magnitude, of two alike the first."""
-
-    def one(vector: Array) -> Array:
-        order = sorted(range(len(vector)), key=lambda i: -abs(vector[i]))
-        sent = np.zeros_like(vector)
-        sent[order[:kept]] = vector[order[:kept]]
-        return sent
-
-    return each(one)
-
-
-sign = each(lambda vector: np.where(vector < 0, -1.0, 1.0) * np.mean(np.abs(vector)))
-
-
-def shared_block(kept: int, start_of: Callable[[int], int]) -> Compress:
-    """So many entries from start_of(message) on, around the end, the same on all workers."""
-
-    def compress(vectors: Array, message: int) -> Array:
-        sent = np.zeros_like(vectors)
-        for offset in range(kept):
-            column = (start_of(message) + offset) % vectors.shape[1]
-            sent[:, column] = vectors[:, column]
-        return sent
-
-    return compress
-
-
 class _Workers:
-    """The models, errors and optimizer states of all workers, and what the first two have been."""
+    """The models, errors and optimizer states of all workers, and the history of the first two."""
 
     def __init__(self, run: Run) -> None:
         self._run, count = run, np.size(run.weights)
@@ -285,7 +246,7 @@ class _Workers:
         return updates
 
     def local_steps(self, step: int, count: int) -> int:
-        """So many steps in which nothing is said; the step after them."""
+        """Take a number of steps without messages; returns the step after them."""
         for now in range(step, step + count):
             self.after_step(self.models + self.updates(now), self.errors)
         return step + count
@@ -300,7 +261,7 @@ class _Workers:
         self._history.append((models, errors))
 
     def after_round(self, models: Array, errors: Array) -> None:
-        """In place of what the last step of the round left."""
+        """Replace the models and errors after the last step of the round."""
         self._history.pop()
         self.after_step(np.broadcast_to(models, errors.shape).copy(), errors)
 

@@ -1,4 +1,4 @@
-"""The reference against closed forms, hand calculations and its own second forms."""
+"""The reference against closed forms, calculations by hand and other forms of the same loops."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+import reference_periods
 
 WORKERS, DIM, STEPS = 6, 3, 24
 HUB_OF_WORKER = (0, 0, 1, 2, 2, 2)
@@ -145,7 +146,7 @@ def test_mll_sgd_on_one_hub_or_a_complete_graph_is_local_sgd(hub_of_worker, mixi
     multi_level = reference.mll_sgd(
         noisy_quadratic, START, rate, STEPS, 4, 1, WEIGHTS, hub_of_worker, mixing, ALWAYS
     )
-    periods = reference.constant_periods(STEPS, 4)
+    periods = reference_periods.constant(STEPS, 4)
     local = reference.local_sgd(noisy_quadratic, START, rate, periods, WEIGHTS)
     np.testing.assert_allclose(multi_level, local, **EXACT)
 
@@ -163,7 +164,7 @@ def test_mll_sgd_that_mixes_completely_at_every_step_is_data_parallel():
 @pytest.mark.parametrize("at_sync", ["keep", "average"])
 def test_momentum_sgd_that_averages_at_every_step_is_data_parallel(nesterov, at_sync):
     # Momentum is linear in the gradients, so the mean of momenta is the momentum of the mean.
-    periods = reference.constant_periods(STEPS, 1)
+    periods = reference_periods.constant(STEPS, 1)
     local = reference.local_sgd(
         noisy_quadratic, START, rate, periods, WEIGHTS, 0.9, nesterov, at_sync
     )
@@ -260,73 +261,6 @@ def test_one_worker_is_optax(function, options, optimizer):
             x = optax.apply_updates(x, updates)
             assert x.dtype == np.float64
             np.testing.assert_allclose(models[step + 1, 0], x, **EXACT)
-
-
-def test_constant_post_local_and_swap_periods():
-    assert reference.constant_periods(10, 4) == [4, 4, 2]
-    assert reference.post_local_periods(10, 3, 4) == [1, 1, 1, 4, 3]
-    assert reference.swap_periods(10, 3) == [1, 1, 1, 7]
-    assert reference.post_local_periods(3, 3, 4) == reference.swap_periods(3, 5) == [1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("power", "expected"),
-    # alpha / lr is 0.4 up to step 3, 2 up to step 9, then 5.
-    [(1, [2, 2, 2, 2, 2, 5, 5]), (2, [2, 2, 4, 4, 8]), (3, [2, 2, 8, 8])],
-)
-def test_qsr_by_hand(power, expected):
-    def learning_rate(step):
-        return 0.5 if step < 4 else 0.1 if step < 10 else 0.04
-
-    assert reference.qsr_periods(learning_rate, 20, 0.2, 2, power) == expected
-
-
-def test_qsr_in_warm_up_takes_the_period_of_the_peak_rate():
-    warm = reference.schedule("constant", 0.1, 14, warmup_steps=5)
-    # (0.25 / 0.1)^2 = 6.25, while the first rate, 1e-6, would ask for one round of 14 steps.
-    assert reference.qsr_periods(warm, 14, 0.25, 2, warmup_steps=5) == [6, 6, 2]
-    assert reference.qsr_periods(warm, 14, 0.25, 2) == [14]
-
-
-def test_qsr_without_coefficient_is_constant():
-    decaying = reference.schedule("cosine", 0.1, 50)
-    assert reference.qsr_periods(decaying, 50, 0.0, 4) == reference.constant_periods(50, 4)
-
-
-def test_qsr_on_the_published_vit_run():
-    # 300 epochs of 312 steps, peak 0.008: (0.0175 / 0.008)^2 = 4.8, so H starts at 4 and the
-    # published saving (9 to 25 % of the synchronizations) is that of the tail.
-    steps, warmup = 300 * 312, 10_000
-    cosine = reference.schedule("cosine", 0.008, steps, warmup)
-    periods = reference.qsr_periods(cosine, steps, 0.0175, 4, warmup_steps=warmup)
-    assert sum(periods) == steps and periods[:2500] == [4] * 2500
-    assert periods[:-1] == sorted(periods[:-1])
-    assert 0.09 <= len(periods) / steps <= 0.25
-
-
-@pytest.mark.parametrize(
-    ("decay", "expected"),
-    [
-        ("constant", [0.8, 0.8, 0.8]),
-        ("cosine", [0.8, (0.8 + 1e-6) / 2, 1e-6]),
-        ("linear", [0.8, (0.8 + 1e-6) / 2, 1e-6]),
-        # log2 of 0.8, 0.4 and 1e-6 is -0.32, -1.32 and -19.93.
-        ("cosine_step", [1.0, 0.5, 2.0**-20]),
-        # Thirds count from step 0: step 15 of 24 lies in the second, step 24 after the third.
-        ("step", [0.8, 0.08, 0.008]),
-    ],
-)
-def test_schedules_at_the_peak_in_the_middle_and_at_the_end(decay, expected):
-    learning_rate = reference.schedule(decay, 0.8, 24, warmup_steps=6)
-    np.testing.assert_allclose([learning_rate(t) for t in (6, 15, 24)], expected, rtol=1e-12)
-    warm = [1e-6 + (0.8 - 1e-6) * t / 6 for t in range(6)]
-    np.testing.assert_allclose([learning_rate(t) for t in range(6)], warm, rtol=1e-12)
-
-
-def test_step_decay_changes_at_the_first_step_at_or_after_a_third():
-    learning_rate = reference.schedule("step", 1.0, 10)
-    changes = [t for t in range(1, 10) if learning_rate(t) != learning_rate(t - 1)]
-    assert changes == [4, 7]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""The loops with compressed messages against hand calculations, conservation laws, the loops
-without compression, and second forms of their own."""
+"""The loops with compressed messages against calculations by hand, conservation laws, the loops
+without compression, and other forms of the same loops."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import reference
 import reference_compressed as compressed
+import reference_compressors as compressors
 from reference_compressed import Run, adamw, sgd
 
 WORKERS, DIM, STEPS = 5, 6, 24
@@ -30,11 +31,11 @@ def start_of(message):
 
 
 COMPRESSORS = {
-    "identity": compressed.identity,
-    "zero": compressed.zero,
-    "top_k": compressed.top_k(2),
-    "sign": compressed.sign,
-    "shared_block": compressed.shared_block(2, start_of),
+    "identity": compressors.identity,
+    "zero": compressors.zero,
+    "top_k": compressors.top_k(2),
+    "sign": compressors.sign,
+    "shared_block": compressors.shared_block(2, start_of),
 }
 RULES = {
     "sgd": sgd(),
@@ -42,8 +43,8 @@ RULES = {
     "nesterov": sgd(0.8, nesterov=True),
     "adamw": adamw(0.8, 0.95, 0.1),
 }
-LOSSY = compressed.top_k(2)
-BLOCK = compressed.shared_block(1, start_of)
+LOSSY = compressors.top_k(2)
+BLOCK = compressors.shared_block(1, start_of)
 
 
 def noisy_quadratic(worker, x, step):
@@ -66,13 +67,13 @@ def updates_of(rule, models, active=None):
     """The mean of the updates that the models of a trajectory made, [steps, DIM]."""
     states, updates = [None] * WORKERS, []
     for step, x in enumerate(models[:-1]):
-        update = np.zeros(DIM)
+        mean = np.zeros(DIM)
         for worker in range(WORKERS):
             if active is None or active[step, worker]:
                 g = noisy_quadratic(worker, x[worker], step)
                 update, states[worker] = rule(x[worker], states[worker], g, rate(step))
-                update += SHARES[worker] * update
-        updates.append(update)
+                mean += SHARES[worker] * update
+        updates.append(mean)
     return np.stack(updates)
 
 
@@ -86,7 +87,7 @@ def test_compressors_by_hand():
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
-def test_partial_synchronisation_keeps_the_mean_and_what_was_not_said(name):
+def test_partial_synchronisation_keeps_the_mean_and_the_residuals(name):
     vectors = np.random.default_rng(1).normal(size=(WORKERS, DIM))
     synced, residuals = compressed.psync(vectors, COMPRESSORS[name], WEIGHTS, 3)
     np.testing.assert_allclose(SHARES @ synced, SHARES @ vectors, **EXACT)
@@ -96,9 +97,9 @@ def test_partial_synchronisation_keeps_the_mean_and_what_was_not_said(name):
 
 
 def test_partial_synchronisation_by_hand():
-    """Weights 1/4 and 3/4; the larger entry of each is said: (0, −4) and (8, 0)."""
+    """Weights 1/4 and 3/4; each worker sends its larger entry: (0, −4) and (8, 0)."""
     vectors = np.array([[1.0, -4.0], [8.0, 2.0]])
-    synced, residuals = compressed.psync(vectors, compressed.top_k(1), [1, 3], 0)
+    synced, residuals = compressed.psync(vectors, compressors.top_k(1), [1, 3], 0)
     assert residuals.tolist() == [[1, 0], [0, 2]]
     assert synced.tolist() == [[7, -1], [6, 1]]
 
@@ -106,8 +107,8 @@ def test_partial_synchronisation_by_hand():
 @pytest.mark.parametrize("active", [None, SOMETIMES], ids=["always", "sometimes"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", COMPRESSORS)
-def test_the_mean_moves_by_the_mean_update_whatever_is_said(name, rule, active):
-    """Σ a_j x_j of CSER, and Σ a_j (x_j + e_j) of what feeds errors back."""
+def test_the_mean_moves_by_the_mean_update_with_any_compressor(name, rule, active):
+    """The mean is Σ a_j x_j in CSER, and Σ a_j (x_j + e_j) with error feedback."""
     run, compress = make_run(RULES[rule], active), COMPRESSORS[name]
     models, errors = compressed.m_cser_1(run, [5, 3, 8, 8], compress, BLOCK)
     moved = START + np.cumsum(updates_of(run.rule, models, active), axis=0)
@@ -131,8 +132,8 @@ def test_models_without_their_errors_are_common_at_every_step(name, method, acti
 
 
 def anchor_form(run, periods, update_compress, reset_compress, at_steps):
-    """M-CSER I for one anchor y instead of K errors, e_i = x_i − y: y moves by the mean of what is
-    said, at steps too or at resets alone."""
+    """M-CSER I with one anchor y instead of K errors, e_i = x_i − y. The anchor moves by the mean
+    message, at steps too or at resets alone."""
     x, y, step = np.stack([run.start] * WORKERS), run.start, 0
     states, models = [None] * WORKERS, [x]
     for local_steps in periods:
@@ -143,29 +144,29 @@ def anchor_form(run, periods, update_compress, reset_compress, at_steps):
                 updates[worker], states[worker] = run.rule(
                     x[worker], states[worker], g, run.learning_rate(step)
                 )
-            said = update_compress(updates, step)
-            x = x + SHARES @ said + (updates - said)
-            y = y + SHARES @ said if at_steps else y
+            sent = update_compress(updates, step)
+            x = x + SHARES @ sent + (updates - sent)
+            y = y + SHARES @ sent if at_steps else y
             step += 1
             models.append(x)
         errors = x - y
-        said = reset_compress(errors, step)
-        y = y + SHARES @ said
-        x = y + (errors - said)
+        sent = reset_compress(errors, step)
+        y = y + SHARES @ sent
+        x = y + (errors - sent)
         models[-1] = x
     return np.stack(models)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_one_anchor_is_as_good_as_an_error_of_every_worker_if_it_moves_at_steps_too(rule):
+def test_one_anchor_replaces_the_errors_of_all_workers_if_it_moves_at_steps_too(rule):
     arguments = (make_run(RULES[rule]), [5, 3, 8, 8], BLOCK, LOSSY)
     models, _ = compressed.m_cser_1(*arguments)
     np.testing.assert_allclose(anchor_form(*arguments, at_steps=True), models, **EXACT)
     assert np.abs(anchor_form(*arguments, at_steps=False) - models).max() > 1e-3
 
 
-def test_where_the_reset_is_linear_what_the_errors_have_in_common_does_not_matter():
-    """PSync(e_i + c) = PSync(e_i) + c of a mask that is the same on all workers."""
+def test_under_a_linear_reset_the_common_part_of_the_errors_does_not_matter():
+    """PSync(e_i + c) = PSync(e_i) + c if the mask is the same on all workers."""
     arguments = (make_run(), [5, 3, 8, 8], LOSSY, BLOCK)
     models, _ = compressed.m_cser_1(*arguments)
     for at_steps in (True, False):
@@ -194,14 +195,14 @@ def local(rule, periods):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_all_that_is_said_whole_is_local_sgd(rule):
-    run, periods, whole = make_run(RULES[rule]), [5, 3, 8, 8], compressed.identity
+def test_methods_that_send_everything_are_local_sgd(rule):
+    run, periods, whole = make_run(RULES[rule]), [5, 3, 8, 8], compressors.identity
     expected = local(rule, periods)
     for models in [
         compressed.qsparse_local_sgd(run, periods, whole)[0],
         compressed.sparse_loco(run, periods, whole, 0.5, 1.0)[0],
-        compressed.m_cser_1(run, periods, compressed.zero, whole)[0],
-        compressed.m_cser_2(run, periods, compressed.zero, whole),
+        compressed.m_cser_1(run, periods, compressors.zero, whole)[0],
+        compressed.m_cser_2(run, periods, compressors.zero, whole),
     ]:
         np.testing.assert_allclose(models, expected, **EXACT)
     every_step = local(rule, [1] * STEPS)
@@ -209,8 +210,8 @@ def test_all_that_is_said_whole_is_local_sgd(rule):
 
 
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "nesterov"])
-def test_updates_said_whole_are_data_parallelism_where_they_are_linear_in_the_gradient(rule):
-    run, whole = make_run(RULES[rule]), compressed.identity
+def test_updates_that_are_linear_in_the_gradient_sent_whole_are_data_parallelism(rule):
+    run, whole = make_run(RULES[rule]), compressors.identity
     beta = 0.0 if rule == "sgd" else 0.8
     expected = reference.data_parallel(
         noisy_quadratic, START, rate, STEPS, WEIGHTS, beta, rule == "nesterov"
@@ -237,20 +238,20 @@ def test_error_feedback_at_every_step_is_qsparse_with_rounds_of_one_step(name):
 
 def test_error_feedback_by_hand():
     """Constant gradients (1, 3) and (2, 0), η = 1, top-1. First p = (−1, −3), (−2, 0), of which −3
-    and −2 are said; then (−2, −3) and (−2, 0): −3 and −2 again, and e_1 = (−2, 0)."""
+    and −2 are sent; then (−2, −3) and (−2, 0): −3 and −2 again, and e_1 = (−2, 0)."""
     gradients = np.array([[1.0, 3.0], [2.0, 0.0]])
     run = Run(lambda worker, x, step: gradients[worker], np.zeros(2), lambda step: 1.0, [1, 1])
-    models, errors = compressed.ef_sgd(run, 2, compressed.top_k(1))
+    models, errors = compressed.ef_sgd(run, 2, compressors.top_k(1))
     assert models[:, 0].tolist() == [[0, 0], [-1, -1.5], [-2, -3]]
     assert errors[:, 0].tolist() == [[0, 0], [-1, 0], [-2, 0]] and not errors[:, 1].any()
 
 
 def test_an_outer_optimizer_and_a_decay_by_hand():
-    """One worker, a gradient of 1, η = 1, rounds of two steps, nothing said at the second end:
+    """One worker, a gradient of 1, η = 1, rounds of two steps, nothing sent at the second end:
     d = 2, v = 2, y = −α (2 + β 2) = −1.5; then p = −2, d = 0, v = 1, y = −1.5 − 0.5 · 0.5 · 1."""
     run = Run(lambda worker, x, step: np.ones(1), np.zeros(1), lambda step: 1.0, [1])
-    say_at_2 = lambda vectors, message: vectors * (message == 2)
-    arguments = (run, [2, 2, 2], say_at_2, 0.5, 0.5)
+    send_at_2 = lambda vectors, message: vectors * (message == 2)
+    arguments = (run, [2, 2, 2], send_at_2, 0.5, 0.5)
     models, errors = compressed.sparse_loco(*arguments, outer_momentum=0.5, nesterov=True)
     # The third: p = 0.5 · −2 − 2 = −3, d = 0, v = 0.5, y = −1.75 − 0.5 · 0.5 · 0.5.
     assert models[::2, 0, 0].tolist() == [0, -1.5, -1.75, -1.875]
@@ -258,9 +259,9 @@ def test_an_outer_optimizer_and_a_decay_by_hand():
 
 
 @pytest.mark.parametrize("active", [None, SOMETIMES], ids=["always", "sometimes"])
-def test_hub_averages_said_whole_are_multi_level_local_sgd(active):
+def test_hub_averages_sent_whole_are_multi_level_local_sgd(active):
     run = make_run(active=active)
-    models, _ = compressed.mll_sgd(run, STEPS, 3, 2, HUB_OF_WORKER, MIXING, compressed.identity)
+    models, _ = compressed.mll_sgd(run, STEPS, 3, 2, HUB_OF_WORKER, MIXING, compressors.identity)
     always = np.ones((STEPS, WORKERS), bool) if active is None else active
     expected = reference.mll_sgd(
         noisy_quadratic, START, rate, STEPS, 3, 2, WEIGHTS, HUB_OF_WORKER, MIXING, always

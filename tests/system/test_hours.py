@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-import reference
+import reference_periods
 from absl import flags
 from rich.console import Console
 
@@ -161,10 +161,10 @@ def test_the_published_hours_of_qsr_and_what_they_predict(gpus):
     got = {p["period"].split(",")[0]: p for p in figures["predictions"][5:]}
     assert [p["rounds"] for p in figures["predictions"][:5]] == [46800, 23400, 11700, 5850, 2925]
     assert got["post-local"]["rounds"] == 46800 + 46800 // 4
-    rate = reference.schedule("cosine", 0.008, 93_600, 10_000)
+    rate = reference_periods.schedule("cosine", 0.008, 93_600, 10_000)
     for name, power in (("linear", 1), ("cubic", 3)):
         rule = 0.008 * 4 ** (1 / power), 4, power, 10_000
-        assert got[name]["rounds"] == len(reference.qsr_periods(rate, 93_600, *rule))
+        assert got[name]["rounds"] == len(reference_periods.qsr(rate, 93_600, *rule))
     for p in figures["predictions"]:
         assert p["hours"] == pytest.approx(compute + p["rounds"] / 93600 * slope)
     shown = io.StringIO()

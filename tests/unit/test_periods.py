@@ -91,7 +91,7 @@ def test_warmup_takes_the_rate_right_after_it():
 def test_on_hubs_a_period_is_a_multiple_of_the_steps_between_hub_averages():
     rule = periods.qsr(lambda step: 0.5 / (1 + step), coefficient=1.0, base=8, multiple=4)
     rounds = list(lengths(rule, 400))
-    # At step 8 the rule says (9 / 0.5)² = 324.
+    # At step 8 the rule gives (9 / 0.5)² = 324.
     assert rounds == [8, 324, 68]
     at = lambda rate: periods.linear(rate, coefficient=1.0, base=8, multiple=4).length(0, 1000)
     assert [at(1 / 11.5), at(1 / 12.5), at(1 / 15.5), at(1 / 16.5)] == [8, 12, 12, 16]

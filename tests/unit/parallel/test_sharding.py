@@ -197,6 +197,7 @@ def test_a_device_holds_its_shard_of_a_worker():
         assert shard < 0.4 * whole
 
 
+@pytest.mark.optimized
 def test_each_device_sends_its_shard_of_the_model_to_other_workers():
     round_fn, state, _ = language_round()
     sent = by_kind(one.collective() for one in audit(compiled("outer"), round_fn.mesh))
@@ -205,12 +206,14 @@ def test_each_device_sends_its_shard_of_the_model_to_other_workers():
     assert sent == by_kind(round_fn.collectives(state, 1))
 
 
+@pytest.mark.optimized
 def test_in_local_steps_only_the_devices_of_one_worker_communicate():
     found = audit(compiled(4), language_round()[0].mesh)
     assert found and {one.axes for one in found} == {("model",)}
     assert all(one.loops for one in found)
 
 
+@pytest.mark.optimized
 def test_the_devices_of_a_worker_divide_its_batch():
     whole, sharded = (compiled(4, mesh).cost_analysis() for mesh in (WHOLE, MESH))
     assert sharded["flops"] < 0.4 * whole["flops"]

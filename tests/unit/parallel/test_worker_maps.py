@@ -74,6 +74,7 @@ def test_a_result_that_replaces_an_argument_has_its_shape_and_dtype(mode, wrong)
         over_workers(lambda x: (wrong(x),), mode, in_place=1)(jnp.ones((1, 4, 3)))
 
 
+@pytest.mark.optimized
 def test_a_loop_that_writes_its_results_in_place_needs_less_memory():
     """Local steps hold no second copy of all models."""
     params, batch = jnp.ones((1, 16, 4096)), jnp.ones((1, 16))

@@ -1,4 +1,4 @@
-"""Gradients of a batch in parts: the larger batch's, for less memory."""
+"""Gradient accumulation: a batch in parts gives the gradient of the whole batch."""
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ def test_parts_give_the_run_of_the_whole_batch(method, worker_map):
     with jax.enable_x64(True):
         for parts in (1, 2, 3, 12):
             grad_fn = jaxlocal.accumulate(problems.grad_fn, parts)
-            rounds = method(grad_fn, optax.adam(0.1), worker_map=worker_map)
-            round_fn = RoundFn(rounds, LAYOUT, make_mesh(LAYOUT, shape=(2, 2)), max_chunk=1)
+            local = method(grad_fn, optax.adam(0.1), worker_map=worker_map)
+            round_fn = RoundFn(local, LAYOUT, make_mesh(LAYOUT, shape=(2, 2)), max_chunk=1)
             state = round_fn.init(problems.START, jax.random.key(0))
             state, info = round_fn(state, batches)
             ends.append((problems.vectors(state.params), np.asarray(info.worker["loss"])))
@@ -29,7 +29,7 @@ def test_parts_give_the_run_of_the_whole_batch(method, worker_map):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), end, ends[0])
 
 
-def test_every_part_sees_what_the_part_before_it_left_and_a_key_of_its_own():
+def test_every_part_is_given_the_model_state_of_the_part_before_it_and_its_own_key():
     def loss(w, state, batch, key):
         seen = {
             "last": batch.mean(),

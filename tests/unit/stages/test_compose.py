@@ -1,4 +1,4 @@
-"""Stages made of stages do what their parts do, and say and report what their parts do."""
+"""Composed stages apply their parts in order, and list the messages and reports of all parts."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ BATCHES = np.arange(24.0, dtype=np.float32).reshape(12, 1, 2)
 
 
 def adder(steps=1, name="sum", factor=1.0, bits=1, anchored=False):
-    """Adds its batches to the state, one step after another, and counts its applications."""
+    """A stage that adds its batches to the state and counts its applications."""
 
     def apply(state, memory, batches, context):
         assert batches.shape[0] == steps
@@ -38,7 +38,7 @@ def values(size):
 
 
 def doubler():
-    """Takes no steps: what ends a round."""
+    """A stage without steps, as at the end of a round."""
     return Stage(
         lambda state: (),
         lambda state, memory, batches, context: (2 * state, memory, Info()),
@@ -48,12 +48,12 @@ def doubler():
 
 
 def turning(*sizes):
-    """Says something else at each application, in turn."""
+    """A stage that sends messages of these sizes in turn, one at each application."""
     return in_turn(*(adder(bits=size) for size in sizes))
 
 
-def said(stage, number=0):
-    """The bits that a worker says in one application."""
+def bits_sent(stage, number=0):
+    """The bits that a worker sends in one application."""
     return message_bits(stage.communication(None, number), LAYOUT).workers
 
 
@@ -73,10 +73,11 @@ def test_a_stage_repeated_sees_each_of_its_batches_once_and_in_turn():
 def test_repeating_counts_steps_and_messages_and_keeps_the_rest():
     stage = repeat(adder(steps=3, bits=2**40, anchored=True), 1000)
     assert stage.steps == 3000 and stage.anchored and not repeat(adder(), 2).anchored
-    assert said(stage) == 8000 * 2**40 and isinstance(said(stage), int)
+    assert bits_sent(stage) == 8000 * 2**40 and isinstance(bits_sent(stage), int)
     assert isinstance(stage.init(None), Memory)
 
 
+@pytest.mark.optimized
 def test_splitting_a_number_of_times_keeps_the_bits():
     def one(state, memory, batches, context):
         return jnp.sin(state * 1.7 + batches[0]), memory, Info({"state": state[None]})
@@ -113,9 +114,9 @@ def test_reports_are_joined_by_name():
     np.testing.assert_array_equal(info.common["b"], BATCHES[1:3].sum(axis=(1, 2)))
 
 
-def test_a_sequence_says_what_its_stages_say_and_is_anchored_if_one_is():
+def test_a_sequence_sends_the_messages_of_its_stages_and_is_anchored_if_one_is():
     stage = sequence(adder(bits=3), doubler(), adder(bits=4))
-    assert said(stage) == 8 * (3 + 2 * 5 + 4)
+    assert bits_sent(stage) == 8 * (3 + 2 * 5 + 4)
     assert not stage.anchored and sequence(doubler(), adder(anchored=True)).anchored
 
 
@@ -138,19 +139,21 @@ def test_stages_in_turn_run_one_at_each_apply_and_keep_their_memories():
 
 
 @pytest.mark.parametrize("times", [1, 2, 3, 6, 7])
-def test_what_is_said_in_turn_is_counted_in_turn(times):
+def test_messages_sent_in_turn_are_counted_in_turn(times):
     stage = sequence(repeat(turning(1, 10, 100), times), turning(1000, 5000))
     turns = [n % 3 for n in range(12 * times)]
     expected = [
         sum(10 ** turns[i] for i in range(n * times, n * times + times)) + (1000, 5000)[n % 2]
         for n in range(12)
     ]
-    assert [said(stage, n) for n in range(12)] == [8 * e for e in expected]
-    assert [said(stage, n + stage.turns) for n in range(6)] == [said(stage, n) for n in range(6)]
+    assert [bits_sent(stage, n) for n in range(12)] == [8 * e for e in expected]
+    assert [bits_sent(stage, n + stage.turns) for n in range(6)] == [
+        bits_sent(stage, n) for n in range(6)
+    ]
 
 
 @pytest.mark.parametrize("stage", [sequence(), NOTHING], ids=["empty sequence", "nothing"])
-def test_what_does_nothing_does_nothing(stage):
+def test_a_stage_that_does_nothing_changes_nothing(stage):
     state = jnp.ones((1, 2))
     after, memory, info = stage.apply(state, stage.init(state), BATCHES[:0], None)
     assert after is state and memory == () and info == Info({}, {})
@@ -158,9 +161,9 @@ def test_what_does_nothing_does_nothing(stage):
 
 
 def test_stages_nest():
-    """τ steps and an average, q times over: the shape of every method on hubs."""
+    """τ steps and an average, q times: the form of every method on hubs."""
     stage = repeat(sequence(repeat(adder(), 3), doubler()), 4)
-    assert stage.steps == 12 and said(stage) == 8 * (12 + 4 * 2 * 5)
+    assert stage.steps == 12 and bits_sent(stage) == 8 * (12 + 4 * 2 * 5)
     state, memory, info = apply(stage)
     expected = np.zeros((1, 2))
     for start in range(0, 12, 3):

@@ -26,7 +26,7 @@ def streaming(**options):
 def run(method, rounds=6, steps=2):
     round_fn = problems.on_one_device(method, LAYOUT)
     state = round_fn.init(problems.START, jax.random.key(0))
-    batches = problems.make_batches(LAYOUT, 16)  # the same ones, whatever the length of the run
+    batches = problems.make_batches(LAYOUT, 16)  # the same in runs of any length
     for start in range(0, rounds * steps, steps):
         state, _ = round_fn(state, problems.steps_of(batches, start, start + steps))
     return state
@@ -73,6 +73,7 @@ def test_the_identity_compressor_is_no_compressor():
     )
 
 
+@pytest.mark.optimized
 def test_one_fragment_without_delay_is_error_feedback_with_an_outer_optimizer():
     """With P = 1, τ = 0, α = 0 compressed streaming DiLoCo is SparseLoCo whose errors do not decay:
     the same messages, the same residuals, the same outer steps."""
@@ -143,7 +144,7 @@ def test_a_round_changes_the_errors_of_its_own_fragment_alone():
 def test_with_a_factor_of_one_workers_keep_their_models_and_the_anchor_follows():
     state = run(streaming(mixing_factor=1.0, outer_optimizer=optax.sgd(1.0)), rounds=6)
     alone = run(jaxlocal.swap(problems.grad_fn, SGD, switch_step=0), rounds=1, steps=12)
-    # swap ends on an average: what is compared is the average of the models that never synced.
+    # Swap ends on an average: the average of models that were never synchronised.
     mean = lambda params: jax.tree.map(
         lambda x: np.einsum("dn,dn...->...", LAYOUT.weight, x), params
     )

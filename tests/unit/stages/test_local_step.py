@@ -1,4 +1,4 @@
-"""The step: who takes its step, on which examples, with which keys, and what it reports."""
+"""The local step: which workers take it, on which examples, with which keys, and its reports."""
 
 import re
 
@@ -27,15 +27,15 @@ HALF = Layout(2, 4, rates=0.5)
 
 
 def constant_gradient(params, batch, key):
-    """Its gradient is the batch."""
+    """A loss whose gradient is the batch."""
     return params @ batch
 
 
 def steps_only(grad_fn, optimizer, layout, mesh=(1, 1), data=(), **options):
-    rounds = Method(
+    method = Method(
         local_step(grad_fn, optimizer, **options), NOTHING, optimizer, periods.constant(1)
     )
-    return RoundFn(rounds, layout, make_mesh(layout, shape=mesh), data)
+    return RoundFn(method, layout, make_mesh(layout, shape=mesh), data)
 
 
 def ones(layout, steps):
@@ -106,13 +106,13 @@ def test_workers_are_active_at_their_rates_and_independently(mesh):
 
 
 def test_the_rate_of_learning_follows_the_runs_step_where_workers_skip():
-    """x = − Σ η_t over the steps at which the worker was active, by the run's own clock."""
+    """x = − Σ η_t over the steps t of the run at which the worker was active."""
     schedule = lambda step: 0.5 ** jnp.asarray(step, jnp.float32)
     by_step = optax.chain(optax.identity(), scale_by_step(schedule))
     round_fn = steps_only(gradients(constant_gradient), by_step, HALF)
     state = round_fn.init(jnp.zeros(2), jax.random.key(1))
     active = []
-    for steps in (4, 1, 4):  # the clock goes on from dispatch to dispatch
+    for steps in (4, 1, 4):  # the step of the run is counted over dispatches
         state, info = round_fn(state, ones(HALF, steps))
         active.append(np.asarray(info.worker["active"]))
     active = np.concatenate(active)
@@ -146,10 +146,10 @@ def test_a_skipping_worker_contributes_a_zero_to_the_averaged_gradient(mode):
     state, info = round_fn(state, batches)
     active = np.asarray(info.worker["active"])[0]
     assert 0 < active.sum() < 8
-    # Everyone takes the step, the skipping ones too; shares are not made to sum to one again.
-    transform = -np.einsum("dn,dnp->p", layout.weight * active, batches[0])
-    np.testing.assert_allclose(state.params, np.broadcast_to(1 + transform, (2, 4, 2)), rtol=1e-5)
-    # For the rest the skipping ones did nothing.
+    # All workers take the step, and the shares of the active ones are not made to sum to one.
+    update = -np.einsum("dn,dnp->p", layout.weight * active, batches[0])
+    np.testing.assert_allclose(state.params, np.broadcast_to(1 + update, (2, 4, 2)), rtol=1e-5)
+    # The skipping workers did nothing else.
     np.testing.assert_array_equal(state.model_state["steps"], active)
     losses = active * batches[0].sum(axis=-1)
     np.testing.assert_allclose(info.worker["loss"][0], losses, rtol=1e-5)
@@ -169,6 +169,7 @@ def test_any_mixer_may_average_the_gradients():
     np.testing.assert_allclose(state.params, np.stack([expected] * 2, axis=1), rtol=1e-5)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("mode", "mesh"), [("vmap", (1, 1)), ("map", (1, 4))])
 def test_indices_are_looked_up_in_the_pool(mode, mesh):
     layout, random = Layout(1, 4), np.random.default_rng(0)
@@ -177,11 +178,11 @@ def test_indices_are_looked_up_in_the_pool(mode, mesh):
     index = random.integers(20, size=(3, 1, 4, 5)).astype(np.int32)
     examples = jax.tree.map(lambda leaf: leaf[index], pool)
     options = {"worker_map": mode}
-    told = steps_only(problems.grad_fn, optax.sgd(0.1), layout, mesh, **options)
+    given = steps_only(problems.grad_fn, optax.sgd(0.1), layout, mesh, **options)
     looked_up = steps_only(problems.grad_fn, optax.sgd(0.1), layout, mesh, pool, **options)
     ends = [
         problems.vectors(fn(fn.init(problems.START, jax.random.key(0)), batches)[0].params)
-        for fn, batches in ((told, examples), (looked_up, index))
+        for fn, batches in ((given, examples), (looked_up, index))
     ]
     np.testing.assert_array_equal(*ends)
 
@@ -196,7 +197,7 @@ def test_without_a_pool_a_batch_is_itself():
 
 
 @MODES
-def test_every_worker_and_step_has_a_key_of_its_own_for_its_gradient(mode):
+def test_every_worker_and_step_has_its_own_key_for_its_gradient(mode):
     def loss(params, model_state, batch, key):
         drawn = jax.random.bits(key)
         return params @ batch, (model_state, {"drawn": drawn})
@@ -221,12 +222,14 @@ def test_bits_are_of_one_workers_tree():
     assert model_bits(()) == 0
 
 
-def test_local_steps_say_nothing_and_averaged_ones_their_gradient():
+def test_local_steps_send_nothing_and_averaged_ones_their_gradient():
     state = steps_only(problems.grad_fn, optax.sgd(0.1), HALF).shapes(problems.START)
-    silent = local_step(problems.grad_fn, optax.sgd(0.1))
-    assert silent.steps == 1 and silent.communication(state) == []
-    loud = averaged_gradients(problems.grad_fn, optax.sgd(0.1), mixing.mean())
-    assert message_bits(loud.communication(state), HALF) == MessageBits(workers=4 * 32, hubs=4 * 32)
+    local = local_step(problems.grad_fn, optax.sgd(0.1))
+    assert local.steps == 1 and local.communication(state) == []
+    averaged = averaged_gradients(problems.grad_fn, optax.sgd(0.1), mixing.mean())
+    assert message_bits(averaged.communication(state), HALF) == MessageBits(
+        workers=4 * 32, hubs=4 * 32
+    )
 
 
 def test_an_unknown_worker_map_is_refused():

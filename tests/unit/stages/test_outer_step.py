@@ -1,4 +1,6 @@
-"""Outer optimizers: SlowMo and DiLoCo against float64 loops, and what they must coincide with."""
+"""Outer optimizers: SlowMo and DiLoCo against float64 loops, and against each other."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -93,37 +95,28 @@ def test_the_defaults_are_the_papers():
     np.testing.assert_allclose(outer, reference_outer.diloco(*loop, 0.8, 0.7, 0.9), **CLOSE)
 
 
-@pytest.mark.parametrize("at_sync", ["keep", "average", "reset"])
-@pytest.mark.parametrize("make", ["diloco", "slowmo"])
-def test_an_outer_step_of_one_is_local_sgd(make, at_sync):
-    plain = optax.sgd(1.0)
+@functools.cache
+def local_models(at_sync):
     with jax.enable_x64(True):
-        expected, _, _ = run(
+        return run(
             jaxlocal.local_sgd(problems.grad_fn, heavy_ball(), period=5, optimizer_state=at_sync)
-        )
-        method = {
-            "diloco": lambda: jaxlocal.diloco(
-                problems.grad_fn,
-                heavy_ball(),
-                period=5,
-                outer_optimizer=plain,
-                optimizer_state=at_sync,
-            ),
-            "slowmo": lambda: jaxlocal.slowmo(
-                problems.grad_fn,
-                heavy_ball(),
-                learning_rate=decaying,
-                period=5,
-                outer_optimizer=plain,
-                optimizer_state=at_sync,
-            ),
-        }[make]()
+        )[0]
+
+
+@pytest.mark.parametrize("at_sync", ["keep", "average", "reset"])
+@pytest.mark.parametrize("name", ["diloco", "slowmo"])
+def test_an_outer_step_of_one_is_local_sgd(name, at_sync):
+    options = {"outer_optimizer": optax.sgd(1.0), "optimizer_state": at_sync}
+    if name == "slowmo":
+        options["learning_rate"] = decaying
+    with jax.enable_x64(True):
+        method = getattr(jaxlocal, name)(problems.grad_fn, heavy_ball(), period=5, **options)
         models, _, _ = run(method)
-    np.testing.assert_allclose(models, expected, **CLOSE)
+    np.testing.assert_allclose(models, local_models(at_sync), **CLOSE)
 
 
 def test_slowmo_at_a_constant_rate_is_diloco_with_heavy_ball():
-    """(y − x̄)/η in a linear buffer and αη outside: η cancels where it does not change."""
+    """SlowMo divides by η before its linear buffer and multiplies by it after: η cancels."""
     outer, inner = optax.sgd(0.9, momentum=0.6), optax.sgd(0.05)
     with jax.enable_x64(True):
         slow, _, _ = run(
@@ -168,10 +161,11 @@ def test_the_anchor_of_half_precision_parameters_is_float32():
     assert float(state.anchor) == 1 - 3 * 2.0**-10
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("make", ["diloco", "slowmo"])
 def test_workers_that_do_not_move_leave_the_anchor_where_it_is(make, dtype):
-    """To the bit, whatever the weights, also through a warm-up from a learning rate of zero."""
+    """To the bit, with unequal weights, in a warm-up from a learning rate of zero too."""
     rate = optax.warmup_cosine_decay_schedule(0.0, 0.1, 10, 40)
     grad_fn = jaxlocal.gradients(lambda w, batch, key: (0 * w * batch.astype(w.dtype)).sum())
     method = {
@@ -192,7 +186,7 @@ def test_workers_that_do_not_move_leave_the_anchor_where_it_is(make, dtype):
 
 
 def test_slow_momentum_survives_warm_restarts():
-    """Half-cosines to zero every 12 steps: momentum in units of the gradient stays as it was."""
+    """Half-cosines to zero every 12 steps do not change a momentum in units of the gradient."""
     cosine = lambda step: 0.05 * (1 + jnp.cos(jnp.pi * (step % 12) / 12))
     rate = lambda step: jnp.where(step % 12 == 11, 0.0, cosine(step))
     inner = jaxlocal.scale_by_step(rate)
@@ -207,14 +201,13 @@ def test_slow_momentum_survives_warm_restarts():
     assert spread_of(models) < 3 * spread_of(local)
 
 
-def test_what_is_said():
+def test_messages_are_the_model_and_the_averaged_state():
     model = 32 * len(START)
     for option, factor in [("keep", 1), ("average", 2), ("reset", 1)]:
         method = jaxlocal.diloco(
             problems.grad_fn,
             optax.sgd(0.1, momentum=0.9),
             period=4,
-            outer_optimizer=None,
             optimizer_state=option,
         )
         round_fn = problems.on_one_device(method, Layout(1, 4))

@@ -1,4 +1,4 @@
-"""What ends a round: parameters averaged, optimizer state kept, averaged or reset."""
+"""The end of a round: parameters are averaged, optimizer states kept, averaged or reset."""
 
 import re
 
@@ -25,12 +25,12 @@ ADAMW = optax.adamw(SCHEDULE)
 
 def syncing(mixer, optimizer=ADAMW, option="keep", layout=GRID, mesh=(1, 1), anchored=False):
     stage = sync(mixer, optimizer_state=option, optimizer=optimizer)._replace(anchored=anchored)
-    rounds = Method(local_step(problems.grad_fn, optimizer), stage, optimizer, periods.constant(3))
-    return RoundFn(rounds, layout, make_mesh(layout, shape=mesh))
+    method = Method(local_step(problems.grad_fn, optimizer), stage, optimizer, periods.constant(3))
+    return RoundFn(method, layout, make_mesh(layout, shape=mesh))
 
 
 def midway(round_fn, start=problems.START):
-    """A state as of three steps, in which no two workers are alike."""
+    """A state after three steps in which no two workers are equal."""
     random, state = np.random.default_rng(0), round_fn.init(start, jax.random.key(0))
 
     def unlike(leaf):
@@ -81,7 +81,7 @@ def test_kept_optimizer_state_stays_to_the_bit(mesh):
 def test_averaged_optimizer_state_is_averaged_in_its_numbers_and_kept_in_its_counts(mesh):
     round_fn = syncing(mixing.mean(), option="average", mesh=mesh)
     state = midway(round_fn)
-    # Counts that differ, as of workers that skip steps, remain a worker's own.
+    # Counts that differ, as with workers that skip steps, are not averaged.
     adam = state.opt_state[0]._replace(count=np.array([[1, 2], [3, 4]], np.int32))
     state = state._replace(opt_state=(adam, *state.opt_state[1:]))
     before = on_host(state.opt_state)
@@ -111,7 +111,7 @@ def test_reset_optimizer_state_is_fresh_but_for_the_schedules_count(mesh):
     np.testing.assert_array_equal(scheduled.count, np.full(GRID.shape, 3))
 
 
-def test_a_schedules_count_survives_however_deep_it_lies():
+def test_a_reset_keeps_the_count_of_a_schedule_at_any_depth():
     optimizer = optax.chain(
         optax.masked(optax.trace(0.9), {"weight": True, "bias": False}),
         optax.chain(optax.clip(1.0), optax.chain(optax.scale_by_schedule(SCHEDULE))),
@@ -124,7 +124,7 @@ def test_a_schedules_count_survives_however_deep_it_lies():
 
 
 def test_a_reset_starts_from_the_averaged_parameters():
-    """An optimizer whose fresh state is made of the parameters, as of a moving average."""
+    """The initial state of this optimizer holds the parameters, as a moving average does."""
     keep = optax.GradientTransformation(
         lambda params: {"start": jax.tree.map(jnp.asarray, params)},
         lambda updates, state, params=None: (jax.tree.map(lambda u: -0.1 * u, updates), state),
@@ -165,25 +165,25 @@ def test_parameters_and_state_of_half_precision_keep_their_types():
     )
 
 
-def test_nothing_ends_a_round_without_a_change():
-    rounds = Method(local_step(problems.grad_fn, ADAMW), NOTHING, ADAMW, periods.constant(3))
-    round_fn = problems.on_one_device(rounds, GRID)
+def test_a_round_that_ends_with_nothing_ends_without_a_change():
+    method = Method(local_step(problems.grad_fn, ADAMW), NOTHING, ADAMW, periods.constant(3))
+    round_fn = problems.on_one_device(method, GRID)
     state = midway(round_fn)
     before = on_host((state.params, state.opt_state))
     state, _ = round_fn.end_round(state)
     assert_equal((state.params, state.opt_state), before)
 
 
-def test_what_is_said_is_the_parameters_and_the_state_that_is_averaged():
+def test_the_message_is_the_parameters_and_the_state_that_is_averaged():
     state = syncing(mixing.mean()).shapes(problems.START)
-    said = lambda option: message_bits(
+    bits = lambda option: message_bits(
         sync(mixing.mean(), optimizer_state=option, optimizer=ADAMW).communication(state), GRID
     )
     model = (problems.FEATURES + 1) * 32
     assert model_bits(state.params) == model
-    assert said("keep") == said("reset") == MessageBits(workers=model, hubs=model)
-    # Two moments as large as the model; counts are not said.
-    assert said("average") == MessageBits(workers=3 * model, hubs=3 * model)
+    assert bits("keep") == bits("reset") == MessageBits(workers=model, hubs=model)
+    # Two moments as large as the model; counts are not sent.
+    assert bits("average") == MessageBits(workers=3 * model, hubs=3 * model)
     assert sync(mixing.mean()).steps == 0 and NOTHING.communication(state) == []
 
 
@@ -193,6 +193,6 @@ def test_an_unknown_treatment_of_optimizer_state_is_refused():
         sync(mixing.mean(), optimizer_state="avarage")
 
 
-def test_a_reset_without_the_optimizer_is_told_at_build_time():
+def test_a_reset_without_the_optimizer_is_an_error_at_build_time():
     with pytest.raises(ConfigurationError, match="needs the optimizer"):
         sync(mixing.mean(), optimizer_state="reset")
