@@ -200,10 +200,10 @@ def test_without_checkpoints_a_run_starts_again(tmp_path):
 FLAGS = ("--dataset=digits", "--model=mlp", "--workers=2", "--steps=200", "--checkpoint_every=10")
 
 
-def start(folder, *more, **options):
-    command = [sys.executable, "-m", "experiments.train", *FLAGS, f"--workdir={folder}", *more]
+def start(folder):
+    command = [sys.executable, "-m", "experiments.train", *FLAGS, f"--workdir={folder}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, **pipes, **options)
+    return subprocess.Popen(command, cwd=ROOT, **pipes)
 
 
 @pytest.mark.slow
@@ -219,8 +219,8 @@ def test_a_killed_process_resumes_and_a_full_disk_loses_nothing(tmp_path):
     assert reference.returncode == 0 and killed.returncode == -signal.SIGKILL
     assert saved_steps(cut) and saved_steps(cut)[-1] < 200, "killed too late"
     # The full disk is a limit on the size of files, which checkpoints exceed and metrics do not.
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-    full = start(cut, preexec_fn=limit)
+    full = start(cut)
+    resource.prlimit(full.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
     _, error = full.communicate(timeout=120)
     assert full.returncode == 1
     assert error.startswith("error: a checkpoint could not be written")
