@@ -1,4 +1,4 @@
-"""Rules of the period do what they promise: whole runs, exact floors, schedules in float64."""
+"""Rules of the period: their rounds make up a run, floors are exact, schedules are in float64."""
 
 import re
 from fractions import Fraction
@@ -63,7 +63,7 @@ def test_a_period_is_at_least_the_base_and_at_most_what_remains():
     assert periods.qsr(0.1, coefficient=0.5, base=26).length(0, 3) == 3
 
 
-def test_rules_are_the_powers_that_their_names_say():
+def test_rules_are_the_powers_of_their_names():
     rules = {"linear": periods.linear, "quadratic": periods.qsr, "cubic": periods.cubic}
     for (name, rule), expected in zip(rules.items(), (4, 16, 64), strict=True):
         period = rule(0.25, coefficient=1.0, base=1)
@@ -116,7 +116,7 @@ def test_schedules_are_read_in_float64_while_training_is_in_float32():
     for schedule in schedules:
         assert rates(schedule)(3) == 0.1
         assert periods.qsr(schedule, coefficient=0.2, base=1).length(3, 100) == 4
-    # The cosine near its end: what float32 would leave of it is not a tenth of a percent right.
+    # Near the end of a cosine float32 would be wrong by more than a tenth of a percent.
     cosine = optax.cosine_decay_schedule(1.0, 100_000)
     expected = (1 + np.cos(np.pi * 99_990 / 100_000)) / 2
     assert rates(cosine)(99_990) == pytest.approx(expected, rel=1e-6)
@@ -138,13 +138,13 @@ def test_schedules_are_evaluated_many_steps_at_once():
         return 0.1 / (1 + step)
 
     rule = periods.qsr(schedule, coefficient=0.2, base=1)
-    assert not traced  # a rule costs nothing before it is asked
+    assert not traced  # a rule costs nothing before it is used
     for step in range(9000):
         rule.length(step, 10)
     assert len(traced) == 1
 
 
-def test_descriptions_tell_the_rule():
+def test_descriptions_state_the_rule():
     assert periods.constant(4).description == "constant, H = 4"
     assert (
         periods.qsr(0.1, coefficient=0.0175, base=4).description
