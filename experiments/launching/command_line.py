@@ -1,10 +1,10 @@
 """Run a command: from the command line to a config, and from an error to one sentence and an exit
 status."""
 
-import _thread
 import dataclasses
 import faulthandler
 import os
+import signal
 import sys
 import textwrap
 import threading
@@ -119,7 +119,8 @@ def _handle_ignored(unraisable: Any) -> None:
     """Handle an error that Python ignores, since it was raised in a callback."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         # Ctrl-C during JAX's callback of the garbage collector; it is raised again outside of it.
-        threading.Timer(0.1, _thread.interrupt_main).start()
+        main = threading.main_thread().ident
+        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
     elif str(unraisable.exc_value) != "Event loop is closed":
         # After a failed write TensorStore calls the event loop that Orbax has closed.
         sys.__unraisablehook__(unraisable)
