@@ -151,7 +151,6 @@ def test_feedback_and_reset_reach_the_optimum_where_the_same_compressor_alone_st
         assert after < 0.6 * before and after < 0.1 * stalled
 
 
-@pytest.mark.optimized
 def test_cser_on_any_number_of_devices_is_the_same_and_its_anchor_is_one():
     layout = Layout(2, 4, weights=[1, 2, 3, 4, 4, 3, 2, 1])
     method = cser(OPTIMIZERS["momentum"], "top_k:4", "grbs:3", period=4)

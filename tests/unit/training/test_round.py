@@ -141,7 +141,7 @@ def test_leaves_of_different_leading_shapes_are_refused_with_both():
 
 
 def test_a_raw_key_is_refused():
-    with pytest.raises(ConfigurationError, match=r"typed key as of jax.random.key, got \w+"):
+    with pytest.raises(ConfigurationError, match=r"a key from jax.random.key\(seed\), got \w+"):
         RoundFn(local_sgd(), Layout()).init(jnp.zeros(()), jax.random.PRNGKey(0))
 
 
