@@ -10,12 +10,12 @@ import registry
 from jaxlocal.compression import parse
 
 SPARSE = ["grbs:8", "random_k:8", "random_k:2.5", "top_k:8", "top_k:8:tensor", "top_k:8:model"]
-DENSE = [*registry.COMPRESSORS, "sign", "two_bit", "qsgd:5", "int8", "bfloat16"]
+DENSE = ["sign", "two_bit", "qsgd:5", "int8", "bfloat16"]
 CODED = [
     *("grbs:8+qsgd:4", "random_k:8+bfloat16", "top_k:8+int8", "top_k:8+two_bit"),
     "top_k:8:model+sign",
 ]
-ONE_MESSAGE = ["identity", "zero", *SPARSE, *DENSE, *CODED]
+ONE_MESSAGE = ["identity", "zero", *SPARSE, *DENSE, *CODED, *registry.COMPRESSORS]
 SPECS = [*ONE_MESSAGE, "powersgd:2"]
 KEY = jax.random.key(7)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import registry
 from mixed_trees import CODED, DENSE, KEY, SPARSE, SPECS, mixed
 
 from jaxlocal.compression import parse
@@ -21,7 +22,17 @@ VECTORS = {
 }
 
 
-SHORT = [*SPARSE, *CODED, "grbs:5.5", "top_k:3+qsgd:3", "identity", "zero", "sign", "two_bit"]
+SHORT = [
+    *registry.COMPRESSORS,
+    *SPARSE,
+    *CODED,
+    "grbs:5.5",
+    "top_k:3+qsgd:3",
+    "identity",
+    "zero",
+    "sign",
+    "two_bit",
+]
 
 
 @pytest.mark.parametrize(

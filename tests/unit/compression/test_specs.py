@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import registry
 
 from jaxlocal.compression import COMPRESSORS, parse
 from jaxlocal.errors import ConfigurationError
@@ -29,7 +30,8 @@ def _functions(code):
 
 
 def test_every_compressor_is_among_the_names():
-    assert {name.split(":")[0].split("+")[0] for name in NAMES} == set(COMPRESSORS)
+    names = {name.split(":")[0].split("+")[0] for name in NAMES}
+    assert names == set(COMPRESSORS) - set(registry.COMPRESSORS)
 
 
 @pytest.mark.parametrize(
