@@ -28,6 +28,21 @@ jax.config.update(
 fast_compilation.install()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--times",
+        type=int,
+        default=1,
+        help="how many times as long the tests of tests/endurance run as in CI",
+    )
+
+
+@pytest.fixture(scope="session")
+def times(request):
+    """How many times as long an endurance test runs as in CI: `pytest -m slow --times=20 FILE`."""
+    return request.config.getoption("--times")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "optimized: compile with the defaults of XLA")
 
