@@ -14,8 +14,9 @@ on a synchronisation.
 """
 
 from jaxlocal.periods.fixed import constant, post_local, swap
-from jaxlocal.periods.learning_rate import cubic, linear, power, qsr, rates
+from jaxlocal.periods.learning_rate import cubic, linear, power, qsr
 from jaxlocal.periods.rounds import check_schedule, lengths, of, split
+from jaxlocal.periods.schedules import rates
 
 __all__ = [
     "check_schedule",

@@ -1,18 +1,14 @@
 """Periods that follow the learning rate: the quadratic, linear and cubic synchronization rules."""
 
-import functools
-from collections.abc import Callable
+import numbers
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.periods.fixed import at_least_one
+from jaxlocal.periods.schedules import rates
 from jaxlocal.types import Period
-
-_BLOCK = 4096  # steps of a schedule that are evaluated at once
 
 
 def qsr(
@@ -28,8 +24,11 @@ def qsr(
         H^(s) = max(H_base, ⌊(α / η_t)²⌋)
 
     s numbers the rounds, t is the first step of round s and η_t the learning rate there. H changes
-    only right after an average. During warm-up the rule takes the rate right after it, the peak;
-    the last round is clipped to the steps that remain.
+    only right after an average; the last round is clipped to the steps that remain.
+
+    While the rate rises, in a warm-up and after a restart, the rule takes the peak to which it
+    rises. A round ends before the steps whose rate has risen so far that they ask for a shorter
+    one, as at the next restart.
 
     Args:
       learning_rate: η by step, as optax has schedules, or a number. Give the schedule once, to the
@@ -37,7 +36,8 @@ def qsr(
       coefficient: α ≥ 0, in units of η; at 0 the period is H_base throughout. The paper has 0.0175
         for AdamW on ViT-B with the peak rate 0.008, and 0.2 for SGD on ResNet-152 with 0.8.
       base: H_base, steps; 4 or 8 in the paper.
-      warmup_steps: the length of the warm-up.
+      warmup_steps: the length of a warm-up in which the rule takes the rate right after it. Needed
+        only where that is not the peak; a rise is seen in the schedule.
       multiple: H is rounded down to a multiple of it, which must divide H_base: τ on hubs, the
         number of fragments in streaming DiLoCo.
 
@@ -137,51 +137,39 @@ def power(
     >>> list(lengths(power(falling, coefficient=0.2, base=1, exponent=2), total_steps=200))
     [4, 100, 96]
     """
-    _check_power(coefficient, base, exponent, multiple)
+    _check_power(coefficient, base, exponent, warmup_steps, multiple)
     rate_at = rates(learning_rate)
 
-    def length(step: int, remaining: int) -> int:
-        rate = rate_at(max(step, warmup_steps))
-        if not rate >= 0:
-            raise ConfigurationError(f"the learning rate must be ≥ 0, got {rate} at step {step}")
+    def steps_at(rate: float, remaining: int) -> int:
         ratio = coefficient / rate if rate > 0 else np.inf if coefficient else 0.0
         # The cap keeps the power finite where the rate is next to nothing.
-        wanted = int(min(ratio, remaining) ** exponent)
+        wanted = int(min(ratio, remaining + multiple) ** exponent)
         return max(1, min(max(base, wanted - wanted % multiple), remaining))
+
+    def length(step: int, remaining: int) -> int:
+        start = max(step, warmup_steps)
+        if not rate_at(start) >= 0:
+            raise ConfigurationError(
+                f"the learning rate must be ≥ 0, got {rate_at(start)} at step {start}"
+            )
+        rate = rate_at.peak(start)
+        steps = steps_at(rate, remaining)
+        # The rate may rise again while the round lasts: at a restart, or after a flat start.
+        while (above := rate_at.first_above(rate, step, step + steps)) is not None:
+            rate = rate_at.peak(above)
+            if steps_at(rate, remaining) <= (before := above - step):
+                return max(before - before % multiple, steps_at(rate, remaining))
+            steps = min(steps, steps_at(rate, remaining))
+        return steps
 
     name = {1: "linear", 2: "quadratic", 3: "cubic"}.get(exponent, f"power {exponent}")
     description = f"{name}, H = max({base}, ⌊({coefficient:g}/η)^{exponent}⌋)"
     return Period(length, description, learning_rate)
 
 
-def rates(learning_rate: optax.ScalarOrSchedule) -> Callable[[int], float]:
-    """Evaluate a schedule on the host, in float64 and many steps at once.
-
-    Args:
-      learning_rate: η by step, or a number.
-
-    Returns:
-      A function from a step to η, a Python float.
-
-    In float32 a rate of 0.1 is a little more than 0.1, and ⌊(0.2/η)²⌋ would be 3.
-
-    >>> rates(lambda step: 0.1 / (1 + step))(1)
-    0.05
-    """
-    if not callable(learning_rate):
-        number = float(learning_rate)
-        return lambda step: number
-    many = jax.jit(jax.vmap(lambda step: jnp.asarray(learning_rate(step), jnp.float64)))
-
-    @functools.cache
-    def block(number: int) -> np.ndarray:
-        with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return np.asarray(many(np.arange(_BLOCK, dtype=np.int64) + number * _BLOCK))
-
-    return lambda step: float(block(step // _BLOCK)[step % _BLOCK])
-
-
-def _check_power(coefficient: float, base: int, exponent: int, multiple: int) -> None:
+def _check_power(
+    coefficient: float, base: int, exponent: int, warmup_steps: int, multiple: int
+) -> None:
     at_least_one("H_base", base)
     if not (np.isfinite(coefficient) and coefficient >= 0):
         raise ConfigurationError(
@@ -190,5 +178,7 @@ def _check_power(coefficient: float, base: int, exponent: int, multiple: int) ->
     at_least_one("the period's multiple", multiple)
     if exponent < 1:
         raise ConfigurationError(f"the period's exponent must be at least 1, got {exponent}")
+    if not isinstance(warmup_steps, numbers.Integral) or warmup_steps < 0:
+        raise ConfigurationError(f"a warm-up must be an integer of ≥ 0 steps, got {warmup_steps}")
     if base % multiple:
         raise ConfigurationError(f"H_base = {base} steps is not a multiple of {multiple} steps")

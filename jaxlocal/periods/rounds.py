@@ -8,7 +8,7 @@ import optax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.periods.fixed import constant
-from jaxlocal.periods.learning_rate import rates
+from jaxlocal.periods.schedules import rates
 from jaxlocal.types import Period
 
 # Steps at which two schedules must agree: the first thousands, and more and more rarely after them.

@@ -45,6 +45,43 @@ def qsr(
     return _periods(steps, rule)
 
 
+def guarded(
+    learning_rate: Schedule,
+    steps: int,
+    coefficient: float,
+    base: int,
+    power: float = 2,
+    multiple: int = 1,
+    known: int = 10_000,
+) -> list[int]:
+    """`qsr` for schedules that rise: every round is the longest one that the peaks of its steps
+    allow, where the peak of a step is the rate at which the schedule next falls.
+
+    A schedule is known up to a step.
+    """
+
+    def peak(step: int) -> float:
+        while step + 1 < known and learning_rate(step + 1) >= learning_rate(step):
+            step += 1
+        return learning_rate(step)
+
+    def allowed(rate: float) -> int:
+        wanted = int((coefficient / rate) ** power)
+        return max(base, wanted - wanted % multiple)
+
+    def longest(step: int) -> int:
+        length, rate = 0, 0.0
+        for following in range(step, steps):
+            rate = max(rate, peak(following))
+            if following - step + 1 > allowed(rate):
+                break
+            length += 1
+        whole = length == steps - step
+        return length if whole else length - length % multiple
+
+    return _periods(steps, longest)
+
+
 def schedule(
     decay: Decay, peak: float, steps: int, warmup_steps: int = 0, floor: float = 1e-6
 ) -> Schedule:

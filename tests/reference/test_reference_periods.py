@@ -31,6 +31,20 @@ def test_qsr_in_warm_up_takes_the_period_of_the_peak_rate():
     assert reference_periods.qsr(warm, 14, 0.25, 2) == [14]
 
 
+def test_guarded_qsr_by_hand():
+    # From 0 to 0.1 in five steps; (0.25 / 0.1)² = 6.25. Then a fall to 0.01 (625 steps) and a
+    # restart at step 12, to which the rate rises from step 11 on.
+    rates = [0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.09, 0.08, 0.07, 0.05, 0.02, 0.01]
+    restarted = [0.1, 0.09, 0.08, 0.07]
+    at = lambda step: (rates + restarted)[min(step, 15)]
+    assert reference_periods.guarded(at, 16, 0.25, 2, known=16) == [6, 6, 4]
+    assert reference_periods.guarded(at, 16, 0.1, 1, known=16) == [1] * 8 + [2] + [1] * 6
+    # Where the rate falls throughout it is the paper's rule.
+    cosine = reference_periods.schedule("cosine", 0.1, 60)
+    expected = reference_periods.qsr(cosine, 60, 0.2, 3)
+    assert reference_periods.guarded(cosine, 60, 0.2, 3, known=60) == expected
+
+
 def test_qsr_without_coefficient_is_constant():
     decaying = reference_periods.schedule("cosine", 0.1, 50)
     assert reference_periods.qsr(decaying, 50, 0.0, 4) == reference_periods.constant(50, 4)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference_periods
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,13 +80,72 @@ def test_a_rate_of_zero_lasts_to_the_end_unless_the_coefficient_is_zero_too():
     )  # its cube is more than a float holds
 
 
-def test_warmup_takes_the_rate_right_after_it():
+def test_in_a_warm_up_a_rule_takes_the_peak():
     schedule = optax.warmup_cosine_decay_schedule(1e-6, 0.1, 10, 100)
-    rule = periods.qsr(schedule, coefficient=0.35, base=1, warmup_steps=10)
-    assert [rule.length(step, 1000) for step in range(11)] == [12] * 11  # ⌊3.5²⌋
-    assert rule.length(60, 1000) > 12
-    without = periods.qsr(schedule, coefficient=0.35, base=1)
-    assert without.length(0, 1000) == 1000 and without.length(5, 1000) == 48  # ⌊6.9999²⌋
+    for known in ({}, {"warmup_steps": 10}):
+        rule = periods.qsr(schedule, coefficient=0.35, base=1, **known)
+        assert [rule.length(step, 1000) for step in range(11)] == [12] * 11  # ⌊3.5²⌋
+        assert rule.length(60, 1000) > 12
+
+
+@pytest.mark.parametrize(
+    ("schedule", "peak_steps"),
+    [
+        (optax.warmup_cosine_decay_schedule(0.0, 3e-3, 16, 128), range(17)),
+        (optax.warmup_constant_schedule(0.0, 3e-3, 16), range(128)),
+        (optax.linear_onecycle_schedule(128, 3e-3), range(38)),
+        (optax.linear_schedule(0.0, 3e-3, 6000), range(6000)),
+        # Nothing for 16 steps, and then all at once.
+        (lambda step: jnp.where(step < 16, 0.0, 3e-3), range(16, 128)),
+    ],
+)
+def test_a_warm_up_from_0_is_not_one_long_round(schedule, peak_steps):
+    rule = periods.qsr(schedule, coefficient=6e-3, base=2)
+    assert {rule.length(step, 10**6) for step in peak_steps} == {4}
+    assert rule.length(0, 10**6) in (4, 16)
+
+
+def test_a_round_ends_before_the_rate_restarts():
+    cycle = {"init_value": 0.0, "peak_value": 0.1, "warmup_steps": 5, "decay_steps": 40}
+    schedule = optax.sgdr_schedule([cycle] * 3)
+    rule = periods.qsr(schedule, coefficient=0.2, base=2)
+    rounds = list(lengths(rule, 120))
+    assert rounds == [4, 4, 4, 4, 6, 14, 4] * 3  # of 40 steps in each cycle
+
+
+@given(
+    st.lists(st.floats(0.01, 1), min_size=2, max_size=40),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([(1, 1), (3, 1), (4, 2), (6, 3)]),
+    st.floats(0, 2),
+)
+@settings(deadline=None, max_examples=30)
+def test_rises_against_the_reference(values, exponent, base, coefficient):
+    base, multiple = base
+    table = jnp.asarray(np.repeat(values, 2))
+    exact = np.asarray(table, np.float64)
+    at = lambda step: float(exact[min(step, len(exact) - 1)])
+    expected = reference_periods.guarded(
+        at, 100, coefficient, base, exponent, multiple, known=len(exact)
+    )
+    rule = periods.power(
+        lambda step: table[step],
+        coefficient=coefficient,
+        base=base,
+        exponent=exponent,
+        multiple=multiple,
+    )
+    assert list(lengths(rule, 100)) == expected
+
+
+def test_peaks_are_found_across_the_blocks_of_a_schedule():
+    slow = rates(optax.warmup_cosine_decay_schedule(0.0, 1.0, 10_000, 30_000))
+    assert [slow.peak(step) for step in (0, 4095, 4096, 9999, 10_000)] == [1.0] * 5
+    assert slow.peak(10_001) == slow(10_001) < 1
+    assert slow.first_above(0.5, 20_500, 30_000) is None
+    again = rates(lambda step: jnp.where(step == 12_288, 1.0, 0.5 / (1 + step)))
+    assert again.first_above(0.5, 1, 10**6) == 12_287  # from which on it rises to step 12,288
+    assert again.peak(12_287) == 1.0 and again.peak(12_286) == again(12_286)
 
 
 def test_on_hubs_a_period_is_a_multiple_of_the_steps_between_hub_averages():
@@ -170,6 +230,9 @@ def test_rules_that_make_no_sense_are_refused():
     for wrong in (-0.5, float("nan"), float("inf")):
         with refused(f"the period's coefficient must be a number ≥ 0, got {wrong:g}"):
             periods.linear(0.1, coefficient=wrong, base=4)
+    for wrong in (-1, 2.5):
+        with refused(f"a warm-up must be an integer of ≥ 0 steps, got {wrong}"):
+            periods.qsr(0.1, coefficient=0.2, base=4, warmup_steps=wrong)
     with refused("H_base = 6 steps is not a multiple of 4 steps"):
         periods.cubic(0.1, coefficient=0.2, base=6, multiple=4)
     for make in (lambda: periods.post_local(-1, 4), lambda: periods.swap(-1)):
