@@ -1,1 +1,8 @@
 """Commands on top of jaxlocal: train, plan, tune, compare, benchmark and prepare."""
+
+import sys
+
+from experiments.launching import stopping
+
+if sys.argv[:1] == ["-m"]:  # `python -m experiments.COMMAND` begins here, before slow imports
+    stopping.watch()

@@ -11,10 +11,7 @@ processes, and over a link that is slowed down on purpose, next to the predictio
 Each suite prints tables and writes its figures as JSON.
 """
 
-import contextlib
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from absl import flags
@@ -28,6 +25,7 @@ from experiments.benchmarks.speed import suite as speed
 from experiments.benchmarks.workloads import WORKLOADS, Workload
 from experiments.launching.command_line import run_command
 from experiments.launching.statuses import FAILED
+from experiments.launching.stopping import raising
 from jaxlocal.errors import ConfigurationError, lookup
 
 
@@ -36,20 +34,10 @@ def benchmark() -> int:
     run = lookup("suite", FLAGS.suite, SUITES)
     check_output(FLAGS.output)
     console = Console()
-    with _exit_on_sigterm():
+    with raising():  # so that its child processes end too
         figures = run(console)
     write_figures(FLAGS.suite, figures, FLAGS.output, console)
     return 0 if figures.get("complete", True) else FAILED
-
-
-@contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Raise SystemExit when the process is terminated, so that it ends its child processes."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _speed(console: Console) -> dict[str, Any]:

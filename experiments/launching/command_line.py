@@ -4,10 +4,8 @@ status."""
 import dataclasses
 import faulthandler
 import os
-import signal
 import sys
 import textwrap
-import threading
 import types
 import typing
 import warnings
@@ -20,7 +18,8 @@ from absl.flags import FLAGS
 from experiments.building.config import Config
 from experiments.launching.program_cache import CacheWarnings
 from experiments.launching.starting import ABOUT
-from experiments.launching.statuses import INTERRUPTED, explained
+from experiments.launching.statuses import INTERRUPTED, TERMINATED, explained
+from experiments.launching.stopping import Interrupted
 from jaxlocal import ConfigurationError
 
 HELP = {"-h", "--help", "-help", "--helpfull", "--helpshort"}
@@ -86,7 +85,7 @@ def run_command(main: Callable[..., int], about: str | None, operands: bool = Fa
         if known is None:
             raise
         status = _report(*known)
-    if status == INTERRUPTED:
+    if status in (INTERRUPTED, TERMINATED):
         sys.stdout.flush()
         os._exit(status)  # a compilation in a background thread would crash at a regular exit
     sys.exit(status)
@@ -117,10 +116,9 @@ def _own_flags() -> str:
 
 def _handle_ignored(unraisable: Any) -> None:
     """Handle an error that Python ignores, since it was raised in a callback."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        # Ctrl-C during JAX's callback of the garbage collector; it is raised again outside of it.
-        main = threading.main_thread().ident
-        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+    if isinstance(unraisable.exc_value, Interrupted):
+        # A signal during JAX's callback of the garbage collector.
+        os._exit(_report(*explained(unraisable.exc_value) or ("interrupted", INTERRUPTED)))
     elif str(unraisable.exc_value) != "Event loop is closed":
         # After a failed write TensorStore calls the event loop that Orbax has closed.
         sys.__unraisablehook__(unraisable)

@@ -1,11 +1,15 @@
 """Exit statuses of the commands, and the errors that they stand for."""
 
+import signal
+
+from experiments.launching.stopping import status_of
 from jaxlocal import ConfigurationError
 from jaxlocal.data import StreamError
 from jaxlocal.training.checkpoints import SavingError
 
-# A failure of the machine or of training, a mistake of the user, Ctrl-C.
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+# A failure of the machine or of training, a mistake of the user, Ctrl-C, SIGTERM.
+FAILED, USAGE = 1, 2
+INTERRUPTED, TERMINATED = status_of(signal.SIGINT), status_of(signal.SIGTERM)
 
 
 class Failure(RuntimeError):
@@ -25,5 +29,5 @@ def explained(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, OSError):
         return f"{error.filename or 'writing'}: {error.strerror}", FAILED
     if isinstance(error, KeyboardInterrupt):
-        return str(error) or "interrupted", INTERRUPTED
+        return str(error) or "interrupted", getattr(error, "status", INTERRUPTED)
     return None

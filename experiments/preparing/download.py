@@ -3,6 +3,7 @@
 import importlib.util
 
 from experiments.launching.statuses import Failure
+from experiments.launching.stopping import raising
 from jaxlocal import ConfigurationError
 from jaxlocal.data import DATASETS, prepared
 
@@ -45,11 +46,13 @@ def _download(name: str, folder: str) -> None:
         prepared.image_and_label(name, builder.info.features)  # before hours of downloading
         # The prepared files on the servers of TensorFlow Datasets have another format.
         elsewhere = tfds.download.DownloadConfig(try_download_gcs=False)
-        builder.download_and_prepare(file_format="array_record", download_config=elsewhere)
+        with raising():  # TensorFlow Datasets removes what is incomplete
+            builder.download_and_prepare(file_format="array_record", download_config=elsewhere)
     except ConfigurationError:
         raise
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{name} could not be prepared: interrupted") from None
+    except KeyboardInterrupt as error:
+        error.args = (f"{name} could not be prepared: {error or 'interrupted'}",)
+        raise
     except ImportError as error:
         raise _missing(name, error.name or str(error)) from error
     except Exception as error:  # the kinds depend on the network, the disk and TensorFlow

@@ -74,7 +74,7 @@ class Recorder:
                     f"step {step}, at which there is a checkpoint; delete "
                     f"{self.folder / CHECKPOINTS} to start again"
                 )
-        elif metrics.exists():
+        elif metrics.exists() and not (self.folder / PREVIOUS).exists():
             os.replace(metrics, self.folder / PREVIOUS)
         write_whole(metrics, "".join(map(_as_line, self.lines)))
         (self.folder / SUMMARY).unlink(missing_ok=True)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from experiments.building.config import Config
 from experiments.building.job import (
@@ -15,12 +17,14 @@ from experiments.building.job import (
     measure_every,
     save_every,
 )
-from experiments.launching.statuses import FAILED, INTERRUPTED
+from experiments.launching.statuses import FAILED
+from experiments.launching.stopping import WORDS, Patience, status_of
 from experiments.plotting.display import Display
 from experiments.plotting.partition import plot_partition
 from experiments.running.feeding import Feed
+from experiments.running.locking import locked
 from experiments.running.measuring import Measure
-from experiments.running.recording import PARTITION, Recorder, record
+from experiments.running.recording import PARTITION, Recorder, check_same_run, record
 from experiments.running.reporting import export_model, report, title_of
 from experiments.running.saving import Saver
 from jaxlocal import RoundFn
@@ -40,9 +44,11 @@ def run_job(job: Job, folder: Path, seeds: tuple[Path, Config] | None = None) ->
       The exit status.
 
     Raises:
-      ConfigurationError: data that cannot be read, or a folder of another run.
+      ConfigurationError: data that cannot be read, or a folder of another run, or one in which
+        another process runs.
     """
-    with Feed(job) as feed:
+    check_same_run(folder, job.config)
+    with Feed(job) as feed, locked(folder):
         round_fn = make_round_fn(job, feed.pool)
         recorder = record(folder, job.config, seeds)
         with Saver(job, folder) as saver:
@@ -69,8 +75,9 @@ class _Run:
         begin = int(self.state.step)
         self.recorder.begin(begin, self.measurements)
         self._show_start(begin)
-        status, why = (0, self.ended) if self.ended else self._train()
-        self.saver.wait()
+        with Patience() as self.patience:
+            status, why = (0, self.ended) if self.ended else self._train()
+            self.saver.wait()
         if self.first:
             seconds = self.measure.seconds
             report(self.job, self.round_fn, self.recorder, self.display, seconds, why)
@@ -78,7 +85,7 @@ class _Run:
             state = self.measure.model(self.state)
             export_model(self.round_fn, self.recorder, self.display, state)
         if status:
-            print(f"error: {why}", file=sys.stderr)
+            print(f"error: {why if status == FAILED else self._stopped(status)}", file=sys.stderr)
         return status
 
     def _train(self) -> tuple[int, str]:
@@ -92,13 +99,15 @@ class _Run:
                 return self._follow(progresses)
         except Diverged as error:
             return FAILED, f"diverged: {error}"
-        except (SavingError, StreamError, KeyboardInterrupt) as error:
+        except (SavingError, StreamError) as error:
             if jax.process_count() > 1:
                 raise  # the other processes end too, and the run resumes from a checkpoint
-            if not isinstance(error, SavingError) and self.saver.wants(self.round_fn, self.state):
+            number = self.patience.asked()
+            if isinstance(error, StreamError) and number:  # it ended the processes that read too
+                return self._stop(number)
+            if isinstance(error, StreamError) and self.saver.wants(self.round_fn, self.state):
                 self._save()
-            interrupted = isinstance(error, KeyboardInterrupt)
-            return (INTERRUPTED, "interrupted") if interrupted else (FAILED, str(error))
+            return FAILED, str(error)
 
     def _follow(self, progresses: Iterator[Progress]) -> tuple[int, str]:
         """Measure, show and save every progress that is due."""
@@ -117,9 +126,36 @@ class _Run:
                 why = f"training loss {loss:.4g} < {enough:g}"
                 self._save(why)
                 return 0, why
+            last = progress.step == self.job.steps
             if progress.save:
-                self._save("finished" if progress.step == self.job.steps else None)
+                self._save("finished" if last else None)
+            if not last and (number := self._asked(progress)):
+                return self._stop(number)
         return 0, "finished"
+
+    def _asked(self, progress: Progress) -> int:
+        """The signal by which the run is asked to end, or 0; several processes agree on it where a
+        measurement or a checkpoint is due."""
+        if progress.step == 0:
+            return 0  # nothing is lost yet
+        number = self.patience.asked()
+        if jax.process_count() > 1 and (progress.due or progress.save):
+            return int(multihost_utils.process_allgather(np.int32(number)).max())
+        return number if jax.process_count() == 1 else 0
+
+    def _stop(self, number: int) -> tuple[int, str]:
+        """Save the run where it is; returns the exit status and the reason of the end."""
+        if self.saver.wants(self.round_fn, self.state):
+            self._save()
+        return status_of(number), "interrupted"
+
+    def _stopped(self, status: int) -> str:
+        """The sentence about a run that was asked to end."""
+        how = next(word for number, word in WORDS.items() if status_of(number) == status)
+        sentence = f"{how} at step {int(self.state.step)}; the same command"
+        if not self.saver.steps:
+            return f"{sentence} starts again, as {self.recorder.folder} has no checkpoint"
+        return f"{sentence} resumes from step {self.saver.steps[-1]}, in {self.recorder.folder}"
 
     def _save(self, ended: str | None = None) -> None:
         self.recorder.flush()

@@ -35,6 +35,11 @@ class Saver:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, in ascending order."""
+        return self._checkpoints.steps if self._checkpoints else []
+
     def newest(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state and its notes; None where there is no checkpoint."""
         if self._checkpoints and self._checkpoints.steps:

@@ -181,7 +181,7 @@ def test_an_interrupted_run_is_saved_at_its_step(tmp_path, monkeypatch):
     def interrupted(self, now, measured):
         show(self, now, measured)
         if now.step == 21:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Display, "show", interrupted)
     assert train(config) == INTERRUPTED

@@ -1,14 +1,19 @@
 """A run from its flags to its folder: what it writes, that it is repeatable, and what stops it."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
+import signal
+import socket
 
 import pytest
 from short_runs import SMALL, run, without_time
 
 from experiments.building.job import build_job, make_round_fn
 from experiments.launching.statuses import FAILED, INTERRUPTED
+from experiments.running.locking import LOCK, locked
 from experiments.running.measuring import Measure
 from experiments.running.recording import (
     CHECKPOINTS,
@@ -20,6 +25,7 @@ from experiments.running.recording import (
     TENSORBOARD,
     read_metrics,
 )
+from experiments.running.saving import Saver
 from experiments.running.training import train
 from jaxlocal import ConfigurationError
 
@@ -39,7 +45,7 @@ def test_a_run_leaves_its_files_and_a_line_per_measurement(small):
     folder, (status, lines) = small
     assert status == 0
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [METRICS, SUMMARY, CURVES, FLAGS, CHECKPOINTS, TENSORBOARD]
+        [METRICS, SUMMARY, CURVES, FLAGS, CHECKPOINTS, TENSORBOARD, LOCK]
     )
     assert [line["step"] for line in lines] == [0, 6, 12, 18, 24]
     assert all(list(line) == KEYS for line in lines)
@@ -120,18 +126,25 @@ def test_divergence_ends_the_run_and_keeps_what_was_measured(tmp_path):
     assert (tmp_path / "run" / CURVES).exists()
 
 
-def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
+def interrupt_at(monkeypatch, step):
+    """Press Ctrl-C at every measurement from a step on."""
     measure = Measure.__call__
 
     def interrupted(self, progress):
-        if progress.step >= 12:
-            raise KeyboardInterrupt
+        if progress.step >= step:
+            signal.raise_signal(signal.SIGINT)
         return measure(self, progress)
 
     monkeypatch.setattr(Measure, "__call__", interrupted)
+
+
+def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    interrupt_at(monkeypatch, 12)
     status, lines = run(SMALL, tmp_path / "run")
     assert status == INTERRUPTED
-    assert [line["step"] for line in lines] == [0, 6]
+    assert [line["step"] for line in lines] == [0, 6, 12]
+    sentence = f"interrupted at step 12; the same command resumes from step 12, in {tmp_path}/run"
+    assert capsys.readouterr().err == f"error: {sentence}\n"
     assert json.loads((tmp_path / "run" / SUMMARY).read_text())["ended"] == "interrupted"
 
 
@@ -141,15 +154,8 @@ def test_a_compressed_run_that_is_resumed_ends_with_the_same_numbers(tmp_path, m
         SMALL, method="qsparse_local_sgd", sync_compressor="random_k:4", checkpoint_every=6
     )
     whole = run(config, tmp_path / "whole")[1]
-    measure = Measure.__call__
-
-    def interrupted(self, progress):
-        if progress.step >= 18:
-            raise KeyboardInterrupt
-        return measure(self, progress)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Measure, "__call__", interrupted)
+        interrupt_at(patched, 18)
         assert run(config, tmp_path / "resumed")[0] == INTERRUPTED
     status, lines = run(config, tmp_path / "resumed")
     assert status == 0 and without_time(lines) == without_time(whole)
@@ -191,14 +197,54 @@ def test_a_run_whose_last_step_diverges_has_failed(tmp_path):
     assert "average model's loss" in json.loads((tmp_path / "run" / SUMMARY).read_text())["ended"]
 
 
-def test_an_interrupted_rerun_keeps_the_metrics_it_was_to_replace(tmp_path, monkeypatch):
+def test_interrupted_reruns_keep_the_metrics_they_were_to_replace(tmp_path, monkeypatch, capsys):
     unsaved = dataclasses.replace(SMALL, checkpoint_every=0)
     run(unsaved, tmp_path / "run")
     before = (tmp_path / "run" / METRICS).read_text()
 
-    def interrupted(self, progress):
-        raise KeyboardInterrupt
+    interrupt_at(monkeypatch, 6)
+    for _ in range(2):
+        assert run(unsaved, tmp_path / "run")[0] == INTERRUPTED
+        assert "at step 6; the same command starts again" in capsys.readouterr().err
+        assert (tmp_path / "run" / PREVIOUS).read_text() == before
 
-    monkeypatch.setattr(Measure, "__call__", interrupted)
-    train(dataclasses.replace(unsaved, workdir=str(tmp_path / "run")))
-    assert (tmp_path / "run" / PREVIOUS).read_text() == before
+
+def test_before_the_first_step_an_interrupt_ends_at_once(tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        run(SMALL, tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 12)
+    monkeypatch.setattr(Saver, "save", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(SMALL, tmp_path / "run")
+
+
+def test_a_folder_in_which_a_run_is_under_way_is_left_alone(small):
+    folder, (_, lines) = small
+    with locked(folder), pytest.raises(ConfigurationError) as error:
+        run(SMALL, folder)
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    assert f"the workdir {folder} is in use by {holder}; wait" in str(error.value)
+    assert read_metrics(folder) == lines
+
+
+def test_the_lock_is_held_in_the_folder_of_all_seeds_too(tmp_path):
+    several = dataclasses.replace(SMALL, seeds=2, workdir=str(tmp_path))
+    with locked(tmp_path), pytest.raises(ConfigurationError, match="is in use by process"):
+        train(several)
+    with locked(tmp_path / "seed_1"), pytest.raises(ConfigurationError, match="seed_1 is in use"):
+        train(several)
+    assert not (tmp_path / "seed_1" / FLAGS).exists()
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.warns(UserWarning, match="cannot be locked .No locks available.*no second run"):
+        assert run(SMALL, tmp_path / "run")[0] == 0

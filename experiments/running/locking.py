@@ -1,0 +1,75 @@
+"""The lock of a folder: no two runs write one folder at once."""
+
+import contextlib
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from jaxlocal import ConfigurationError
+
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing a folder, in this context; it is created if it is missing.
+
+    The operating system holds the lock and releases it however this process ends, so no lock is
+    left by a process that was killed. The file names its holder. Of the processes of one run, the
+    first holds it for all.
+
+    Raises:
+      ConfigurationError: another process holds the lock, or the folder cannot be written.
+    """
+    if jax.process_index():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ConfigurationError(
+            f"the workdir {folder} cannot be written: {error.strerror}"
+        ) from None
+    with open(number, "r+", encoding="utf-8", errors="replace") as file:
+        if not _take(number, folder):
+            raise ConfigurationError(
+                f"the workdir {folder} is in use by {file.read(300).strip() or 'another process'}; "
+                f"wait until it has ended, or give another --workdir"
+            )
+        with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
+
+
+def _take(number: int, folder: Path) -> bool:
+    """Take the lock of an open file; returns whether this process has it now.
+
+    A file system that has no locks is used without, with a warning.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(number, 1 << 30, os.SEEK_SET)  # beyond the text, which others read
+            msvcrt.locking(number, msvcrt.LK_NBLCK, 1)
+            os.lseek(number, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        warnings.warn(
+            f"{folder} cannot be locked ({error.strerror}): start no second run in it",
+            stacklevel=2,
+        )
+    return True
