@@ -1,20 +1,26 @@
 """Join the processes of one run: they connect, start JAX together, and end together."""
 
 import contextlib
+import ipaddress
 import os
+import re
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
 import jaxlocal
-from experiments.building.config import Config
-from experiments.launching.link import RESUMING, Link, Place, meet
-from experiments.launching.relay import relay
+from experiments.building.config import Config, default_workdir
+from experiments.launching.link import RESUMING, Link, Place
+from experiments.launching.meeting import meet
+from experiments.launching.secret import shared_secret
 from experiments.launching.statuses import FAILED, INTERRUPTED, explained
+from experiments.launching.stopping import WORDS, ending_by, status_of
 from jaxlocal import ConfigurationError
 
 PATIENCE = 60.0  # seconds that processes wait for each other at the start
@@ -62,10 +68,22 @@ def find_group(config: Config) -> Group | None:
 
 def _address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
-        raise ConfigurationError(f"--coordinator_address must be HOST:PORT, got {text!r}")
-    return host, int(port)
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    number = int(port) if re.fullmatch("[0-9]{1,5}", port) else 0
+    if not (_is_host(host) and 0 < number < 1 << 16):
+        raise ConfigurationError(
+            f"--coordinator_address must be HOST:PORT with a port from 1 to 65535, got {text!r}"
+        )
+    return host, number
+
+
+def _is_host(text: str) -> bool:
+    try:
+        if ":" in text:
+            return bool(ipaddress.IPv6Address(text))
+        return re.search(r"[\s/@\0[\]]", text) is None and bool(text.encode("idna"))
+    except ValueError:
+        return False
 
 
 def _detected() -> Group | None:
@@ -100,14 +118,23 @@ def joined(config: Config, group: Group | None, patience: float = PATIENCE) -> I
     if group is None:
         yield
         return
-    link = meet(group.place, _shared_lines(config, group.place.processes), patience)
+    secret = shared_secret(_shared_folder(config), patience)
+    link = meet(group.place, _shared_lines(config, group.place.processes), secret, patience)
+    who = f"process {link.place.number} of {link.place.processes}"
+    end = lambda number: link.end(f"{who} was {WORDS[number]}; {RESUMING}", status_of(number))
     try:
-        _initialize(group, link, patience)
-        yield
-        link.done()
-        jax.distributed.shutdown()
+        with ending_by(end):
+            _initialize(group, link)
+            yield
+            jax.distributed.shutdown()
+            link.leave()
     except BaseException as error:
         _end(link, error)
+
+
+def _shared_folder(config: Config) -> Path:
+    """A folder that all processes share, also where their flags differ by mistake."""
+    return Path(config.workdir) if config.workdir else default_workdir(config).parent
 
 
 def _shared_lines(config: Config, count: int) -> list[str]:
@@ -121,22 +148,30 @@ def _shared_lines(config: Config, count: int) -> list[str]:
     ]
 
 
-def _initialize(group: Group, link: Link, patience: float) -> None:
-    place, port, bound = group.place, link.service_port, group.place.bound
+def _initialize(group: Group, link: Link) -> None:
+    place = group.place
     _silence_libraries()
     jax.config.update(
         "jax_enable_preemption_service", False
     )  # its handler would replace that of SIGTERM
-    address = f"127.0.0.1:{relay(place.host, port, patience) if place.number else port}"
-    jax.distributed.initialize(
-        address,
-        place.processes,
-        place.number,
-        group.local_devices,
-        cluster_detection_method="deactivate",
-        coordinator_bind_address=f"{f'[{bound}]' if ':' in bound else bound}:{port}",
-        heartbeat_timeout_seconds=3600,  # the link notices sooner, and knows the cause
-    )
+    with tempfile.TemporaryDirectory(prefix="jaxlocal-", dir=_short_folder()) as folder:
+        path = f"{folder}/coordinator"
+        link.relay(path)
+        jax.distributed.initialize(
+            f"unix:{path}",
+            place.processes,
+            place.number,
+            group.local_devices,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=f"unix:{path}",
+            heartbeat_timeout_seconds=3600,  # the link notices sooner, and knows the cause
+        )
+
+
+def _short_folder() -> str:
+    """Where a Unix socket can be, whose path has at most 107 bytes."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) < 70 else "/tmp"
 
 
 def _silence_libraries() -> None:

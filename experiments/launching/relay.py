@@ -1,49 +1,82 @@
-"""Forward a port of this machine to another machine."""
+"""Forward the connections of JAX's coordination service over the links between processes."""
 
+import base64
 import contextlib
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 
-def relay(host: str, port: int, patience: float) -> int:
-    """Forward a port of this machine to another machine's; return its number.
+class Relay:
+    """One end of a connection to the coordination service: a socket of this machine, whose bytes go
+    to the other end as messages.
 
-    Data is forwarded, but not the end of the other side, at which JAX's client would end this
-    process with a message that hides the cause.
+    The end of the connection is not forwarded: at it JAX's client would end this process with a
+    message that hides the cause.
+
+    Args:
+      open_socket: makes the socket, once; it may wait.
+      send: sends a message to the other end.
     """
-    listener = socket.create_server(("127.0.0.1", 0))
 
-    def serve() -> None:
-        while True:
-            near, _ = listener.accept()
-            far = _try_to_connect(host, port, patience)
-            if far:
-                far.settimeout(None)
-                in_background(_forward, near, far)
-                in_background(_forward, far, near)
+    def __init__(
+        self, open_socket: Callable[[], socket.socket], send: Callable[[dict[str, Any]], None]
+    ):
+        self._open, self._send = open_socket, send
+        self._socket: socket.socket | None = None
+        self._opening = threading.Lock()
 
-    in_background(serve)
-    return listener.getsockname()[1]
+    def write(self, text: str) -> None:
+        """Write the bytes of a message of the other end."""
+        with contextlib.suppress(OSError):
+            self._connected().sendall(base64.b64decode(text))
+
+    def read(self) -> None:
+        """Send the bytes that arrive, as long as there are any."""
+        with contextlib.suppress(OSError):
+            while data := self._connected().recv(1 << 15):
+                self._send({"data": base64.b64encode(data).decode()})
+
+    def _connected(self) -> socket.socket:
+        with self._opening:
+            self._socket = self._socket or self._open()
+            return self._socket
 
 
-def _try_to_connect(host: str, port: int, patience: float) -> socket.socket | None:
+def accept_one(path: str) -> Callable[[], socket.socket]:
+    """Listen at a path; returns what waits for the one connection."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(1)
+
+    def accept() -> socket.socket:
+        with listener:
+            return listener.accept()[0]
+
+    return accept
+
+
+def connect_to(path: str, patience: float) -> socket.socket:
+    """Connect to a path at which a server listens within a time.
+
+    Raises:
+      OSError: it does not.
+    """
     until = time.monotonic() + patience
-    while time.monotonic() < until:
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
         try:
-            return socket.create_connection((host, port), timeout=patience)
-        except OSError:  # it has not started yet
+            connection.connect(path)
+            return connection
+        except OSError:
+            connection.close()
+            if time.monotonic() > until:
+                raise
             time.sleep(0.05)
-    return None
 
 
-def _forward(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
-            sink.sendall(data)
-
-
-def in_background(target: Any, *arguments: Any) -> None:
+def in_background(target: Callable, *arguments: Any) -> None:
     """Call a function in a thread that does not keep the process alive."""
     threading.Thread(target=target, args=arguments, daemon=True).start()

@@ -1,6 +1,7 @@
 """Runs on several processes: all end when one does, and the same commands resume the run."""
 
 import dataclasses
+import shutil
 import signal
 import time
 
@@ -14,9 +15,10 @@ pytestmark = pytest.mark.slow
 
 LINKED = """
 import time
-from experiments.launching import link
+from experiments.launching import link, meeting, secret
 link.BEAT, link.SILENCE = 0.5, 4.0
-link.meet(link.Place("127.0.0.1", {port}, 3, NUMBER), [], 60.0)
+place = link.Place("127.0.0.1", {port}, 3, NUMBER)
+meeting.meet(place, [], secret.Secret(b"of this run", "FILE"), 60.0)
 print("met", flush=True)
 time.sleep(120)
 """
@@ -87,7 +89,8 @@ def test_a_mistake_in_one_process_ends_all_with_one_sentence(tmp_path):
                 "error: the processes of a run need the same flags and versions: process 0 has "
                 "--seed=0, process 1 --seed=1\n"
             )
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".secret"]
+    shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").write_text("a file at which process 0 alone looks")
     with binary(tmp_path / "run") as both:
         for one in both:

@@ -13,7 +13,9 @@ from processes import free_port, processes
 
 from experiments.building.config import Config
 from experiments.launching.joining import find_group
-from experiments.launching.link import Place, meet
+from experiments.launching.link import Place
+from experiments.launching.meeting import meet
+from experiments.launching.secret import Secret
 from jaxlocal import ConfigurationError
 
 
@@ -23,14 +25,6 @@ from jaxlocal import ConfigurationError
         (
             {"process_count": 2},
             "--process_count=2 was given without --coordinator_address and --process_id",
-        ),
-        (
-            {"coordinator_address": "here", "process_count": 2, "process_id": 0},
-            "--coordinator_address must be HOST:PORT, got 'here'",
-        ),
-        (
-            {"coordinator_address": "here:99999", "process_count": 2, "process_id": 0},
-            "--coordinator_address must be HOST:PORT, got 'here:99999'",
         ),
         (
             {"coordinator_address": "here:1", "process_count": 2, "process_id": 2},
@@ -49,6 +43,28 @@ from jaxlocal import ConfigurationError
 def test_flags_that_contradict_are_refused(flags, sentence):
     with pytest.raises(ConfigurationError, match=f"^{re.escape(sentence)}$"):
         find_group(Config(**flags))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["here", "here:", ":81", "here:0", "here:65536", "here:99999", "here:8l", "here:-1", "a b:81"]
+    + ["http://here:81", "a..b:81", "x" * 64 + ":81", "here:81:82", "[::1:81", "[]:81", "a\0b:81"],
+)
+def test_an_address_without_a_host_or_a_port_is_refused(address):
+    sentence = (
+        f"--coordinator_address must be HOST:PORT with a port from 1 to 65535, got {address!r}"
+    )
+    with pytest.raises(ConfigurationError, match=f"^{re.escape(sentence)}$"):
+        find_group(Config(coordinator_address=address, process_count=2, process_id=0))
+
+
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [("[::1]:81", "::1"), ("::1:81", "::1"), ("fe80::1%eth0:81", "fe80::1%eth0"), ("ü:81", "ü")],
+)
+def test_an_address_has_a_name_or_either_kind_of_number(address, host):
+    config = Config(coordinator_address=address, process_count=2, process_id=0)
+    assert find_group(config).place == Place(host, 81, 2, 0)
 
 
 def test_the_processes_are_those_of_the_flags_or_of_the_cluster(monkeypatch):
@@ -74,13 +90,16 @@ def test_how_a_run_is_joined_does_not_make_it_another():
     assert joined.flag_lines() == Config().flag_lines()
 
 
-def meeting(count, *flags, patience=20.0, host="127.0.0.1"):
+SECRET = Secret(b"of this run", "FILE")
+
+
+def meeting(count, *flags, patience=20.0, host="127.0.0.1", secret=SECRET):
     """The errors of processes that meet, each in a thread with its number and flags."""
     port, errors = free_port(), {}
 
-    def come(at, number, lines):
+    def come(at, number, lines, secret=secret):
         try:
-            meet(Place(host, port, count, number), lines, patience)
+            meet(Place(host, port, count, number), lines, secret, patience)
         except ConfigurationError as error:
             errors[at] = str(error)
 
@@ -130,47 +149,22 @@ def test_all_report_who_does_not_come_or_comes_twice():
     assert meeting(3, (0, []), (1, []), (1, [])) == ["several processes have --process_id=1"] * 3
 
 
+UNANSWERED = "the coordinator, process 0 at 127.0.0.1:PORT, has not answered process 1 of 2 for 1 s"
+
+
 def test_a_coordinator_that_does_not_answer_ends_the_wait():
-    sentence = (
-        "the coordinator, process 0 at 127.0.0.1:PORT, has not answered process 1 of 2 for 1 s"
-    )
     began = time.monotonic()
-    assert meeting(2, (1, []), patience=1) == [sentence]
+    assert meeting(2, (1, []), patience=1) == [f"{UNANSWERED}: Connection refused"]
     assert time.monotonic() - began < 30  # a bound on the wait, not on speed
+
+
+def test_a_name_that_nobody_has_is_reported():
+    (error,) = meeting(2, (1, []), patience=1, host="nobody.invalid")
+    assert re.search("at nobody.invalid:PORT, has not answered .* for 1 s: [A-Z][a-z ]+$", error)
 
 
 def test_a_port_that_is_taken_is_reported():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigurationError, match=f"cannot listen at 127.0.0.1:{port}: Address"):
-            meet(Place("127.0.0.1", port, 2, 0), [], 5)
-
-
-HASTY = """
-import time
-from experiments.launching.link import Place, meet
-meet(Place("127.0.0.1", {port}, 2, 1), [], 60.0)
-time.sleep(60)
-"""
-
-
-def test_two_messages_in_one_packet_are_both_read():
-    with (
-        socket.create_server(("127.0.0.1", 0)) as listener,
-        processes(1, "-c", HASTY.format(port=listener.getsockname()[1])) as (one,),
-    ):
-        listener.settimeout(60)
-        peer, _ = listener.accept()
-        with peer:
-            peer.recv(1 << 16)
-            peer.sendall(b'{"port": 1}\n{"sentence": "the disk is full", "status": 1}\n')
-            _, error = one.communicate(timeout=60)
-    assert (one.returncode, error) == (1, "error: the disk is full\n")
-
-
-def test_a_coordinator_that_ends_is_reported_as_ended():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
-        with pytest.raises(ConfigurationError, match="has ended before it answered process 1 of 2"):
-            meet(Place("127.0.0.1", port, 2, 1), [], 60.0)
+            meet(Place("127.0.0.1", port, 2, 0), [], SECRET, 5)
