@@ -3,25 +3,35 @@
 The TrainState is all that a checkpoint needs: parameters, optimizer and model state of every
 worker, memories of the stages, the anchor, the root key and the step. Rounds, messages and the
 order of the data follow from the step, so a resumed run has the same bits as one that was not
-stopped. Orbax writes a checkpoint in the background, completely or not at all.
+stopped. Orbax writes a checkpoint in the background, completely or not at all. A manifest of
+digests is saved with it, so that a damaged checkpoint is never taken for a good one.
 """
 
+import gc
+import itertools
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from numpy.typing import NDArray
+import jax.numpy as jnp
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.parallel.sharding import path_name
-from jaxlocal.types import TrainState, Tree
+from jaxlocal.training.disk import SavingError, advice, agreed, cause, quietly, require
+from jaxlocal.training.export import export
+from jaxlocal.training.leaves import is_key, named_leaves
+from jaxlocal.training.manifest import (
+    Manifest,
+    changed,
+    check_read,
+    difference,
+    exact,
+    manifest_of,
+)
+from jaxlocal.types import TrainState
 
-
-class SavingError(RuntimeError):
-    """A checkpoint or a model could not be written; earlier checkpoints are intact."""
+__all__ = ["Checkpoints", "SavingError", "export"]
 
 
 class Checkpoints:
@@ -36,9 +46,9 @@ class Checkpoints:
     Raises:
       ConfigurationError: the folder cannot be created, or `keep` is less than 1.
 
-    >>> import jaxlocal, optax, tempfile
+    >>> import jaxlocal, numpy as np, optax, tempfile
     >>> grad_fn = jaxlocal.gradients(lambda w, batch, key: (w - batch) ** 2)
-    >>> method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.1))
+    >>> method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.1), period=5)
     >>> round_fn = jaxlocal.RoundFn(method, jaxlocal.Layout(workers_per_hub=2))
     >>> state = round_fn.init(np.float32(0), jax.random.key(0))
     >>> state, _ = round_fn(state, np.ones((5, 1, 2), np.float32))
@@ -53,6 +63,7 @@ class Checkpoints:
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
         if keep < 1:
             raise ConfigurationError(f"at least 1 checkpoint must be kept, got {keep}")
+        require("orbax", "checkpoints")
         import orbax.checkpoint as ocp
 
         self.folder = Path(folder).absolute()
@@ -65,9 +76,11 @@ class Checkpoints:
         )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._state, self._json = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
             handlers = {
                 "state": ocp.StandardCheckpointHandler(),
                 "notes": ocp.JsonCheckpointHandler(),
+                "manifest": ocp.JsonCheckpointHandler(),
             }
             self._manager = ocp.CheckpointManager(
                 self.folder, options=options, item_handlers=handlers
@@ -106,17 +119,25 @@ class Checkpoints:
           notes: values to save with it, which JSON can hold.
 
         Raises:
-          ConfigurationError: there is a checkpoint of this step already.
+          ConfigurationError: there is a checkpoint of this step already, or a leaf or a note cannot
+            be saved so that the same is restored.
           SavingError: this checkpoint or the one before it could not be written.
         """
         if int(state.step) in self.steps:
             raise ConfigurationError(
                 f"there is a checkpoint of step {int(state.step)} in {self.folder} already"
             )
+        _check_kinds(state)
+        kept = exact(dict(notes or {}))
+        self._guarded(lambda: self._save(state, kept))
+
+    def _save(self, state: TrainState, notes: dict[str, Any]) -> None:
         arguments = self._args.Composite(
-            state=self._args.StandardSave(state), notes=self._args.JsonSave(dict(notes or {}))
+            state=self._args.StandardSave(_without_empty(state)),
+            notes=self._args.JsonSave(notes),
+            manifest=self._args.JsonSave(manifest_of(state, notes)),
         )
-        self._guarded(lambda: self._manager.save(int(state.step), args=arguments, force=True))
+        self._manager.save(int(state.step), args=arguments, force=True)
 
     def wait(self) -> None:
         """Wait until all checkpoints are on disk.
@@ -127,7 +148,10 @@ class Checkpoints:
         self._guarded(self._manager.wait_until_finished)
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restore the newest checkpoint.
+        """Restore the newest checkpoint that is what was saved.
+
+        A newer one that is damaged, whatever byte or file of it, is set aside with a warning: its
+        folder is renamed, and nothing of it is deleted.
 
         Args:
           shapes: the shapes of the state, as `RoundFn.shapes` gives them. They hold the shardings
@@ -137,45 +161,77 @@ class Checkpoints:
           (state, notes).
 
         Raises:
-          ConfigurationError: there is no checkpoint, or the newest one is damaged or belongs to
-            another run.
+          ConfigurationError: there is no checkpoint, all of them are damaged, or the newest one
+            that is not belongs to another run.
         """
-        if not self.steps:
+        self.wait()
+        self._manager.reload()
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps):
+            restored, problem = self._read(step, shapes)
+            if restored:
+                self._set_aside(damaged, step)
+                return restored
+            damaged[step] = problem
+        if not damaged:
             raise ConfigurationError(f"there is no checkpoint in {self.folder}")
-        step = self.steps[-1]
-        arguments = self._args.Composite(
-            state=self._args.StandardRestore(shapes), notes=self._args.JsonRestore()
+        newest = max(damaged)
+        raise ConfigurationError(
+            f"no checkpoint in {self.folder} can be used; the newest, {newest}, is damaged "
+            f"({damaged[newest]}); delete {self.folder} to start again"
         )
-        self._check_shapes(step, shapes)
-        try:
-            restored = self._manager.restore(step, args=arguments)
-            return restored.state, dict(restored.notes)
-        except Exception as error:  # Orbax and TensorStore raise their own classes
-            raise self._damaged(step, error) from error
 
-    def _check_shapes(self, step: int, shapes: TrainState) -> None:
-        try:
-            metadata = self._manager.item_metadata(step).state
-            saved = _described(metadata.tree if hasattr(metadata, "tree") else metadata)
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        wanted = _described(shapes)
-        names = (saved.keys() | wanted.keys()) - {"key"}  # Orbax saves a typed key in its own form
-        for name in sorted(names):
-            if saved.get(name) != wanted.get(name):
-                in_file, in_run = saved.get(name, "nothing"), wanted.get(name, "nothing")
+    def _read(
+        self, step: int, shapes: TrainState
+    ) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
+        """A state and its notes, or on all processes None and what is wrong with them."""
+        folder, problem = self.folder / str(step), ""
+        with quietly():
+            try:
+                manifest, notes = (self._json.restore(folder / x) for x in ("manifest", "notes"))
+                check_read(manifest, notes, step)
+                _check_same(folder, manifest, shapes)
+                state = self._read_state(folder / "state", shapes)
+            except ConfigurationError:
+                raise
+            except Exception as error:  # Orbax and TensorStore raise their own classes
+                problem = cause(error)
+            if problem:
+                gc.collect()  # what is left of the tasks that read
+        if problem := agreed(problem):
+            return None, problem
+        if name := changed(manifest, state):
+            return None, f"{name} has changed since it was saved"
+        return (state, notes), ""
+
+    def _read_state(self, folder: Path, shapes: TrainState) -> TrainState:
+        arguments = self._args.StandardRestore(_without_empty(shapes))
+        state = self._state.restore(folder, args=arguments)
+        filled = lambda shape, x: x if shape.size else _empty(shape)
+        return jax.tree.map(filled, shapes, state)
+
+    def _set_aside(self, damaged: Mapping[int, str], good: int) -> None:
+        """Rename the folders of damaged checkpoints, so that they are not counted any more."""
+        for step, problem in damaged.items():
+            folder, failed = self.folder / str(step), ""
+            aside = _free(folder.with_name(f"{step}.damaged"))
+            if jax.process_index() == 0:
+                try:
+                    folder.rename(aside)
+                except OSError as error:
+                    failed = cause(error)
+            if failed := agreed(failed):
                 raise ConfigurationError(
-                    f"the checkpoint {self.folder / str(step)} belongs to another run: it has "
-                    f"{in_file} for {name}, this run {in_run}"
+                    f"the checkpoint {folder} is damaged ({problem}) and cannot be renamed to "
+                    f"{aside.name} ({failed})"
                 )
-
-    def _damaged(self, step: int, error: Exception) -> ConfigurationError:
-        older = [t for t in self.steps if t < step]
-        then = f"resume from step {older[-1]}" if older else "start again"
-        return ConfigurationError(
-            f"the checkpoint {self.folder / str(step)} cannot be read ({_cause(error)}); delete "
-            f"that folder to {then}"
-        )
+            if jax.process_index() == 0:
+                warnings.warn(
+                    f"the checkpoint {folder} is damaged ({problem}): it is kept as {aside.name}, "
+                    f"and the run resumes from step {good}",
+                    stacklevel=3,
+                )
+        self._manager.reload()
 
     def _guarded(self, call: Callable[[], Any]) -> None:
         try:
@@ -183,84 +239,40 @@ class Checkpoints:
         except Exception as error:
             left = f"; that of step {self.steps[-1]} is intact" if self.steps else ""
             raise SavingError(
-                f"a checkpoint could not be written to {self.folder} ({_cause(error)}){left}"
+                f"a checkpoint could not be written to {self.folder} ({cause(error)}){left}"
+                f"{advice(error)}"
             ) from error
 
 
-def _cause(error: BaseException) -> str:
-    """The root cause of an error in one line; of a long text, the end, where TensorStore has it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split()).split(" [tensorstore_spec=")[0]
-    return ("…" + text[-160:] if len(text) > 160 else text) or type(error).__name__
+def _check_same(folder: Path, manifest: Manifest, shapes: TrainState) -> None:
+    if other := difference(manifest, shapes):
+        raise ConfigurationError(f"the checkpoint {folder} belongs to another run: {other}")
 
 
-def _described(tree: Tree) -> dict[str, str]:
-    """Shape and dtype of every leaf, by its path."""
-    return {
-        path_name(path): f"{x.dtype}{list(x.shape)}"
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        if hasattr(x, "shape") and not _is_key(x.dtype)
-    }
+def _check_kinds(state: TrainState) -> None:
+    """Refuse leaves that would be lost, or of types that TensorStore does not know."""
+    import tensorstore
+
+    for name, x in named_leaves(state).items():
+        try:
+            if not is_key(x):
+                tensorstore.dtype(str(x.dtype))
+        except ValueError:
+            raise ConfigurationError(
+                f"{name} has the dtype {x.dtype}, which a checkpoint cannot hold"
+            ) from None
 
 
-def _on_host(x: Any) -> NDArray[Any]:
-    """The whole array on the host; it may be sharded over devices of several processes."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return np.asarray(x)
+def _without_empty(tree: TrainState) -> TrainState:
+    """The tree without arrays of size zero, which Orbax does not write."""
+    return jax.tree.map(lambda x: x if x.size else (), tree)
 
 
-def _is_key(dtype: Any) -> bool:
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+def _empty(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.empty(shape.shape, shape.dtype, device=shape.sharding)
 
 
-def export(folder: str | Path, params: Tree, model_state: Tree) -> list[Path]:
-    """Export a model as an Orbax checkpoint and as a safetensors file.
-
-    - `model`: an Orbax checkpoint {"params": ..., "model_state": ...}, which Flax programs restore
-      by `orbax.checkpoint.StandardCheckpointer().restore(folder / "model")`.
-    - `model.safetensors`: the same arrays with names such as "params/first/kernel".
-
-    Existing files are replaced. If there are several processes, all of them make this call with the
-    same arguments.
-
-    Args:
-      folder: the folder; it is created if it is missing.
-      params: parameters of one model, such as those of `RoundFn.mean`.
-      model_state: model state of one model; {} if it has none.
-
-    Returns:
-      The two paths.
-
-    Raises:
-      SavingError: a file could not be written.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     [path.name for path in export(folder, {"w": np.ones(3)}, {})]
-    ['model', 'model.safetensors']
-    """
-    import orbax.checkpoint as ocp
-    from safetensors.flax import save_file
-
-    folder = Path(folder).absolute()
-    tree = {"params": params, "model_state": model_state}
-    arrays = {
-        path_name(path): jax.numpy.asarray(_on_host(x))
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    checkpoint, single = folder / "model", folder / "model.safetensors"
-    part = single.with_name(single.name + ".part")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            save_file(arrays, part)
-            part.replace(single)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(checkpoint, tree, force=True)
-    except Exception as error:
-        raise SavingError(
-            f"the model could not be written to {folder} ({_cause(error)})"
-        ) from error
-    return [checkpoint, single]
+def _free(path: Path) -> Path:
+    """The path, or with a number the first that does not exist."""
+    paths = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([path], paths) if not one.exists())

@@ -137,15 +137,27 @@ def test_a_run_that_stopped_early_stays_stopped(tmp_path):
     assert run(config, tmp_path / "run") == first
 
 
-def test_a_damaged_checkpoint_is_reported_and_an_older_one_is_used(ended, tmp_path):
+@pytest.mark.parametrize("file", ["state/_METADATA", "state/d", "notes", "manifest/metadata"])
+def test_a_run_with_a_damaged_newest_checkpoint_ends_bit_identical(ended, tmp_path, file):
     shutil.copytree(ended[0], tmp_path / "run")
     newest = tmp_path / "run" / CHECKPOINTS / "40"
-    (newest / "state" / "_METADATA").write_text('{"tree_meta')
+    damaged = newest / file
+    shutil.rmtree(damaged) if damaged.is_dir() else damaged.write_text('{"tree_meta')
+    with pytest.warns(UserWarning, match="40 is damaged .*40.damaged.* resumes from step 35"):
+        assert run(SMALL, tmp_path / "run") == ended[1]
+    assert saved_steps(tmp_path / "run") == [35, 40]
+    assert newest.with_name("40.damaged").exists()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_how_to_start_again(ended, tmp_path):
+    shutil.copytree(ended[0], tmp_path / "run")
     before = (tmp_path / "run" / METRICS).read_bytes()
-    with pytest.raises(ConfigurationError, match="40 cannot be read.*resume from step 35"):
+    for step in ("35", "40"):
+        (tmp_path / "run" / CHECKPOINTS / step / "notes" / "metadata").write_text("{}")
+    with pytest.raises(ConfigurationError, match="can be used; the newest, 40, .*delete"):
         run(SMALL, tmp_path / "run")
     assert (tmp_path / "run" / METRICS).read_bytes() == before
-    shutil.rmtree(newest)
+    shutil.rmtree(tmp_path / "run" / CHECKPOINTS)
     assert run(SMALL, tmp_path / "run") == ended[1]
 
 
