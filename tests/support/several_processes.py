@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
@@ -127,6 +128,7 @@ def whole_run(folder):
     results |= {"loss": last.loss, "distance": last.distance}
     results |= _evaluated(round_fn, source, last.state, folder)
     results["mean"] = _reestimated_mean(round_fn, last.state)
+    results["undamaged"] = _undamaged(round_fn, folder / "damaged")
     return results | {"exported": _exported(folder), "diverged": _diverged(round_fn)}
 
 
@@ -153,6 +155,27 @@ def _evaluated(round_fn, source, state, folder):
         shapes = round_fn.shapes(problem.START, {"mean": np.float32(0)})
         restored, notes = checkpoints.restore(shapes)
     return results | {"notes": notes, "step": int(restored.step), "again": evaluation(restored)}
+
+
+def _undamaged(round_fn, folder):
+    """The step that is restored where the newest checkpoint is damaged, and what is in the folder.
+
+    One byte is flipped, in values that the last process alone wrote and reads."""
+    noise = {"noise": np.random.default_rng(0).normal(size=1000).astype(np.float32)}
+    state = round_fn.init(problem.START, jax.random.key(0), noise)
+    with Checkpoints(folder) as checkpoints:
+        for steps in (1, 2):
+            checkpoints.save(state._replace(step=state.step + steps))
+        checkpoints.wait()
+        if jax.process_index() == 0:
+            data = folder / "2" / "state" / f"ocdbt.process_{jax.process_count() - 1}" / "d"
+            largest = max(data.iterdir(), key=lambda path: path.stat().st_size)
+            flipped = bytearray(largest.read_bytes())
+            flipped[len(flipped) // 2] ^= 1
+            largest.write_bytes(flipped)
+        multihost_utils.sync_global_devices("damaged")
+        restored, _ = checkpoints.restore(round_fn.shapes(problem.START, noise))
+    return int(restored.step), sorted(path.name for path in folder.iterdir())
 
 
 def _reestimated_mean(round_fn, state):

@@ -67,3 +67,4 @@ def test_each_process_of_a_run_reads_its_examples_and_all_get_the_same_results(t
         assert first[name] == pytest.approx(alone[name], rel=1e-5)
     assert first["pool"]["square"] == pytest.approx(alone["pool"]["square"], rel=1e-5)
     assert first["diverged"] == alone["diverged"]
+    assert first["undamaged"] == [*alone["undamaged"]] == [1, ["1", "2.damaged"]]
