@@ -47,6 +47,8 @@ class Door:
                 joined.append(self._known.get())
             self._gone |= {process.number for process in joined if process.channel.ended}
             joined = [process for process in joined if not process.channel.ended]
+        while self._unknown:
+            self._drop_one()
         return joined
 
     def missing(self, place: Place, joined: list[Joined], patience: float) -> str | None:

@@ -103,7 +103,7 @@ def _join(place: Place, flags: list[str], secret: Secret, until: float, patience
         raise _Unanswered(error.strerror or SILENT) from None
     with contextlib.ExitStack() as after_errors:
         after_errors.callback(close, connection)
-        channel = _known_on(connection, place, flags, secret)
+        channel = _known_on(connection, place, flags, secret, until)
         with _explained("it has ended"):
             # Process 0 may have started last, and then waits for the others.
             answer = channel.receive(time.monotonic() + patience + BEAT)
@@ -115,9 +115,11 @@ def _join(place: Place, flags: list[str], secret: Secret, until: float, patience
     return channel
 
 
-def _known_on(connection: socket.socket, place: Place, flags: list[str], secret: Secret) -> Channel:
+def _known_on(
+    connection: socket.socket, place: Place, flags: list[str], secret: Secret, until: float
+) -> Channel:
     """The channel on a connection, when both sides know that the other one is of this run."""
-    soon = time.monotonic() + BEAT
+    soon = min(until, time.monotonic() + BEAT)
     with _explained("it closes the connection"):
         channel = Channel(connection, secret.value, True, soon)
     with _explained(f"its secret is not that from {secret.source}; {HINT}"):

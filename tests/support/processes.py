@@ -1,6 +1,7 @@
 """Several processes of Python, that meet at a port and end with the test."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -28,3 +29,26 @@ def processes(count, *arguments, environment=None):
             stack.callback(one.kill)
             started.append(one)
         yield started
+
+
+def joined(count, folder, flags, environment=None):
+    """Start a run of `experiments.train` on some processes, that meet at a free port."""
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    own = (f"--workdir={folder}", f"--process_count={count}", "--process_id=NUMBER")
+    arguments = ("-m", "experiments.train", address, *own, *flags)
+    return processes(count, *arguments, environment=environment)
+
+
+def listening(process):
+    """The ports at which a process listens, on Linux."""
+    sockets, ports = set(), []
+    with contextlib.suppress(OSError):  # it may have ended
+        for number in Path(f"/proc/{process.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(number))
+        for name in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{process.pid}/net/{name}").read_text().splitlines()[1:]:
+                _, address, _, state, *_, inode = line.split()[:10]
+                if state == "0A" and f"socket:[{inode}]" in sockets:
+                    ports.append(int(address.rsplit(":", 1)[1], 16))
+    return ports

@@ -91,7 +91,7 @@ STRANGERS = {name: sending(data) for name, data in BEGINNINGS.items()} | {
 
 
 @contextlib.contextmanager
-def visited(addresses, strangers=tuple(STRANGERS.values()), at_once=4):
+def visited(addresses, at_once=4):
     """In this context strangers connect to addresses, one after another in each of some threads.
 
     Args:
@@ -103,7 +103,7 @@ def visited(addresses, strangers=tuple(STRANGERS.values()), at_once=4):
         while not ended.wait(0.01):
             for address in addresses():
                 with contextlib.suppress(OSError):
-                    random.choice(strangers)(address)
+                    random.choice(list(STRANGERS.values()))(address)
 
     threads = [threading.Thread(target=visit, daemon=True) for _ in range(at_once)]
     for thread in threads:

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from processes import free_port, processes
+from processes import free_port, joined, processes
 from short_runs import SMALL, run, saved_steps, without_time
 
 from experiments.running.recording import read_metrics
@@ -50,30 +50,28 @@ RUN = dataclasses.replace(SMALL, local_steps=4, steps=200, eval_every=50, checkp
 
 
 def binary(folder, *more):
-    joined = (f"--coordinator_address=127.0.0.1:{free_port()}", "--process_count=2")
-    own = (f"--workdir={folder}", "--process_id=NUMBER")
-    return processes(2, "-m", "experiments.train", *RUN.flag_lines(), *joined, *own, *more)
+    return joined(2, folder, [*RUN.flag_lines(), *more])
 
 
 def test_a_killed_run_resumes_from_its_checkpoint(tmp_path):
-    joined = tmp_path / "joined"
-    with binary(joined) as (first, second):
+    folder = tmp_path / "joined"
+    with binary(folder) as (first, second):
         until = time.monotonic() + 120
-        while not saved_steps(joined) and time.monotonic() < until:
+        while not saved_steps(folder) and time.monotonic() < until:
             time.sleep(0.02)
         first.kill()  # process 0, with JAX's coordination service
         _, error = second.communicate(timeout=60)
     assert second.returncode == 1
     assert error.startswith("error: process 0 of 2 has ended") and error.count("\n") == 1, error
-    assert saved_steps(joined) and saved_steps(joined)[-1] < 200, "killed too late"
-    with binary(joined) as (first, second):
+    assert saved_steps(folder) and saved_steps(folder)[-1] < 200, "killed too late"
+    with binary(folder) as (first, second):
         (out, first_error), (nothing, second_error) = (
             one.communicate(timeout=120) for one in (first, second)
         )
     assert (first.returncode, second.returncode) == (0, 0), first_error + second_error
     assert "resuming from step" in out and "Gloo" not in out and not nothing
     status, whole = run(RUN, tmp_path / "alone")
-    lines = without_time(read_metrics(joined))
+    lines = without_time(read_metrics(folder))
     assert status == 0 and [line["step"] for line in lines] == [0, 50, 100, 150, 200]
     for line, expected in zip(lines, without_time(whole), strict=True):
         assert line.pop("eval_accuracy") is expected.pop("eval_accuracy") is None

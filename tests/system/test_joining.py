@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from processes import free_port, processes
+from processes import free_port
 
 from experiments.building.config import Config
 from experiments.launching.joining import find_group
