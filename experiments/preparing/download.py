@@ -5,7 +5,7 @@ import importlib.util
 from experiments.launching.statuses import Failure
 from experiments.launching.stopping import raising
 from jaxlocal import ConfigurationError
-from jaxlocal.data import DATASETS, prepared
+from jaxlocal.data import DATASETS, descriptions, prepared
 
 SOURCES = {"mnist_binary": "mnist"}  # datasets that are made of another one
 NEEDED = ("tensorflow", "importlib_resources")
@@ -43,7 +43,7 @@ def _download(name: str, folder: str) -> None:
         raise _missing(name, " ".join(missing))
     try:
         builder = tfds.builder(name, data_dir=folder)
-        prepared.image_and_label(name, builder.info.features)  # before hours of downloading
+        descriptions.image_and_label(name, builder.info.features)  # before hours of downloading
         # The prepared files on the servers of TensorFlow Datasets have another format.
         elsewhere = tfds.download.DownloadConfig(try_download_gcs=False)
         with raising():  # TensorFlow Datasets removes what is incomplete
@@ -51,7 +51,7 @@ def _download(name: str, folder: str) -> None:
     except ConfigurationError:
         raise
     except KeyboardInterrupt as error:
-        error.args = (f"{name} could not be prepared: {error or 'interrupted'}",)
+        error.args = (f"{name} could not be prepared: {str(error) or 'interrupted'}",)
         raise
     except ImportError as error:
         raise _missing(name, error.name or str(error)) from error

@@ -11,16 +11,18 @@ import numpy as np
 
 from experiments.building.job import Job
 from jaxlocal.data import Batches, Stream, make_batches
-from jaxlocal.data.examples import Examples, ExampleSource
+from jaxlocal.data.examples import Examples, ExampleSource, check_examples
 from jaxlocal.parallel.mesh import local_rows, place_rows
 from jaxlocal.training.evaluation import read_examples
 from jaxlocal.types import Tree
 
 
 @functools.lru_cache(maxsize=8)
-def read_all(source: Callable[[], ExampleSource]) -> Examples:
-    """Read all examples of a dataset's source, once for all runs of this process."""
-    return source().examples()
+def read_all(source: Callable[[], ExampleSource], name: str, classes: int) -> Examples:
+    """Read and check all examples of a dataset's source, once for all runs of this process."""
+    examples = source().examples()
+    check_examples(name, examples, classes)
+    return examples
 
 
 class Feed:
@@ -32,9 +34,12 @@ class Feed:
     def __init__(self, job: Job):
         config, self._grid = job.config, job.layout.shape
         self.config, self.augmentation, self._dataset = config, job.augmentation, job.dataset
-        self.pool: Tree = () if config.stream else read_all(job.dataset.train_source)
+        data = job.dataset
+        self.pool: Tree = (
+            () if config.stream else read_all(data.train_source, data.name, data.classes)
+        )
         self.targets: np.ndarray = (
-            self.pool["targets"] if isinstance(self.pool, dict) else job.dataset.targets()
+            self.pool["targets"] if isinstance(self.pool, dict) else data.targets()
         )
         self.batches: Batches = make_batches(
             config.partition, self.targets, *self._grid, config.batch_size, config.seed

@@ -76,7 +76,7 @@ def _evaluations(
     """Evaluations on the numbered examples of the training and of the test set."""
     metrics, data = job.metrics, job.dataset
     if not job.config.stream:
-        resident = read_all(data.test_source)
+        resident = read_all(data.test_source, data.name, data.classes)
         return (
             Evaluation(round_fn, metrics, examples=train),
             Evaluation(round_fn, metrics, resident, test),

@@ -16,6 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlocal.data.descriptions import (
+    check_described,
+    count_examples,
+    evaluation_split,
+    image_and_label,
+)
 from jaxlocal.errors import ConfigurationError, unknown
 
 _AT_ONCE = 4096  # records in memory while labels are read
@@ -33,6 +39,8 @@ class PreparedSplit:
     length: int
     image: str  # name of the feature with the image
     label: str  # name of the feature with the label
+    shape: tuple[int, ...]  # of an image
+    labels: int  # how many labels there are
     classes: tuple[int, ...] = ()  # the class of each label; () where they are equal
 
     def __len__(self) -> int:
@@ -45,7 +53,7 @@ class PreparedSplit:
         found = [range(self.length)[number] for number in numbers]
         with _in_one_sentence(self.name, self.folder):
             return [
-                {"inputs": example[self.image], "targets": self._target(example)}
+                {"inputs": self._input(example), "targets": self._target(example)}
                 for example in self._images.__getitems__(found)
             ]
 
@@ -71,6 +79,7 @@ class PreparedSplit:
     def _open(self, skipped: set[str]) -> Any:
         import tensorflow_datasets as tfds
 
+        check_described(self.folder)
         builder = tfds.builder_from_directory(self.folder)
         features = builder.info.features
         # Other images, such as masks, take as long to decode as the image itself.
@@ -79,12 +88,27 @@ class PreparedSplit:
         decoders = {key: tfds.decode.SkipDecoding() for key in skipped}
         return builder.as_data_source(split=self.split, decoders=decoders)
 
+    def _input(self, example: dict[str, Any]) -> NDArray[np.uint8]:
+        image: NDArray[np.uint8] = np.asarray(example[self.image])
+        if image.shape != self.shape or image.dtype != np.uint8:
+            raise ConfigurationError(
+                f"an image in the split {self.split!r} of {self.name} is {image.dtype}"
+                f"{list(image.shape)}, and its features.json says uint8{list(self.shape)}: prepare "
+                "it again"
+            )
+        return image
+
     def _target(self, example: dict[str, Any]) -> np.int32:
         label = int(example[self.label])
         if label < 0:
             raise ConfigurationError(
                 f"examples in the split {self.split!r} of {self.name} have no label: {self.label} "
                 f"is {label}"
+            )
+        if label >= self.labels:
+            raise ConfigurationError(
+                f"the split {self.split!r} of {self.name} has the label {label}, and it has "
+                f"{self.labels} classes: prepare it again"
             )
         return np.int32(self.classes[label] if self.classes else label)
 
@@ -125,11 +149,22 @@ def find(name: str, data_dir: Folder | None, own: Iterable[str] = ()) -> Prepare
     with _in_one_sentence(name, place):
         features = builder.info.features
         image, label = image_and_label(name, features)
+        shape, classes = tuple(features[image].shape), features[label].num_classes
+        splits, kind = builder.info.splits, builder.info.file_format.value
         train, test = (
-            PreparedSplit(name, place, split, _length(name, builder, split), image, label)
-            for split in ("train", evaluation_split(name, builder.info.splits))
+            PreparedSplit(
+                name=name,
+                folder=place,
+                split=split,
+                length=count_examples(splits[split], place, kind),
+                image=image,
+                label=label,
+                shape=shape,
+                labels=classes,
+            )
+            for split in ("train", evaluation_split(name, splits))
         )
-        return Prepared(train, test, tuple(features[image].shape), features[label].num_classes)
+        return Prepared(train, test, shape, classes)
 
 
 def root(data_dir: Folder | None) -> str:
@@ -159,6 +194,7 @@ def located(name: str, folder: str) -> Any:
     if ":" in name or not naming.is_valid_dataset_name(name):
         return None
     with _in_one_sentence(name, folder):
+        check_described(Path(folder, name.partition("/")[0]))
         try:
             builder = read_only_builder.builder_from_files(name, data_dir=folder)
         except registered.DatasetNotFoundError:
@@ -201,53 +237,6 @@ def check_known(name: str, own: Iterable[str] = ()) -> None:
         raise ConfigurationError(f"dataset {base!r} has no configurations, got {name!r}")
 
 
-def image_and_label(name: str, features: Any) -> tuple[str, str]:
-    """Names of the feature with the image and of the feature with its label.
-
-    Raises:
-      ConfigurationError: there is no image or no label, there are several and none has the usual
-        name, or the images are not uint8 of one size.
-    """
-    import tensorflow_datasets as tfds
-
-    def one_of(kind: type, usual: str) -> str:
-        # The types must be equal, since features such as masks are subclasses of Image.
-        found = [key for key, feature in features.items() if type(feature) is kind]
-        if usual not in found and len(found) != 1:
-            raise ConfigurationError(
-                f"dataset {name!r} does not hold images with labels: its features are "
-                f"{', '.join(sorted(features))}, and none is clearly the {usual}"
-            )
-        return usual if usual in found else found[0]
-
-    image = one_of(tfds.features.Image, "image")
-    label = one_of(tfds.features.ClassLabel, "label")
-    shape, dtype = features[image].shape, features[image].np_dtype
-    if None in shape:
-        raise ConfigurationError(
-            f"the images of dataset {name!r} have no fixed size: their shape is {shape}"
-        )
-    if dtype != np.uint8:
-        raise ConfigurationError(f"the images of dataset {name!r} are {dtype}, not uint8")
-    return image, label
-
-
-def evaluation_split(name: str, splits: Iterable[str]) -> str:
-    """The held-out split: test if there is one, else validation.
-
-    Raises:
-      ConfigurationError: there is no split train, or no held-out split.
-    """
-    splits = set(splits)
-    for split in ("test", "validation"):
-        if {"train", split} <= splits:
-            return split
-    raise ConfigurationError(
-        f"dataset {name!r} needs the splits train and test or validation, and has "
-        f"{', '.join(sorted(splits)) or 'none'}"
-    )
-
-
 def require(dataset: str, package: str, *modules: str) -> None:
     """Raise an error that names the package to install if none of these modules is installed."""
     if not any(importlib.util.find_spec(module) for module in modules):
@@ -255,13 +244,6 @@ def require(dataset: str, package: str, *modules: str) -> None:
             f"dataset {dataset!r} needs {package}, which is not installed: "
             "pip install 'jaxlocal[experiments]'"
         )
-
-
-def _length(name: str, builder: Any, split: str) -> int:
-    for path in builder.info.splits[split].filepaths:
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path.name} is missing")
-    return int(builder.info.splits[split].num_examples)
 
 
 @contextmanager

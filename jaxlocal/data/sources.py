@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlocal.data.examples import ArraySource, Examples, ExampleSource
+from jaxlocal.data.examples import ArraySource, Examples, ExampleSource, check_examples
 from jaxlocal.data.prepared import find, require
 from jaxlocal.errors import ConfigurationError, unknown
 
@@ -59,15 +59,21 @@ class Dataset(NamedTuple):
 
     def train(self) -> Examples:
         """Read all training examples: {"inputs": [n, *input_shape], "targets": [n]}."""
-        return self.train_source().examples()
+        return self._checked(self.train_source().examples())
 
     def test(self) -> Examples:
         """Read all test examples: {"inputs": [n, *input_shape], "targets": [n]}."""
-        return self.test_source().examples()
+        return self._checked(self.test_source().examples())
 
     def targets(self) -> NDArray[Any]:
         """Read the training targets [n], without decoding an image."""
-        return self.train_source().targets()
+        targets = self.train_source().targets()
+        check_examples(self.name, {"targets": targets}, self.classes)
+        return targets
+
+    def _checked(self, examples: Examples) -> Examples:
+        check_examples(self.name, examples, self.classes)
+        return examples
 
     def normalize(self, inputs: Any) -> Any:
         """Normalize stored inputs to the float32 inputs of a model: (inputs - mean) / scale.

@@ -151,9 +151,10 @@ def test_examples_without_labels_are_errors_when_they_are_read(tmp_path):
 
 def test_damaged_files_are_one_sentence_for_every_reader(tmp_path):
     folder = tiny_images.write(tmp_path)
+    data = load("tiny_images", tmp_path)
     (file,) = folder.glob("*-train*")
     file.write_bytes(file.read_bytes()[:100])
-    data = load("tiny_images", tmp_path)
+    assert "the files of tiny_images in" in error_of("tiny_images", tmp_path)
     for read in (data.train, data.targets, lambda: data.train_source()[0]):
         with pytest.raises(ConfigurationError, match="the files of tiny_images in .* are damaged"):
             read()
