@@ -114,6 +114,8 @@ class Link:
         try:
             while number not in self._left:
                 self._act(number, channel.receive(time.monotonic() + SILENCE))
+            if self._relays.done():
+                self._relays.result()[number].close()
             return
         except TimeoutError:
             what = f"has sent nothing for {SILENCE:.0f} s"

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from experiments.launching.channel import close
+
 
 class Relay:
     """One end of a connection to the coordination service: a socket of this machine, whose bytes go
@@ -38,6 +40,11 @@ class Relay:
         with contextlib.suppress(OSError):
             while data := self._connected().recv(1 << 15):
                 self._send({"data": base64.b64encode(data).decode()})
+
+    def close(self) -> None:
+        """End the connection to the service, which waits for that when it ends."""
+        if self._socket:
+            close(self._socket)
 
     def _connected(self) -> socket.socket:
         with self._opening:
