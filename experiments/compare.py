@@ -6,18 +6,18 @@ seeds, in a band of one standard error. A run that is not finished is shown up t
 measurement.
 """
 
-from pathlib import Path
-
 from absl import flags
 from absl.flags import FLAGS
 
+from experiments.building.files import local_path
 from experiments.comparing.compare import compare
 from experiments.launching.command_line import run_command
 
 
 def main(*folders: str) -> int:
     """Compare the runs in some folders; returns the exit status."""
-    compare([Path(folder) for folder in folders], Path(FLAGS.output), FLAGS.target_accuracy)
+    places = [local_path("the folder", folder) for folder in folders]
+    compare(places, local_path("--output", FLAGS.output), FLAGS.target_accuracy)
     return 0
 
 

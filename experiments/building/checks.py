@@ -1,5 +1,6 @@
 """Checks of a config: ranges of its numbers, and flags that exclude each other."""
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -18,6 +19,16 @@ LEAST = {
     **dict.fromkeys(("eval_every", "switch_step", "checkpoint_every"), 0),
     **dict.fromkeys(("seed", "stream_workers", "delay_steps"), 0),
 }
+# The most of each, beyond which planning alone would take minutes or the memory of the machine.
+MOST = {
+    **dict.fromkeys(("steps", "rounds"), 10_000_000),
+    **dict.fromkeys(("local_steps", "hub_period", "warmup_steps", "switch_step"), 2**31 - 1),
+    **dict.fromkeys(("eval_every", "checkpoint_every", "keep", "delay_steps"), 2**31 - 1),
+    **dict.fromkeys(("train_eval_examples", "test_eval_examples"), 2**31 - 1),
+    **{"workers": 1 << 20, "hubs": 1024, "batch_size": 1 << 24, "accumulation": 1 << 24},
+    **{"seeds": 1000, "stream_workers": 1024, "fragments": 1 << 20, "parameters": 10**13},
+}
+MOST_EXAMPLES = 1 << 26  # of all workers in a step
 SHARES = ("mixing_factor", "error_decay")  # numbers from 0 to 1
 
 
@@ -28,12 +39,8 @@ def check_numbers(config: Config) -> None:
       ConfigurationError: the first flag that is wrong.
     """
     lookup("method", config.method, METHODS)
-    if config.seed + config.seeds > 1 << 32:
-        raise ConfigurationError(f"--seed must be less than 2^32, got {config.seed}")
-    for name, bound in LEAST.items():
-        value = getattr(config, name)
-        if value is not None and value < bound:
-            raise ConfigurationError(f"--{name} must be at least {bound}, got {value}")
+    _check_texts(config)
+    _check_sizes(config)
     if config.batch_size % config.accumulation:
         raise ConfigurationError(
             f"--accumulation={config.accumulation} does not divide --batch_size={config.batch_size}"
@@ -43,6 +50,39 @@ def check_numbers(config: Config) -> None:
     _check_rates(config)
     _check_outer(config)
     _check_own_options(config)
+
+
+def _check_texts(config: Config) -> None:
+    """Check that every text fits on a line of flags.txt."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, str) and not value.isprintable():
+            raise ConfigurationError(
+                f"--{field.name} must have printable characters only, got {value!r:.99}"
+            )
+
+
+def _check_sizes(config: Config) -> None:
+    for name, bound in LEAST.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise ConfigurationError(f"--{name} must be at least {bound}, got {value}")
+    for name, bound in MOST.items():
+        value = getattr(config, name)
+        if value is not None and value > bound:
+            raise ConfigurationError(f"--{name} must be at most {bound}, got {value}")
+    if config.seed + config.seeds > 1 << 32:
+        raise ConfigurationError(f"--seed must be less than 2^32, got {config.seed}")
+    if METHODS[config.method].network == "workers" and config.workers > MOST["hubs"]:
+        raise ConfigurationError(
+            f"in {config.method} every worker is a hub, and --workers={config.workers} is more "
+            f"than {MOST['hubs']} hubs"
+        )
+    if config.workers * config.batch_size > MOST_EXAMPLES:
+        raise ConfigurationError(
+            f"--workers={config.workers} with --batch_size={config.batch_size} take "
+            f"{config.workers * config.batch_size} examples in a step, more than {MOST_EXAMPLES}"
+        )
 
 
 def mesh_shape(config: Config) -> tuple[int, ...] | None:

@@ -182,7 +182,8 @@ def make_round_fn(plan: Plan, pool: Any = ()) -> RoundFn:
       pool: the examples that batches index; none for counting alone.
     """
     fits = CHUNK_BYTES // (plan.example_bytes * plan.layout.workers * plan.config.batch_size)
-    return RoundFn(plan.method, plan.layout, plan.mesh, pool, max_chunk=min(CHUNK_STEPS, fits))
+    chunk = max(1, min(CHUNK_STEPS, fits))
+    return RoundFn(plan.method, plan.layout, plan.mesh, pool, max_chunk=chunk)
 
 
 def measure_every(plan: Plan) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from experiments.building.checks import MOST
 from experiments.building.config import Config
 from jaxlocal import ConfigurationError, periods
 from jaxlocal.errors import lookup
@@ -139,9 +140,18 @@ def count_steps(config: Config) -> int:
     """Number of steps in the run: that of the flags, or of as many rounds as the flags give.
 
     Raises:
-      ConfigurationError: steps and rounds are both given, or the number of rounds does not
-        determine the number of steps.
+      ConfigurationError: steps and rounds are both given, the number of rounds does not determine
+        the number of steps, or there are too many.
     """
+    steps = _count(config)
+    if steps > MOST["steps"]:
+        raise ConfigurationError(
+            f"the run has {steps} steps by its other flags, and may have {MOST['steps']}"
+        )
+    return steps
+
+
+def _count(config: Config) -> int:
     if config.rounds is not None:
         return _steps_of_rounds(config, config.rounds)
     if config.steps is not None:

@@ -1,9 +1,9 @@
 """The folders of a run: one, or one for each of its seeds."""
 
-import json
 from pathlib import Path
 
-from experiments.running.recording import METRICS, SUMMARY
+from experiments.building.files import short
+from experiments.running.metrics import METRICS, SUMMARY, read_summary
 from jaxlocal import ConfigurationError
 
 
@@ -31,10 +31,8 @@ def unfinished(folder: Path) -> dict[Path, str]:
     """The seeds of a run that have not finished, each with the reason."""
     reasons = {}
     for path in _parts(folder):
-        try:
-            ended = json.loads((path / SUMMARY).read_text(errors="replace"))["ended"]
-        except (OSError, ValueError, KeyError, TypeError):
-            ended = "still running, or it was killed"
+        summary = read_summary(path)
+        ended = short(summary["ended"]) if summary else "still running, or it was killed"
         if ended != "finished":
             reasons[path] = ended
     return reasons

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.building.config import PLACE, Config
+from experiments.building.files import read_text
 from experiments.comparing.folders import seed_folders
 from experiments.running.recording import FLAGS
 
@@ -36,7 +37,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
 def _flags(parts: Sequence[Path]) -> dict[str, str]:
     """The flags that identify a run, by name; none where flags.txt is missing."""
     path = parts[0] / FLAGS
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = read_text(path, "the file").splitlines() if path.exists() else []
     chosen = _named(lines)
     if len(parts) > 1 and "seed" in chosen:
         chosen["seed"] = f"{chosen['seed']}…{parts[-1].name.removeprefix('seed_')}"

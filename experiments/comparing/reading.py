@@ -9,7 +9,7 @@ import numpy as np
 from experiments.comparing.folders import seed_folders
 from experiments.comparing.labels import labels
 from experiments.plotting.comparison import Curves
-from experiments.running.recording import METRICS, read_metrics
+from experiments.running.metrics import METRICS, read_metrics
 from jaxlocal import ConfigurationError
 
 KEYS = (
@@ -52,12 +52,7 @@ def too_short(folder: Path) -> bool:
 def _lines(folder: Path, least: int = 2) -> list[dict[str, Any]]:
     """The measurements of one seed."""
     path = folder / METRICS
-    try:
-        lines = [{key: _number(line[key]) for key in KEYS} for line in read_metrics(folder)]
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ConfigurationError(f"{path} is damaged: it has lines that no run wrote") from None
+    lines = [{key: _number(line[key]) for key in KEYS} for line in read_metrics(folder)]
     if len(lines) < least:
         raise ConfigurationError(
             f"{path} holds {len(lines)} measurements, and a curve needs 2 or more"

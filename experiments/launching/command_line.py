@@ -16,12 +16,15 @@ from absl import flags, logging
 from absl.flags import FLAGS
 
 from experiments.building.config import Config
+from experiments.building.files import local_path, short
+from experiments.launching.flag_files import check_flag_files
 from experiments.launching.program_cache import CacheWarnings
 from experiments.launching.starting import ABOUT
 from experiments.launching.statuses import INTERRUPTED, TERMINATED, explained
 from experiments.launching.stopping import Interrupted
 from jaxlocal import ConfigurationError
 
+PATHS = ("workdir", "data_dir")
 HELP = {"-h", "--help", "-help", "--helpfull", "--helpshort"}
 
 
@@ -41,8 +44,15 @@ def define_flags(values: flags.FlagValues = FLAGS) -> None:
 
 
 def from_flags(values: flags.FlagValues = FLAGS) -> Config:
-    """The config that the flags describe."""
+    """The config that the flags describe; `~` in a path is the home folder.
+
+    Raises:
+      ConfigurationError: a path that is not on this machine, or that no path should be.
+    """
     chosen: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Config)}
+    for name in PATHS:
+        if chosen[name] is not None:
+            chosen[name] = str(local_path(f"--{name}", chosen[name]))
     return Config(**chosen)
 
 
@@ -96,6 +106,7 @@ def _parse(argv: list[str], about: str, operands: bool) -> list[str]:
     if HELP & set(argv[1:]):
         print(about.strip() + _own_flags())
         sys.exit(0)
+    check_flag_files(argv[1:])
     try:
         rest = FLAGS(argv)[1:]
     except flags.Error as error:
@@ -132,5 +143,5 @@ def _warn(sentence: str | None) -> None:
 
 def _report(sentence: str, status: int) -> int:
     """Print an error on one line; return the exit status."""
-    print("error: " + " ".join(sentence.split()), file=sys.stderr, flush=True)
+    print("error: " + short(" ".join(sentence.split()), 1000), file=sys.stderr, flush=True)
     return status

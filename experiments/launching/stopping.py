@@ -58,6 +58,7 @@ class _Signals:
         self.watched = False  # by the thread of `watch`
         self.asked = 0  # the first signal
         self.patient = self.raises = self.raised = False
+        self.always_patient = False
         self.end: Callable[[int], Any] = end_process
 
     def watch(self) -> None:
@@ -105,6 +106,19 @@ def watch() -> None:
     _signals.watch()
 
 
+def watch_patiently() -> None:
+    """Handle SIGTERM as `watch` does, but never end at the first signal; ignore Ctrl-C, which the
+    process that has started this one handles."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _signals.patient = _signals.always_patient = True
+    _signals.watch()
+
+
+def asked() -> int:
+    """The signal by which this process was asked to end; 0 if it was not."""
+    return _signals.asked
+
+
 @contextlib.contextmanager
 def ending_by(end: Callable[[int], Any]) -> Iterator[None]:
     """End this process in another way: `end(number)`, called in any thread."""
@@ -132,7 +146,7 @@ class Patience:
     """
 
     def __enter__(self) -> "Patience":
-        if _signals.asked:  # after the end of a run before this one
+        if _signals.asked and not _signals.always_patient:  # after the end of a run before this one
             _signals.end(_signals.asked)
         self._before: Any = None
         if not _signals.watched and threading.current_thread() is threading.main_thread():
@@ -148,7 +162,7 @@ class Patience:
         return _signals.asked
 
     def __exit__(self, *_: object) -> None:
-        _signals.patient = False
+        _signals.patient = _signals.always_patient
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
         if not _signals.watched:

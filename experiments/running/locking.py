@@ -1,6 +1,7 @@
 """The lock of a folder: no two runs write one folder at once."""
 
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import jax
 
+from experiments.building.files import short
+from experiments.launching.statuses import Failure
 from jaxlocal import ConfigurationError
 
 LOCK = "lock"
@@ -25,6 +28,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
       ConfigurationError: another process holds the lock, or the folder cannot be written.
+      Failure: the disk is full.
     """
     if jax.process_index():
         yield
@@ -33,9 +37,9 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         number = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise ConfigurationError(
-            f"the workdir {folder} cannot be written: {error.strerror}"
-        ) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind: type[Exception] = Failure if full else ConfigurationError
+        raise kind(f"the workdir {short(folder)} cannot be written: {error.strerror}") from None
     with open(number, "r+", encoding="utf-8", errors="replace") as file:
         if not _take(number, folder):
             raise ConfigurationError(

@@ -1,9 +1,10 @@
 """The folder of a run: its flags, a line for every measurement, and a summary."""
 
+import contextlib
 import json
 import math
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import jax
 from jax.experimental import multihost_utils
 
 from experiments.building.config import PLACE, Config
+from experiments.building.files import read_text, short
+from experiments.launching.statuses import Failure
+from experiments.running.metrics import METRICS, SUMMARY, read_metrics
+from experiments.running.tensorboard import Board
 from jaxlocal import ConfigurationError
 
-METRICS, SUMMARY, FLAGS, CURVES = "metrics.jsonl", "summary.json", "flags.txt", "curves.png"
+FLAGS, CURVES = "flags.txt", "curves.png"
 PREVIOUS = "metrics.previous.jsonl"  # kept while a run that replaces them is under way
 CHECKPOINTS, TENSORBOARD, PARTITION = "checkpoints", "tensorboard", "partition.png"
 
@@ -79,21 +84,25 @@ class Recorder:
         write_whole(metrics, "".join(map(_as_line, self.lines)))
         (self.folder / SUMMARY).unlink(missing_ok=True)
         self._file = metrics.open("a")
-        self._board = _Board(self.folder / TENSORBOARD)
-        for line in self.lines:
-            self._board.add(line)
+        with writing(self.folder / TENSORBOARD):
+            self._board = Board(self.folder / TENSORBOARD)
+            for line in self.lines:
+                self._board.add(line)
 
     def add(self, line: dict[str, Any]) -> None:
         """Write one measurement to the file."""
         self.lines.append(line)
-        self._file.write(_as_line(line))
-        self._file.flush()
-        self._board.add(line)
+        with writing(self.folder / METRICS):
+            self._file.write(_as_line(line))
+            self._file.flush()
+        with writing(self.folder / TENSORBOARD):
+            self._board.add(line)
 
     def flush(self) -> None:
         """Wait until all measurements are on disk, as they must be before a checkpoint that is
         newer."""
-        os.fsync(self._file.fileno())
+        with writing(self.folder / METRICS):
+            os.fsync(self._file.fileno())
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, and close the files."""
@@ -133,46 +142,6 @@ class ReadOnlyRecorder(Recorder):
         pass
 
 
-class _Board:
-    """Write the measurements for TensorBoard: every number of a line as a scalar at its step."""
-
-    def __init__(self, folder: Path):
-        from tensorboardX import SummaryWriter
-
-        shutil.rmtree(folder, ignore_errors=True)
-        self._writer = SummaryWriter(str(folder))
-
-    def add(self, line: dict[str, Any]) -> None:
-        for name, value in line.items():
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                self._writer.add_scalar(name, value, line["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the measurements of a run's folder, without an incomplete last line of a killed run.
-
-    Raises:
-      ConfigurationError: another line that is not a measurement.
-    """
-    lines = (folder / METRICS).read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    return [_measurement(folder / METRICS, *numbered) for numbered in enumerate(lines, 1)]
-
-
-def _measurement(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError:
-        values = None
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        raise ConfigurationError(f"{path} is damaged: its line {number} is not a measurement")
-    return values
-
-
 def finite(values: Any) -> Any:
     """The values with None in place of numbers that JSON does not have: NaN and the infinities."""
     if isinstance(values, dict):
@@ -185,8 +154,22 @@ def finite(values: Any) -> Any:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it exists completely or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with writing(path):
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in an error of writing it.
+
+    Raises:
+      Failure: the disk is full, or the file cannot be written for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"{path} could not be written: {error.strerror}") from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -198,16 +181,11 @@ def claim(folder: Path, config: Config) -> None:
     """Reserve the folder for this run, by writing its flags there.
 
     Raises:
-      ConfigurationError: the folder holds a run with other flags, or cannot be written.
+      ConfigurationError: the folder holds a run with other flags.
+      Failure: the file could not be written.
     """
     check_same_run(folder, config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / FLAGS, "\n".join(config.flag_lines()) + "\n")
-    except OSError as error:
-        raise ConfigurationError(
-            f"the workdir {folder} cannot be written: {error.strerror}"
-        ) from None
+    write_whole(folder / FLAGS, "\n".join(config.flag_lines()) + "\n")
 
 
 def check_same_run(folder: Path, config: Config) -> None:
@@ -216,24 +194,42 @@ def check_same_run(folder: Path, config: Config) -> None:
     Raises:
       ConfigurationError: the folder holds a run with other flags, or something else.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"the workdir {folder} is a file")
-    if not (folder / FLAGS).exists():
-        if (folder / METRICS).exists():
-            raise ConfigurationError(
-                f"the workdir {folder} holds {METRICS} but no {FLAGS}: it is not a run of this "
-                f"program"
-            )
+    if not _holds_flags(folder):
         return
-    lines = (folder / FLAGS).read_text(errors="replace").splitlines()
+    lines = read_text(folder / FLAGS, "the file").splitlines()
     theirs = {line for line in lines if line and line.split("=")[0] not in PLACE}
     ours = set(config.identity_lines())
     if ours != theirs:
-        held = " ".join(sorted(theirs - ours)[:3]) or "none of them"
-        given = " ".join(sorted(ours - theirs)[:3]) or "none of them"
+        held = " ".join(map(short, sorted(theirs - ours)[:3])) or "none of them"
+        given = " ".join(map(short, sorted(ours - theirs)[:3])) or "none of them"
         raise ConfigurationError(
             f"the workdir {folder} holds a run with other flags: it has {held}, this run {given}"
         )
+
+
+def _holds_flags(folder: Path) -> bool:
+    """Whether there are flags of a run in a folder.
+
+    Raises:
+      ConfigurationError: it is no folder, cannot be used, or holds something else.
+    """
+    name = f"the workdir {short(folder, 200)}"
+    try:
+        if folder.is_symlink() and not folder.exists():
+            raise ConfigurationError(f"{name} is a link to nothing")
+        if folder.exists() and not folder.is_dir():
+            raise ConfigurationError(f"{name} is a file")
+        if (folder / FLAGS).exists():
+            return True
+        other = (folder / METRICS).exists()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigurationError(f"{name} cannot be used: {why}") from None
+    if other:
+        raise ConfigurationError(
+            f"{name} holds {METRICS} but no {FLAGS}: it is not a run of this program"
+        )
+    return False
 
 
 def _as_line(line: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ import jaxlocal
 from experiments.building.job import Job
 from experiments.plotting.curves import plot_curves
 from experiments.plotting.display import Display, data_size, number, show_table
-from experiments.running.recording import CURVES, FLAGS, METRICS, PARTITION, SUMMARY, Recorder
+from experiments.running.metrics import METRICS, SUMMARY
+from experiments.running.recording import CURVES, FLAGS, PARTITION, Recorder, writing
 from jaxlocal import RoundFn
 from jaxlocal.training.checkpoints import export
 from jaxlocal.types import TrainState
@@ -27,7 +28,8 @@ def report(
     title = f"{title_of(job)}, {job.method.period.description}"
     recorder.finish(_summary(job, round_fn, lines, seconds, why))
     if lines:
-        plot_curves(lines, folder / CURVES, title)
+        with writing(folder / CURVES):
+            plot_curves(lines, folder / CURVES, title)
         show_table(display.console, title, _rows(lines[-1], seconds, why))
     for name in (METRICS, SUMMARY, CURVES, PARTITION, FLAGS):
         if (folder / name).exists():

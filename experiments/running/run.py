@@ -24,7 +24,7 @@ from experiments.plotting.partition import plot_partition
 from experiments.running.feeding import Feed
 from experiments.running.locking import locked
 from experiments.running.measuring import Measure
-from experiments.running.recording import PARTITION, Recorder, check_same_run, record
+from experiments.running.recording import PARTITION, Recorder, check_same_run, record, writing
 from experiments.running.reporting import export_model, report, title_of
 from experiments.running.saving import Saver
 from jaxlocal import RoundFn
@@ -183,4 +183,5 @@ class _Run:
         title = f"{config.dataset}, {config.partition}, {title_of(self.job).split(', ')[-1]}"
         targets = self.feed.targets
         classes = dataset.classes if targets.ndim == 1 else 0  # a text has no label
-        plot_partition(path, targets, self.feed.batches, classes, title)
+        with writing(path):
+            plot_partition(path, targets, self.feed.batches, classes, title)

@@ -1,6 +1,5 @@
 """The report of several seeds: the mean of every figure, and its standard error."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from rich.console import Console
 from experiments.building.config import Config
 from experiments.plotting.curves import plot_several
 from experiments.plotting.display import number, show_table
-from experiments.running.recording import CURVES, SUMMARY, read_metrics, write_json
+from experiments.running.metrics import SUMMARY, read_metrics, read_summary
+from experiments.running.recording import CURVES, write_json, writing
 
 # Figures of the last measurement of every seed whose means are in the summary.
 FIGURES = (
@@ -30,7 +30,8 @@ def report_seeds(config: Config, folder: Path, seeds: Sequence[int], folders: li
     figures = {"seeds": list(seeds), **_summary(folders), "flags": config.flag_lines()}
     write_json(folder / SUMMARY, figures)
     title = f"{config.method} on {config.dataset}, {config.workers} workers, {len(seeds)} seeds"
-    plot_several([read_metrics(place) for place in folders], folder / CURVES, title)
+    with writing(folder / CURVES):
+        plot_several([read_metrics(place) for place in folders], folder / CURVES, title)
     console = Console()
     show_table(console, f"\n{title}", _rows(figures))
     for name in (SUMMARY, CURVES):
@@ -50,15 +51,15 @@ def mean_and_error(values: list[float]) -> dict[str, Any]:
 
 
 def _summary(folders: list[Path]) -> dict[str, Any]:
-    summaries = [json.loads((folder / SUMMARY).read_text()) for folder in folders]
+    summaries = [read_summary(folder) or {} for folder in folders]
     figures = {}
     for name in FIGURES:
-        values = [summary.get(name) for summary in summaries]
-        if all(value is not None for value in values):
+        values = [s[name] for s in summaries if s.get(name) is not None]
+        if len(values) == len(summaries):
             figures[name] = mean_and_error(values)
     same = ("method", "period", "dataset", "model", "hubs", "workers", "versions")
-    return {"ended": [s["ended"] for s in summaries], **figures} | {
-        name: summaries[0][name] for name in same
+    return {"ended": [s.get("ended") for s in summaries], **figures} | {
+        name: summaries[0].get(name) for name in same
     }
 
 

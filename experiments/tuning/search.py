@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from experiments.building.config import Config
 from experiments.building.job import build_job
 from experiments.launching.starting import start
 from experiments.planning.figures import plan_figures
+from experiments.running.locking import locked
 from experiments.running.recording import check_same_run, write_json, write_whole
 from experiments.tuning.results import diverged, figures_of, markdown, rank
 from experiments.tuning.runs import Stopped, run_all
@@ -34,7 +36,8 @@ def tune(config: Config, settings_file: Path, rates: Sequence[float], jobs: int 
       The exit status.
 
     Raises:
-      ConfigurationError: a setting that does not fit, before the first run.
+      ConfigurationError: a setting that does not fit, before the first run; or another process
+        tunes in the same folder.
     """
     settings = read_settings(settings_file, config)
     start(settings.values(), jobs)
@@ -43,23 +46,25 @@ def tune(config: Config, settings_file: Path, rates: Sequence[float], jobs: int 
     planned = {name: _planned(name, ones[0]) for name, ones in trials.items()}
     for one in itertools.chain(*trials.values()):
         check_same_run(Path(one.workdir or ""), one)
-    try:
-        tried = run_all(trials, jobs)
-        best = {name: _best(trials[name], tried[name]) for name in settings}
-        again = {name: _again(settings[name], folder / name, best[name]) for name in settings}
-        found = run_all(again, jobs)
-    except Stopped as stopped:
-        return stopped.status
-    figures = {
-        name: figures_of(
-            planned[name],
-            dict(zip(rates, tried[name], strict=True)),
-            best[name],
-            dict(zip((one.seed for one in again[name]), found[name], strict=True)),
-        )
-        for name in settings
-    }
-    _write(config, folder, rates, figures)
+    with locked(folder):
+        try:
+            tried = run_all(trials, jobs)
+            best = {name: _best(trials[name], tried[name]) for name in settings}
+            again = {name: _again(settings[name], folder / name, best[name]) for name in settings}
+            found = run_all(again, jobs)
+        except Stopped as stopped:
+            print(f"error: {stopped.sentence}", file=sys.stderr)
+            return stopped.status
+        figures = {
+            name: figures_of(
+                planned[name],
+                dict(zip(rates, tried[name], strict=True)),
+                best[name],
+                dict(zip((one.seed for one in again[name]), found[name], strict=True)),
+            )
+            for name in settings
+        }
+        _write(config, folder, rates, figures)
     return 0
 
 

@@ -9,7 +9,9 @@ from typing import Any
 from absl import flags
 
 from experiments.building.config import Config
+from experiments.building.files import local_path, read_text
 from experiments.launching.command_line import define_flags
+from experiments.launching.flag_files import check_flag_files
 from jaxlocal import ConfigurationError
 
 # Flags that a setting may not have: they are the same for all settings, or searched for.
@@ -26,10 +28,7 @@ def read_settings(path: Path, base: Config) -> dict[str, Config]:
       ConfigurationError: a file that cannot be read, a line without a setting, a name that is
         given twice, an unknown flag, or one that all settings share.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--settings={path} cannot be read: {error}") from None
+    lines = read_text(local_path("--settings", path), "the settings file").splitlines()
     settings: dict[str, Config] = {}
     for number, line in enumerate(lines, 1):
         line = line.partition("#")[0].strip()
@@ -53,7 +52,9 @@ def _with_flags(base: Config, text: str, where: str) -> Config:
     values = flags.FlagValues()
     define_flags(values)
     try:
-        rest = values([where, *shlex.split(text)])[1:]
+        words = shlex.split(text)
+        check_flag_files(words)
+        rest = values([where, *words])[1:]
     except (flags.Error, ValueError) as error:
         raise ConfigurationError(f"{where}: {error}") from None
     if rest:

@@ -122,6 +122,26 @@ from jaxlocal import ConfigurationError
         ({"warmup_steps": 20, "steps": 10}, ["20 steps", "10"]),
         ({"seed": -1}, ["--seed", "-1"]),
         ({"seed": 1 << 64}, ["--seed", "2^32"]),
+        ({"steps": 1 << 31}, ["--steps", "at most 10000000", "2147483648"]),
+        ({"rounds": 10**30}, ["--rounds", "at most 10000000", "1" + "0" * 30]),
+        ({"workers": 10**12}, ["--workers", "at most 1048576", "1000000000000"]),
+        ({"hubs": 10**12, "method": "mll_sgd"}, ["--hubs", "at most 1024", "1000000000000"]),
+        ({"workers": 1025, "method": "cooperative_sgd"}, ["1025", "1024 hubs"]),
+        ({"batch_size": 10**12}, ["--batch_size", "at most 16777216", "1000000000000"]),
+        (
+            {"workers": 1 << 20, "batch_size": 100, "parameters": 1},
+            ["--workers=1048576", "--batch_size=100", "67108864"],
+        ),
+        ({"local_steps": 1 << 31}, ["--local_steps", "at most 2147483647", "2147483648"]),
+        (
+            {"method": "mll_sgd", "local_steps": 10**9, "parameters": 1},
+            ["1000000000 steps", "10000000"],
+        ),
+        ({"seeds": 10**9}, ["--seeds", "at most 1000", "1000000000"]),
+        ({"stream_workers": 10**6}, ["--stream_workers", "at most 1024", "1000000"]),
+        ({"parameters": 10**30}, ["--parameters", "at most 10000000000000"]),
+        ({"workdir": "a\nb"}, ["--workdir", "printable", r"'a\nb'"]),
+        ({"dataset": "\ud800"}, ["--dataset", "printable", r"\ud800"]),
         ({"warmup_steps": 500}, ["500 steps", "440"]),
         ({"hub_graph": "ring"}, ["local_sgd has no hub graph", "ring"]),
         ({"switch_step": 5}, ["--switch_step=5", "quadratic"]),
@@ -162,6 +182,80 @@ def test_a_mistake_ends_with_status_two_and_leaves_nothing(flags, words, tmp_pat
     assert done.status == 2
     assert one_sentence(done.error) and words in done.error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("a\0b", "printable"),
+        ("a\nb", "printable"),
+        ("", "printable"),
+        ("gs://bucket/run", "gs://bucket/run is not on this machine"),
+        ("~no_such_user/run", "no such home folder"),
+        ("x" * 5000, "File name too long"),
+        ("FOLDER/file", "is a file"),
+        ("FOLDER/file/below", "Not a directory"),
+        ("FOLDER/dangling", "is a link to nothing"),
+        ("FOLDER/loop", "is a link to nothing"),
+        ("/proc/run", "cannot be written"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_one_sentence(path, words, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = sorted(tmp_path.iterdir())
+    path = path.replace("FOLDER", str(tmp_path))
+    done = call("train", f"--workdir={path}", "--dataset=least_squares", "--model=linear")
+    assert done.status == 2 and one_sentence(done.error) and words in done.error, done.error
+    assert len(done.error) < 1100 and sorted(tmp_path.iterdir()) == before
+
+
+def test_other_paths_that_are_not_of_this_machine_are_refused(tmp_path):
+    for command in (
+        ["train", "--dataset=mnist", "--data_dir=s3://bucket"],
+        ["compare", "gs://bucket/run"],
+        ["compare", str(tmp_path), "--output=gs://bucket/a.png"],
+        ["tune", "--settings=gs://bucket/file", "--learning_rates=0.1"],
+    ):
+        done = call(*command)
+        assert done.status == 2 and one_sentence(done.error), done.error
+        assert "is not on this machine" in done.error
+
+
+def test_the_home_folder_is_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    done = call("train", "--workdir=~/x/../run", "--dataset=least_squares", "--model=linear")
+    assert done.status == 2 and f"{tmp_path}/x/../run holds metrics.jsonl but no" in done.error
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xfe\0", "is not text: byte 0"),
+        (b"--steps=1\n" * 200_000, "is larger than 1048576 bytes"),
+        (b"--flagfile=FILE", "includes itself"),
+        (b"--flagfile=FOLDER/loop", "includes itself"),
+        (b"--flagfile=FOLDER", "is not a file"),
+        (b"--flagfile=/dev/zero", "is not a file"),
+        (b"--flagfile=FOLDER/pipe", "is not a file"),
+        (b"--flagfile=FOLDER/nothing", "No such file"),
+        (b"steps", "unexpected argument 'steps'"),
+        (b"\0", "unexpected argument"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--flagfile=FILE", "-flagfile=FILE", "--flagfile FILE"])
+def test_a_flag_file_that_cannot_be_read_is_one_sentence(content, words, option, tmp_path):
+    named = lambda text: text.replace("FILE", str(tmp_path / "file")).replace(
+        "FOLDER", str(tmp_path)
+    )
+    (tmp_path / "file").write_bytes(named(content.decode("latin-1")).encode("latin-1"))
+    (tmp_path / "loop").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    done = call("plan", *named(option).split())
+    assert done.status == 2 and one_sentence(done.error) and words in done.error, done.error
 
 
 def test_a_warning_is_one_line():

@@ -36,6 +36,9 @@ def lines(accuracies=ACCURACIES, bits=8_000_000):
             "eval_accuracy": accuracy,
             "bits_workers": bits * i,
             "bits_hubs": 0,
+            "local_steps": 10,
+            "learning_rate": 0.1,
+            "consensus_distance": 0.0,
         }
         for i, accuracy in enumerate(accuracies)
     ]
@@ -127,7 +130,10 @@ def test_the_table_shows_the_last_measurements_and_the_costs(tmp_path, capsys):
 
 
 def test_the_picture_has_every_result_over_every_cost(tmp_path, rendered):
-    folders = [write_run(tmp_path / name, lines(bits=b)) for name, b in [("a", 8e6), ("b", 8e7)]]
+    folders = [
+        write_run(tmp_path / name, lines(bits=b))
+        for name, b in [("a", 8_000_000), ("b", 80_000_000)]
+    ]
     compare(folders, tmp_path / "compare.png", None)
     axes = np.array(rendered[0].axes).reshape(3, 3)
     for row, key in zip(axes, ["train_loss", "eval_loss", "eval_accuracy"], strict=True):

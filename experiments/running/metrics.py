@@ -1,0 +1,75 @@
+"""The lines of metrics.jsonl and the summary of a run, as they are read from its folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.building.files import LARGEST, read_text
+from jaxlocal import ConfigurationError
+
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+WHOLE = ("step", "round", "local_steps", "bits_workers", "bits_hubs")
+REAL = ("wall_seconds", "learning_rate")
+REAL_OR_NONE = ("train_loss", "eval_loss", "eval_accuracy", "consensus_distance")
+LARGEST_NUMBER = 1e300
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read the measurements of a run's folder, without an incomplete last line of a killed run.
+
+    Raises:
+      ConfigurationError: the file cannot be read, another line is not a measurement, or the steps
+        do not ascend.
+    """
+    path = folder / METRICS
+    if path.exists() and not path.is_file():
+        raise ConfigurationError(f"{path} is not a file")
+    lines: list[dict[str, Any]] = []
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(LARGEST):
+                if not line.endswith(b"\n") and len(line) < LARGEST:
+                    break
+                lines.append(_measurement(path, len(lines) + 1, line))
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
+    for number, (before, after) in enumerate(zip(lines, lines[1:], strict=False), 2):
+        if after["step"] <= before["step"]:
+            raise ConfigurationError(
+                f"{path} is damaged: its line {number} is of step {after['step']}, and the one "
+                f"before it of step {before['step']}"
+            )
+    return lines
+
+
+def _measurement(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or not _is_complete(values):
+        raise ConfigurationError(f"{path} is damaged: its line {number} is not a measurement")
+    return values
+
+
+def _is_complete(values: dict[str, Any]) -> bool:
+    """Whether a line has every figure of a measurement, each of its type."""
+    if not all(name in values for name in (*WHOLE, *REAL, *REAL_OR_NONE)):
+        return False
+    whole = all(type(values[name]) is int and 0 <= values[name] < LARGEST_NUMBER for name in WHOLE)
+    known = [values[name] for name in REAL_OR_NONE if values[name] is not None]
+    real = [values[name] for name in REAL] + known
+    return whole and all(type(x) in (int, float) and abs(x) < LARGEST_NUMBER for x in real)
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Read the summary of a run that has ended; None where it is missing or damaged.
+
+    The same command as the run's writes it again.
+    """
+    try:
+        summary = json.loads(read_text(folder / SUMMARY, "the summary"))
+    except (ConfigurationError, ValueError, RecursionError):
+        return None
+    known = isinstance(summary, dict) and isinstance(summary.get("ended"), str)
+    return summary if known else None
