@@ -10,8 +10,9 @@ from collections.abc import Callable
 from functools import partial
 
 from jaxlocal.errors import ConfigurationError, lookup
-from jaxlocal.models.adapters import Model, from_functions, from_linen, from_nnx
+from jaxlocal.models.adapters import Model, from_functions, from_linen
 from jaxlocal.models.cnn import mll_cnn
+from jaxlocal.models.nnx_modules import from_nnx
 from jaxlocal.models.precision import in_precision
 from jaxlocal.models.resnet import resnet18, small_resnet
 from jaxlocal.models.simple import linear, logistic, mlp

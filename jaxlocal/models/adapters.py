@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen, nnx
+from flax import linen
 
 from jaxlocal.errors import ConfigurationError
 
@@ -16,9 +16,6 @@ Tree = Any
 # The keywords by which Flax's layers and users' modules distinguish training from evaluation.
 _TRUE_IN_TRAINING = ("train", "training", "is_training")
 _FALSE_IN_TRAINING = ("deterministic", "use_running_average")
-
-# Variables that no call reads from an earlier call: random streams and sown intermediate values.
-_TRANSIENT = nnx.Any(nnx.RngState, nnx.Intermediate)
 
 
 class Model(NamedTuple):
@@ -42,87 +39,37 @@ class Model(NamedTuple):
     apply: Callable[..., tuple[jax.Array, Tree]]
 
 
-def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
-    """Make a model from a Flax NNX module.
-
-    `params` holds the module's `nnx.Param` variables and `model_state` its other variables, such as
-    batch statistics, each as nested dictionaries of arrays. Neither holds random streams: every
-    `apply` seeds them from its `key`, so dropout differs by step and by worker as the key does.
-    `key` may be None where nothing is drawn. `train`, a Python bool, chooses between the module's
-    `train()` and `eval()`.
-
-    Args:
-      make_module: `make_module(rngs)` builds the module, and `module(inputs)` gives its outputs.
-        Every `init` and the first `apply` call it, so it should have no side effects.
-
-    Returns:
-      The model.
-
-    >>> model = from_nnx(lambda rngs: nnx.Linear(3, 2, rngs=rngs))
-    >>> params, model_state = model.init(jax.random.key(0))
-    >>> jax.tree.map(jax.numpy.shape, params), model_state
-    ({'bias': (2,), 'kernel': (3, 2)}, {})
-    >>> outputs, _ = model.apply(params, model_state, jax.numpy.ones((5, 3)), None, train=False)
-    >>> outputs.shape
-    (5, 2)
-    """
-
-    @functools.cache
-    def blueprint() -> tuple[Any, ...]:
-        return _split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))))
-
-    def init(key: jax.Array) -> tuple[Tree, Tree]:
-        _, params, _, state = _split(make_module(nnx.Rngs(key)))
-        return _as_dict(params), _as_dict(state)
-
-    def apply(
-        params: Tree, model_state: Tree, inputs: jax.Array, key: jax.Array | None, train: bool
-    ) -> tuple[jax.Array, Tree]:
-        graph, param_shapes, streams, state_shapes = blueprint()
-        filled = _filled(param_shapes, params), streams, _filled(state_shapes, model_state)
-        module = nnx.merge(graph, *filled, copy=True)
-        if key is not None:
-            nnx.reseed(module, policy="match_shape", **_stream_keys(streams, key))
-        if train:
-            module.train()
-        else:
-            module.eval()
-        outputs = module(inputs)
-        return outputs, _as_dict(_split(module)[3])
-
-    return Model(init, apply)
-
-
 def from_linen(module: linen.Module, inputs: Any, streams: Sequence[str] = ("dropout",)) -> Model:
     """Make a model from a Flax Linen module.
 
     `params` is the module's collection `params`, and `model_state` holds all its other collections,
-    such as `batch_stats`, by name. `apply` passes `train` on by the keywords train, training and
-    is_training, and its negation by deterministic and use_running_average: by each of these that
-    the module's `__call__` takes and that the module's fields do not fix.
+    such as `batch_stats`, by name. Collections that are only sown into are in neither. `apply`
+    passes `train` on by the keywords train, training and is_training, and its negation by
+    deterministic and use_running_average: by each of these that the module's `__call__` takes and
+    that the module's fields do not fix.
 
     Args:
       module: `module(inputs)` gives its outputs.
-      inputs: a batch of example inputs, or its shape and dtype as a `jax.ShapeDtypeStruct`.
+      inputs: a batch of example inputs, or its shape and dtype as a `jax.ShapeDtypeStruct`; a tree
+        of these, such as a dictionary, where the module takes one.
       streams: names of random streams. Each `apply` folds a separate key for each of them from its
         `key`; a stream that is not named here draws from the key of the stream `params`.
 
     Returns:
       The model.
 
+    Raises:
+      ConfigurationError: `module` is not a Linen module that can be called with the inputs alone,
+        or `inputs` are not arrays or their shapes.
+
     >>> model = from_linen(linen.Dense(2), jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params, model_state = model.init(jax.random.key(0))
     >>> jax.tree.map(jnp.shape, params), model_state
     ({'bias': (2,), 'kernel': (3, 2)}, {})
     """
-    shape, dtype = inputs.shape, inputs.dtype
-    names = [
-        name
-        for name in _taken(
-            inspect.signature(type(module).__call__), (*_TRUE_IN_TRAINING, *_FALSE_IN_TRAINING)
-        )
-        if getattr(module, name, None) is None
-    ]
+    names = _mode_keywords(module)
+    shapes = jax.tree.map(_shape_of, inputs)
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def keys(key: jax.Array | None) -> dict[str, jax.Array]:
         if key is None:
@@ -132,9 +79,23 @@ def from_linen(module: linen.Module, inputs: Any, streams: Sequence[str] = ("dro
     def mode(train: bool) -> dict[str, Any]:
         return {name: train == (name in _TRUE_IN_TRAINING) for name in names}
 
+    def only_sown(name: str, variables: Any) -> bool:
+        """Whether the module runs without this collection, and so neither reads nor updates it."""
+        others = {other: values for other, values in variables.items() if other != name}
+        mutable = [other for other in others if other != "params"]
+        run = lambda v: module.apply(
+            v, zeros(), mutable=mutable, rngs=keys(jax.random.key(0)), **mode(False)
+        )
+        try:
+            jax.eval_shape(run, others)
+        except Exception:  # of Flax, or of the module where a variable is missing
+            return False
+        return True
+
     def init(key: jax.Array) -> tuple[Tree, Tree]:
-        variables = module.init(key, jnp.zeros(shape, dtype), **mode(False))
-        state = dict(linen.meta.unbox(variables))
+        variables = module.init(key, zeros(), **mode(False))
+        kept = [name for name in variables if name == "params" or not only_sown(name, variables)]
+        state = linen.meta.unbox({name: variables[name] for name in kept})
         return state.pop("params", {}), state
 
     def apply(
@@ -170,28 +131,67 @@ def from_functions(init: Callable[[jax.Array], Any], apply: Callable[..., Any]) 
     >>> model.apply(params, model_state, jnp.ones((2, 3)), None, train=True)
     (Array([3., 3.], dtype=float32), {})
     """
-    _keywords_taken("init(key)", init, 1, ())
+    keywords_taken("init(key)", init, 1, ())
     offered = ("key", "train", "model_state")
-    names = _keywords_taken("apply(params, inputs)", apply, 2, offered)
-    if "model_state" in names:
-        stateful_init, stateful_apply = init, apply
-    else:
-        stateful_init = lambda key: (init(key), {})
-        stateful_apply = lambda params, inputs, **keywords: (apply(params, inputs, **keywords), {})
+    names = keywords_taken("apply(params, inputs)", apply, 2, offered)
+    stateful = "model_state" in names
+
+    def init_fn(key: jax.Array) -> tuple[Tree, Tree]:
+        return _pair("init(key)", "params", init(key)) if stateful else (init(key), {})
 
     def apply_fn(
         params: Tree, model_state: Tree, inputs: jax.Array, key: jax.Array | None, train: bool
     ) -> tuple[jax.Array, Tree]:
         values = {"key": key, "train": train, "model_state": model_state}
         keywords = {name: values[name] for name in names}
-        outputs, new_state = stateful_apply(params, inputs, **keywords)
-        return outputs, new_state
+        outputs = apply(params, inputs, **keywords)
+        return _pair("apply", "outputs", outputs) if stateful else (outputs, {})
 
-    return Model(stateful_init, apply_fn)
+    return Model(init_fn, apply_fn)
 
 
-def _keywords_taken(
-    form: str, function: Callable[..., Any], arguments: int, offered: tuple[str, ...]
+def _pair(function: str, first: str, result: Any) -> tuple[Any, Any]:
+    # A named tuple of two fields may be a tree of parameters.
+    if type(result) is not tuple or len(result) != 2:
+        size = f" of {len(result)}" if isinstance(result, tuple) else ""
+        raise ConfigurationError(
+            f"of a model with model_state {function} must give a tuple ({first}, model_state), got "
+            f"{type(result).__name__}{size}"
+        )
+    return result
+
+
+def _mode_keywords(module: Any) -> list[str]:
+    """The keywords by which a Linen module is told whether it trains."""
+    if not isinstance(module, linen.Module):
+        got = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
+        raise ConfigurationError(
+            f"from_linen takes a Flax Linen module, such as flax.linen.Dense(2), and got {got}"
+        )
+    if "__call__" not in dir(type(module)):
+        raise ConfigurationError(f"{type(module).__name__} has no __call__(inputs)")
+    offered = (*_TRUE_IN_TRAINING, *_FALSE_IN_TRAINING)
+    call = functools.partial(type(module).__call__, module)
+    names = keywords_taken("module(inputs)", call, 1, offered, type(module).__name__)
+    return [name for name in names if getattr(module, name, None) is None]
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    dtype = getattr(x, "dtype", None)
+    if not hasattr(x, "shape") or dtype is None or dtype.kind in "USO":
+        raise ConfigurationError(
+            f"example inputs must be arrays, or shapes such as jax.ShapeDtypeStruct((1, 3), "
+            f"'float32'), got {type(x).__name__ if dtype is None else dtype}"
+        )
+    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+
+
+def keywords_taken(
+    form: str,
+    function: Callable[..., Any],
+    arguments: int,
+    offered: tuple[str, ...],
+    name: str = "",
 ) -> list[str]:
     """The offered keywords that a function takes; an error where it does not take the arguments."""
     try:
@@ -201,7 +201,7 @@ def _keywords_taken(
     except (TypeError, ValueError) as error:
         more = f", with or without the keywords {', '.join(offered)}" if offered else ""
         raise ConfigurationError(
-            f"{function!r} cannot be called as {form}{more}: {error}"
+            f"{name or repr(function)} cannot be called as {form}{more}: {error}"
         ) from None
     return names
 
@@ -209,35 +209,3 @@ def _keywords_taken(
 def _taken(signature: inspect.Signature, names: Sequence[str]) -> list[str]:
     """The names that are parameters of the signature."""
     return [name for name in names if name in signature.parameters]
-
-
-def _split(module: nnx.Module) -> tuple[Any, ...]:
-    """The module's structure, parameters, transient variables and all other variables."""
-    return nnx.split(module, nnx.Param, _TRANSIENT, ...)
-
-
-def _as_dict(state: nnx.State[Any, Any]) -> Tree:
-    """Nested dictionaries of arrays with string keys, which sort the same way in every file."""
-    tree: dict[str, Any] = {}
-    for path, leaf in nnx.to_flat_state(state):
-        *above, name = map(str, path)
-        branch = functools.reduce(lambda at, part: at.setdefault(part, {}), above, tree)
-        branch[name] = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-    return tree
-
-
-def _filled(state: nnx.State[Any, Any], tree: Tree) -> nnx.State[Any, Any]:
-    """The state with the values of `tree`, the inverse of `_as_dict`."""
-
-    def fill(path: tuple[Any, ...], leaf: Any) -> Any:
-        value = functools.reduce(lambda at, part: at[str(part)], path, tree)
-        return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
-
-    return nnx.map_state(fill, state)
-
-
-def _stream_keys(streams: nnx.State[Any, Any], key: jax.Array) -> dict[str, Any]:
-    """A separate key for each name of a random stream, so that no two draw the same numbers."""
-    leaves = [leaf for _, leaf in nnx.to_flat_state(streams)]
-    names = sorted({leaf.tag for leaf in leaves if isinstance(leaf, nnx.RngKey)})
-    return {name: jax.random.fold_in(key, number) for number, name in enumerate(names)}

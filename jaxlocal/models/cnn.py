@@ -3,8 +3,9 @@
 import jax
 from flax import nnx
 
-from jaxlocal.models.adapters import Model, from_nnx
+from jaxlocal.models.adapters import Model
 from jaxlocal.models.layers import Conv, Logits, image_sides
+from jaxlocal.models.nnx_modules import from_nnx
 from jaxlocal.nn import conv_relu_max_pool
 
 

@@ -7,8 +7,9 @@ import jax
 from flax import nnx
 
 from jaxlocal.errors import ConfigurationError, lookup
-from jaxlocal.models.adapters import Model, from_nnx
+from jaxlocal.models.adapters import Model
 from jaxlocal.models.layers import BatchNorm, Conv, Logits, image_sides
+from jaxlocal.models.nnx_modules import from_nnx
 
 GROUPS = 32
 NORMS: dict[str, Callable[..., nnx.Module]] = {

@@ -6,8 +6,9 @@ import jax
 from flax import nnx
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.models.adapters import Model, from_nnx
+from jaxlocal.models.adapters import Model
 from jaxlocal.models.layers import Logits
+from jaxlocal.models.nnx_modules import from_nnx
 
 HIDDEN = 128
 

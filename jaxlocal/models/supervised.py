@@ -1,10 +1,12 @@
 """Losses and metrics of a model for classification and regression, in training and evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxlocal.errors import ConfigurationError
@@ -22,7 +24,8 @@ def example_metrics(outputs: jax.Array, targets: jax.Array, classes: int) -> dic
 
     The loss is half the squared error for regression, the sigmoid cross-entropy for two classes
     with one logit, and the softmax cross-entropy otherwise. The metrics of a sequence are means
-    over its positions.
+    over its positions. The loss of an example whose class is not from 0 to classes - 1 is NaN, at
+    which a run stops, and its accuracy is false; no class means that an example is ignored.
 
     Args:
       outputs: predictions [batch] of regression; logits [batch] of two classes, [batch, classes]
@@ -35,26 +38,72 @@ def example_metrics(outputs: jax.Array, targets: jax.Array, classes: int) -> dic
       {"loss": [batch]} for regression, {"loss": [batch], "accuracy": [batch]} for classification.
 
     Raises:
-      ConfigurationError: the shape of the outputs does not fit the targets and classes.
+      ConfigurationError: the outputs are not one array, their shape does not fit the targets and
+        classes, or the classes are not integers.
 
     >>> example_metrics(jnp.array([2.0]), jnp.array([1.0]), classes=0)["loss"]
     Array([0.5], dtype=float32)
     """
-    _check_shapes(outputs.shape, targets.shape, classes)
+    check_classes(classes)
+    _check_arrays(outputs, targets, classes)
     outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
     if classes == 0:
-        return {"loss": optax.l2_loss(outputs, targets)}
-    if outputs.ndim == 1:
-        loss = optax.sigmoid_binary_cross_entropy(outputs, targets)
-        return {"loss": loss, "accuracy": (outputs > 0) == (targets == 1)}
-    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
-    metrics = {"loss": loss, "accuracy": outputs.argmax(-1) == targets}
-    return metrics if loss.ndim == 1 else {name: v.mean(1) for name, v in metrics.items()}
+        dtype = jnp.promote_types(outputs.dtype, targets.dtype)
+        return _of_examples({"loss": optax.l2_loss(outputs.astype(dtype), targets.astype(dtype))})
+    labels = targets.astype(jax.dtypes.canonicalize_dtype(jnp.int64))  # uint8 has no 300
+    valid = (labels >= 0) & (labels < classes)
+    if outputs.shape == labels.shape:
+        loss = optax.sigmoid_binary_cross_entropy(outputs, labels.astype(outputs.dtype))
+        right = (outputs > 0) == (labels == 1)
+    else:
+        loss = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+        right = outputs.argmax(-1).astype(labels.dtype) == labels
+    return _of_examples({"loss": jnp.where(valid, loss, jnp.nan), "accuracy": right & valid})
+
+
+def check_classes(classes: Any) -> None:
+    """Check a number of classes.
+
+    Raises:
+      ConfigurationError: it is neither 0, for regression, nor an integer of 2 or more.
+
+    >>> check_classes(10)
+    """
+    if (
+        isinstance(classes, bool)
+        or not isinstance(classes, Integral)
+        or classes < 0
+        or classes == 1
+    ):
+        raise ConfigurationError(
+            f"classes must be 0 for regression, or their number of 2 or more, got {classes!r}"
+        )
+
+
+def _of_examples(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The metrics of each example, [batch], of those of each of its positions."""
+    each = lambda v: v if v.ndim == 1 else v.mean(tuple(range(1, v.ndim)))
+    return {name: each(value) for name, value in metrics.items()}
+
+
+def _check_arrays(outputs: Any, targets: Any, classes: int) -> None:
+    for name, value in {"outputs": outputs, "targets": targets}.items():
+        if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+            raise ConfigurationError(
+                f"the {name} of a loss must be one array, got {type(value).__name__}; make a loss "
+                "of your own for others"
+            )
+    wanted = (np.integer, np.bool_) if classes else (np.number, np.bool_)
+    if not any(jnp.issubdtype(targets.dtype, kind) for kind in wanted):
+        numbers = f"integers from 0 to {classes - 1}" if classes else "numbers"
+        raise ConfigurationError(f"targets must be {numbers}, got {targets.dtype}")
+    _check_shapes(outputs.shape, targets.shape, classes)
 
 
 def _check_shapes(outputs: tuple[int, ...], targets: tuple[int, ...], classes: int) -> None:
-    one_number = outputs == targets and classes in (0, 2)
-    logits = classes > 0 and outputs[:-1] == targets and outputs[-1] >= max(2, classes)
+    one_number = outputs == targets and len(targets) > 0 and classes in (0, 2)
+    logits = 0 < len(targets) < len(outputs) and classes > 0
+    logits = logits and outputs[:-1] == targets and outputs[-1] >= classes
     if not (one_number or logits):
         wanted = [targets] * (classes in (0, 2)) + [(*targets, classes)] * (classes > 0)
         raise ConfigurationError(
@@ -88,13 +137,15 @@ def training_loss(model: Model, normalize: Normalize, classes: int) -> Loss:
     >>> round(float(value), 4)  # log 2: all weights start at zero
     0.6931
     """
+    check_classes(classes)
 
     def loss(
         params: Tree, model_state: Tree, batch: Tree, key: jax.Array | None
     ) -> tuple[jax.Array, tuple[Tree, Tree]]:
-        inputs = normalize(batch["inputs"])
+        raw, targets = _of_batch(batch)
+        inputs = normalize(raw)
         outputs, model_state = model.apply(params, model_state, inputs, key, True)
-        values = example_metrics(outputs, batch["targets"], classes)["loss"]
+        values = example_metrics(outputs, targets, classes)["loss"]
         return values.mean(), (model_state, {})
 
     return loss
@@ -118,9 +169,22 @@ def evaluation_metrics(model: Model, normalize: Normalize, classes: int) -> Metr
     >>> metrics(*model.init(jax.random.key(0)), batch)["accuracy"]
     Array([ True, False, False,  True], dtype=bool)
     """
+    check_classes(classes)
 
     def metrics(params: Tree, model_state: Tree, batch: Tree) -> dict[str, jax.Array]:
-        outputs, _ = model.apply(params, model_state, normalize(batch["inputs"]), None, False)
-        return example_metrics(outputs, batch["targets"], classes)
+        inputs, targets = _of_batch(batch)
+        outputs, _ = model.apply(params, model_state, normalize(inputs), None, False)
+        return example_metrics(outputs, targets, classes)
 
     return metrics
+
+
+def _of_batch(batch: Any) -> tuple[Any, Any]:
+    """The inputs and targets of a batch."""
+    names = sorted(map(str, batch)) if isinstance(batch, Mapping) else [type(batch).__name__]
+    if not {"inputs", "targets"} <= set(names):
+        raise ConfigurationError(
+            f'a batch of this loss must be a dictionary of "inputs" and "targets", got '
+            f"{', '.join(names) or 'an empty one'}"
+        )
+    return batch["inputs"], batch["targets"]

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.models.adapters import Model, from_nnx
+from jaxlocal.models.adapters import Model
+from jaxlocal.models.nnx_modules import from_nnx
 
 DEVIATION = 0.02  # of the initial weights
 EXPANSION = 4  # width of the hidden layer of a block, in widths of the model

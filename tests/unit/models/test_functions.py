@@ -1,5 +1,6 @@
 """Plain functions become a model, and functions that cannot be called are errors."""
 
+import collections
 import functools
 
 import jax
@@ -81,3 +82,14 @@ def test_partial_and_jitted_functions_become_models():
 def test_functions_that_do_not_fit_are_errors_when_the_model_is_made(init, apply, sentence):
     with pytest.raises(ConfigurationError, match=sentence):
         from_functions(init, apply)
+
+
+Two = collections.namedtuple("Two", "weight bias")
+
+
+@pytest.mark.parametrize("result", [Two(1.0, 2.0), [1.0, {}], (1.0, {}, 3), jnp.ones(2), {"a": 1}])
+def test_with_model_state_both_functions_give_pairs(result):
+    model = from_functions(lambda key: result, lambda params, inputs, model_state: result)
+    for call in (lambda: model.init(KEY), lambda: model.apply(1.0, {}, INPUTS, None, True)):
+        with pytest.raises(ConfigurationError, match="must give a tuple .*, model_state"):
+            call()

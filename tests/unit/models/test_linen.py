@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen
+from flax import linen, nnx
 from jax import lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxlocal.errors import ConfigurationError
 from jaxlocal.models import from_linen
 
 KEY = jax.random.key(0)
@@ -23,7 +24,7 @@ class Users(linen.Module):
     @linen.compact
     def __call__(self, inputs, train):
         calls = self.variable("calls", "count", lambda: jnp.zeros((), jnp.int32))
-        calls.value += train
+        calls.value += int(train)
         hidden = linen.BatchNorm(use_running_average=not train, momentum=0.9)(inputs)
         hidden = linen.Dropout(0.5, deterministic=not train)(linen.Dense(16)(hidden))
         return linen.Dense(3)(hidden)
@@ -91,7 +92,7 @@ def test_dropout_depends_on_the_key_and_is_off_in_evaluation(model, variables):
 def returning(keyword):
     """A module that returns the value of this keyword."""
     scope = {}
-    exec(f"def call(self, inputs, {keyword}): return inputs + {keyword}", scope)
+    exec(f"def call(self, inputs, {keyword}): return inputs + int({keyword})", scope)
     return type("Returning", (linen.Module,), {"__call__": scope["call"], "__module__": __name__})()
 
 
@@ -210,3 +211,51 @@ def test_parameters_are_plain_arrays_and_sown_values_are_not_part_of_the_model_s
     outputs, after = model.apply(params, model_state, INPUTS, None, True)
     assert model_state == after == {}
     assert_close(outputs, INPUTS @ np.ones((5, 3)))
+
+
+class Many(linen.Module):
+    """Two inputs and two outputs; it sows into collections of its own and reads a constant one."""
+
+    @linen.compact
+    def __call__(self, inputs):
+        hidden = linen.Dense(3)(inputs["image"]) + inputs["bias"]
+        self.sow("losses", "mean", hidden.mean())
+        add = lambda total, value: total + value
+        self.sow("sums", "mean", hidden.mean(), reduce_fn=add, init_fn=lambda: jnp.zeros(()))
+        table = self.variable("constants", "table", lambda: jnp.arange(3.0))
+        return hidden, hidden * table.value[None]
+
+
+@pytest.mark.parametrize("like", [np.zeros, jnp.zeros, jax.ShapeDtypeStruct], ids=str)
+def test_inputs_may_be_a_tree_and_sown_collections_are_not_part_of_the_model_state(like):
+    shapes = {"image": like((2, 5), jnp.float32), "bias": like((2, 3), jnp.float32)}
+    model = from_linen(Many(), shapes)
+    params, model_state = model.init(KEY)
+    inputs = {"image": jnp.ones((2, 5)), "bias": jnp.ones((2, 3))}
+    (first, second), after = model.apply(params, model_state, inputs, KEY, True)
+    assert set(model_state) == {"constants"}
+    assert_same(model_state, after)
+    assert_close(second, first * np.arange(3.0)[None])
+
+
+class Pair(linen.Module):
+    def __call__(self, first, second):
+        return first
+
+
+@pytest.mark.parametrize(
+    "module, inputs, sentence",
+    [
+        (linen.Dense, INPUTS, "and got the class Dense"),
+        (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), INPUTS, "a Flax Linen module, .* and got Linear"),
+        (linen.Module(), INPUTS, "Module has no __call__"),
+        (Pair(), INPUTS, r"Pair cannot be called as module\(inputs\).* argument: 'second'"),
+        (linen.Dense(2), (1, 5), r"jax.ShapeDtypeStruct\(\(1, 3\), 'float32'\), got int"),
+        (linen.Dense(2), [[1.0, 2.0]], "example inputs must be arrays, .* got float"),
+        (linen.Dense(2), np.array(["a"]), "example inputs must be arrays, .* got <U1"),
+    ],
+    ids=str,
+)
+def test_what_is_no_module_or_no_input_is_an_error(module, inputs, sentence):
+    with pytest.raises(ConfigurationError, match=sentence):
+        from_linen(module, inputs)

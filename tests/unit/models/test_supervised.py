@@ -82,7 +82,7 @@ def affine(seen):
 
     def apply(params, model_state, inputs, key, train):
         seen.append((key, train))
-        return inputs @ params + model_state["shift"], {"shift": model_state["shift"] + 1}
+        return inputs @ params + model_state["shift"][None], {"shift": model_state["shift"] + 1}
 
     return Model(lambda key: (jnp.zeros((3, 5)), {"shift": jnp.zeros(5)}), apply)
 
@@ -138,3 +138,74 @@ def test_evaluation_metrics_are_those_of_the_model_in_evaluation():
 def test_outputs_that_do_not_fit_the_targets_are_errors(outputs, targets, classes):
     with pytest.raises(ConfigurationError, match=r"outputs of shape .* do not fit targets"):
         example_metrics(jnp.zeros(outputs), jnp.zeros(targets, jnp.int32), classes)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int8, np.uint8, np.int16])
+@pytest.mark.parametrize("logits", [LOGITS, LOGITS[:, 0]], ids=["softmax", "sigmoid"])
+def test_a_label_that_is_no_class_has_the_loss_nan_and_is_not_right(logits, dtype):
+    classes = 2 if logits.ndim == 1 else 4  # there is one more logit than classes
+    labels = np.zeros(EXAMPLES, dtype)
+    wrong = np.array([classes, classes + 1, 100, -1 if np.iinfo(dtype).min else 200], dtype)
+    labels[: len(wrong)] = wrong
+    got = example_metrics(jnp.asarray(logits), jnp.asarray(labels), classes)
+    assert np.isnan(got["loss"]).tolist() == [True] * 4 + [False] * (EXAMPLES - 4)
+    assert not got["accuracy"][:4].any() and got["accuracy"][4:].any()
+
+
+def test_labels_of_all_integer_types_and_truth_values_are_classes():
+    logits = jnp.asarray(LOGITS)
+    for dtype in (np.uint8, np.int8, np.uint32, bool):
+        labels = (LABELS % 2).astype(dtype)
+        got, expected = (
+            example_metrics(logits, jnp.asarray(of), 5)["loss"] for of in (labels, LABELS % 2)
+        )
+        np.testing.assert_array_equal(got, expected)
+    many = jnp.zeros((2, 300))
+    assert np.isfinite(example_metrics(many, jnp.array([255, 0], jnp.uint8), 300)["loss"]).all()
+
+
+def test_a_token_beyond_the_vocabulary_makes_the_loss_of_its_sequence_nan():
+    targets = jnp.array([[0, 1, 2], [0, 5, 2]])
+    loss = example_metrics(jnp.zeros((2, 3, 5)), targets, 5)["loss"]
+    assert np.isnan(loss).tolist() == [False, True]
+
+
+def test_truth_values_of_a_sequence_are_of_two_classes():
+    logits = jnp.asarray(RANDOM.normal(size=(3, 7)).astype(np.float32))
+    got = example_metrics(logits, jnp.ones((3, 7), int), 2)["loss"]
+    np.testing.assert_allclose(got, np.log1p(np.exp(-np.asarray(logits))).mean(1), **CLOSE)
+
+
+@pytest.mark.parametrize("classes", [1, -1, 2.0, None, True, "10"])
+def test_a_number_of_classes_is_0_or_2_or_more(classes):
+    sentence = "classes must be 0 for regression, or their number of 2 or more"
+    for make in (training_loss, evaluation_metrics):
+        with pytest.raises(ConfigurationError, match=sentence):
+            make(affine([]), halve, classes)
+    with pytest.raises(ConfigurationError, match=sentence):
+        example_metrics(jnp.zeros(3), jnp.zeros(3), classes)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "sentence"),
+    [
+        (jnp.zeros((4, 5)), jnp.zeros(4), "targets must be integers from 0 to 4, got float32"),
+        (jnp.zeros((4, 5)), np.array(list("abcd")), "integers from 0 to 4, got <U1"),
+        (jnp.zeros((4, 5)), np.array([0, None, 1, 2]), "integers from 0 to 4, got object"),
+        (jnp.zeros((4, 5)), jnp.zeros((4, 1), int), "do not fit targets of shape"),
+        (jnp.zeros((4, 5)), [0, 1, 2, 3], "the targets of a loss must be one array, got list"),
+        ((jnp.zeros((4, 5)), 0), jnp.zeros(4, int), "the outputs of a loss must be one array"),
+        (jnp.zeros(5), jnp.zeros((), int), "do not fit targets of shape"),
+    ],
+)
+def test_outputs_and_targets_of_another_kind_are_errors(outputs, targets, sentence):
+    with pytest.raises(ConfigurationError, match=sentence):
+        example_metrics(outputs, targets, 5)
+
+
+@pytest.mark.parametrize("batch", [{"inputs": INPUTS}, {"x": INPUTS}, {}, INPUTS, (INPUTS, LABELS)])
+def test_a_batch_has_inputs_and_targets(batch):
+    loss, metrics = (make(affine([]), halve, 5) for make in (training_loss, evaluation_metrics))
+    for call in (lambda: loss(WEIGHT, STATE, batch, None), lambda: metrics(WEIGHT, STATE, batch)):
+        with pytest.raises(ConfigurationError, match='a dictionary of "inputs" and "targets", got'):
+            call()
