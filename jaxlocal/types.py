@@ -152,6 +152,8 @@ class Stage(NamedTuple):
     - `communication(state, number=0)` lists the messages of the number-th application, counted from
       0, by the shapes of the state; the list repeats after `turns` applications.
     - `anchored`: whether the stage needs the anchor.
+    - `alike`: the mesh axes along which workers take the same optimizer step, so that their
+      optimizers must draw the same noise; None where the stage runs no optimizer of the workers.
     """
 
     init: Callable[[TrainState], Tree]
@@ -160,6 +162,7 @@ class Stage(NamedTuple):
     communication: Callable[..., list[Message]]
     anchored: bool = False
     turns: int = 1
+    alike: tuple[str, ...] | None = None
 
 
 class Period(NamedTuple):
@@ -169,6 +172,7 @@ class Period(NamedTuple):
     length: Callable[[int, int], int]
     description: str
     learning_rate: optax.ScalarOrSchedule | None = None  # η that the rule reads, if it reads any
+    constant: bool = False  # whether H is the same at every step of a run, up to its last round
 
 
 class Method(NamedTuple):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlocal.parallel.layout import Layout
+from jaxlocal.parallel.leaves import wide
 from jaxlocal.types import Collective, Message, MessageBits, Tree
 
 
@@ -119,7 +120,7 @@ def _values_by_dtype(message: Message) -> dict[str, int]:
 
 def _sent_dtype(dtype: jnp.dtype, gathered: bool) -> str:
     if not gathered:
-        return str(jnp.promote_types(dtype, jnp.float32))
+        return str(wide(dtype))
     half = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2
     return "uint16" if half else str(dtype)
 

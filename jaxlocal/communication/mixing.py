@@ -23,8 +23,10 @@ from jax import lax
 from jaxlocal.communication.routes import Route, routes
 from jaxlocal.communication.topology import check_mixing
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.parallel.collectives import fuse_leaves, psum, weighted_sum
+from jaxlocal.parallel.collectives import psum, weighted_sum
+from jaxlocal.parallel.fusing import fuse_leaves
 from jaxlocal.parallel.layout import AXES, Layout
+from jaxlocal.parallel.leaves import wide
 from jaxlocal.types import Context, Leaf, MessageBits, Mixer, Tree
 
 
@@ -142,7 +144,7 @@ def hub_diffusion(matrix: npt.ArrayLike, workers_per_hub: int | None = None) -> 
 
     def average(tree: Tree, context: Context) -> Tree:
         hubs = _hub_numbers(context)
-        models = jax.tree.map(lambda x: x[:, :1].astype(_wide(x)), tree)
+        models = jax.tree.map(lambda x: x[:, :1].astype(wide(x.dtype)), tree)
         if complete:
             share = jnp.asarray(matrix)[hubs, :1]
             sums = jax.tree.map(lambda z: weighted_sum(share, z, "all"), models)
@@ -222,7 +224,7 @@ def from_matrix(matrix: npt.ArrayLike) -> Mixer:
             columns = jnp.asarray(matrix, x.dtype)[:, context.worker]
             return jnp.einsum("jdn,j...->dn...", columns, everyone, precision=lax.Precision.HIGHEST)
 
-        return fuse_leaves(one, jax.tree.map(lambda x: x.astype(_wide(x)), tree), AXES)
+        return fuse_leaves(one, jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree), AXES)
 
     def message_bits(bits: int, layout: Layout) -> MessageBits:
         if len(matrix) != layout.workers:
@@ -237,11 +239,6 @@ def from_matrix(matrix: npt.ArrayLike) -> Mixer:
         return [("all-gather", ("hubs",), block), ("all-gather", ("workers",), layout.workers)]
 
     return Mixer(average, (), message_bits, collectives)
-
-
-def _wide(x: jax.Array) -> np.dtype:
-    """The type in which values are averaged, and in which averages are sent."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _gather_as_bits(gather: Callable, tree: Tree, axes: Iterable[str]) -> Tree:

@@ -1,17 +1,18 @@
 """Programs over the mesh of workers, and sums, averages and distances between the workers."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlocal.parallel.layout import AXES, MODEL
+from jaxlocal.parallel.leaves import is_averaged, is_key, wide
 from jaxlocal.types import Context, Tree
 
 _TYPED: ContextVar[bool] = ContextVar("_TYPED", default=True)
@@ -143,13 +144,13 @@ def weighted_sum(weight: jax.Array, x: jax.Array, over: str) -> jax.Array:
     >>> weighted_sum(jnp.array([[0.25, 0.75]]), jnp.array([[0.0, 4.0]]), "all")
     Array([[3.]], dtype=float32)
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide(x.dtype)
     by_hub = over == "workers"
     # One long dimension is fastest, but joining dimensions would gather a sharded worker.
-    flat = x if workers_are_sharded() else x.reshape(x.shape[:2] + (-1,))
+    flat = x if workers_are_sharded() else x.reshape((*x.shape[:2], math.prod(x.shape[2:])))
     form = "dn,dn...->d..." if by_hub else "dn,dn...->..."
     total = jnp.einsum(
-        form, weight.astype(wide), flat.astype(wide), precision=lax.Precision.HIGHEST
+        form, weight.astype(dtype), flat.astype(dtype), precision=lax.Precision.HIGHEST
     )
     return total.reshape((x.shape[0] if by_hub else 1, 1) + x.shape[2:])
 
@@ -161,37 +162,6 @@ def workers_are_sharded() -> bool:
     False
     """
     return MODEL in jax.sharding.get_abstract_mesh().auto_axes
-
-
-def fuse_leaves(fn: Callable, tree: Tree, axes: Iterable[str]) -> Tree:
-    """Apply a collective to all leaves of a type at once, so that they are sent in one message.
-
-    Leaf by leaf every message would wait for a link. Leaves stay apart where nothing is sent, and
-    where workers are sharded over devices: joining their leaves would gather them.
-
-    Args:
-      fn: a collective of arrays [a, b, size] → [c, d, size], for any size.
-      tree: leaves [a, b, ...].
-      axes: the mesh axes over which `fn` communicates.
-
-    Returns:
-      The results, leaves [c, d, ...].
-
-    >>> fuse_leaves(lambda x: 2 * x, {"bias": jnp.ones((1, 1)), "scale": jnp.ones((1, 1))}, [])
-    {'bias': Array([[2.]], dtype=float32), 'scale': Array([[2.]], dtype=float32)}
-    """
-    if all(lax.axis_size(axis) == 1 for axis in axes) or workers_are_sharded():
-        return jax.tree.map(fn, tree)
-    leaves, structure = jax.tree.flatten(tree)
-    results: list[Any] = list(leaves)
-    for dtype in dict.fromkeys(x.dtype for x in leaves):
-        places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
-        flat = [leaves[i].reshape(leaves[i].shape[:2] + (-1,)) for i in places]
-        joined = fn(jnp.concatenate(flat, axis=2))
-        ends = np.cumsum([x.shape[2] for x in flat])
-        for i, part in zip(places, jnp.split(joined, ends[:-1], axis=2), strict=True):
-            results[i] = part.reshape(part.shape[:2] + leaves[i].shape[2:])
-    return jax.tree.unflatten(structure, results)
 
 
 def psum(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
@@ -233,8 +203,8 @@ def _all_reduce(reduce: Callable, x: jax.Array, axes: str | Sequence[str]) -> ja
 def mean(params: Tree, context: Context) -> Tree:
     """Average the models of all workers, u = Σ_i a_i x_i.
 
-    To be called inside `over_mesh`. Of leaves that are not floating point, such as counters, it
-    takes the maximum over the workers.
+    To be called inside `over_mesh`. Of integers, such as counters, and of bools it takes the
+    largest over the workers, exactly; of random keys that of worker 0.
 
     Args:
       params: x_i, leaves [d, n, ...].
@@ -252,12 +222,23 @@ def mean(params: Tree, context: Context) -> Tree:
     """
 
     def one(x):
-        if jnp.issubdtype(x.dtype, jnp.floating):
+        if is_averaged(x):
             return _mean(x, context).astype(x.dtype)
-        largest = x.astype(jnp.int32).max((0, 1)) if x.dtype == bool else x.max((0, 1))
-        return pmax(largest, AXES).astype(x.dtype)
+        if not is_key(x):
+            return _largest(x)
+        data = jax.random.key_data(x)
+        first = context.worker.reshape(context.worker.shape + (1,) * (data.ndim - 2)) == 0
+        own = _largest(jnp.where(first, data, jnp.zeros_like(data)))
+        return jax.random.wrap_key_data(own, impl=jax.random.key_impl(x))
 
     return jax.tree.map(one, params)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    """The maximum over all workers, in the type of the leaf."""
+    # Collectives take no bools, and no integers of less than a byte.
+    small = x.dtype == bool or jnp.iinfo(x.dtype).bits < 8
+    return pmax((x.astype(jnp.int32) if small else x).max((0, 1)), AXES).astype(x.dtype)
 
 
 def consensus_distance(params: Tree, context: Context) -> jax.Array:
@@ -266,7 +247,7 @@ def consensus_distance(params: Tree, context: Context) -> jax.Array:
     To be called inside `over_mesh`.
 
     Args:
-      params: x_i, leaves [d, n, ...]; leaves that are not floating point are left out.
+      params: x_i, leaves [d, n, ...]; leaves that are not averaged, such as counters, are left out.
       context: with the weights a_i.
 
     Returns:
@@ -282,10 +263,15 @@ def consensus_distance(params: Tree, context: Context) -> jax.Array:
 
     def square(x):
         u = _mean(x, context)
-        return weighted_sum(context.weight, jnp.square(x.astype(u.dtype) - u), "all").sum()
+        off = x.astype(u.dtype) - u[None, None]
+        off = jnp.abs(off) if jnp.iscomplexobj(off) else off
+        return weighted_sum(context.weight, jnp.square(off), "all").sum()
 
-    floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.sqrt(psum(sum(map(square, floats)), AXES))
+    squares = [square(x) for x in jax.tree.leaves(params) if is_averaged(x)]
+    if not squares:
+        return jnp.zeros(())
+    widest = max((x.dtype for x in squares), key=lambda dtype: dtype.itemsize)
+    return jnp.sqrt(psum(sum(x.astype(widest) for x in squares), AXES))
 
 
 def _mean(x: jax.Array, context: Context) -> jax.Array:

@@ -4,6 +4,7 @@ import dataclasses
 import numbers
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
@@ -46,13 +47,16 @@ class Layout:
     def __post_init__(self):
         for name in ("hubs", "workers_per_hub"):
             count = getattr(self, name)
-            if not isinstance(count, numbers.Integral) or count < 1:
+            whole = isinstance(count, numbers.Integral) and not isinstance(count, bool)
+            if not whole or count < 1:
                 raise ConfigurationError(f"{name} must be an integer of at least 1, got {count!r}")
         weights, rates = self._grid("weights"), self._grid("rates")
         for wrong in weights[~((weights > 0) & np.isfinite(weights))][:1]:
             raise ConfigurationError(f"worker weights must be > 0 and finite, got {wrong}")
         for wrong in rates[~((rates > 0) & (rates <= 1))][:1]:
             raise ConfigurationError(f"worker rates must be in (0, 1], got {wrong}")
+        if rates.min() < np.finfo(np.float32).tiny:
+            raise ConfigurationError(f"a worker rate of {rates.min()} is 0 in float32")
         if (self.weight < np.finfo(np.float32).tiny).any():
             raise ConfigurationError(
                 f"worker weights from {weights.min()} to {weights.max()} are too far apart for "
@@ -61,7 +65,7 @@ class Layout:
 
     def _grid(self, field: str) -> np.ndarray:
         """The weights or rates as float64 [D, N]."""
-        values = np.asarray(getattr(self, field), np.float64)
+        values = _numbers(field, getattr(self, field))
         if values.ndim == 1 and values.size == self.workers:
             values = values.reshape(self.shape)
         try:
@@ -114,3 +118,15 @@ class Layout:
             rate=None if (self.rate == 1).all() else self.rate,
             data=data,
         )
+
+
+def _numbers(field: str, given: Any) -> np.ndarray:
+    """The weights or rates that a user gives, as float64."""
+    try:
+        values = np.asarray(given)
+    except ValueError:  # lists of different lengths
+        values = np.asarray(None)
+    real = any(jax.dtypes.issubdtype(values.dtype, kind) for kind in (np.integer, np.floating))
+    if not real and not all(isinstance(x, numbers.Real) for x in values.astype(object).flat):
+        raise ConfigurationError(f"worker {field} must be real numbers, got {given!r}")
+    return values.astype(np.float64)

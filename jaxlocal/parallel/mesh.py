@@ -1,7 +1,8 @@
 """The mesh of devices, which may span processes, and the placement of host arrays on it."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -159,7 +160,8 @@ def place(tree: Tree, shardings: Any) -> Tree:
 def _spanning(x: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         same = x.sharding.is_equivalent_to(sharding, x.ndim)
-        return x if same else jax.jit(lambda x: x, out_shardings=sharding)(x)
+        assert isinstance(sharding.mesh, Mesh)
+        return x if same else jit_on(sharding.mesh, lambda x: x, out_shardings=sharding)(x)
     if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
         return jax.random.wrap_key_data(
             _spanning(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x)
@@ -168,6 +170,44 @@ def _spanning(x: Any, sharding: NamedSharding) -> jax.Array:
     dtype = jax.dtypes.canonicalize_dtype(values.dtype)
     part = lambda index: values[index].astype(dtype, copy=False)
     return jax.make_array_from_callback(values.shape, sharding, part)
+
+
+class jit_on:
+    """`jax.jit` of a function of arrays on a mesh, whatever mesh the caller works on.
+
+    In `jax.set_mesh` of another mesh, `jax.jit` would compile for that one, and fail.
+
+    Args:
+      mesh: the mesh of the function.
+      fn: the function.
+      **options: of `jax.jit`.
+
+    >>> mesh = make_mesh(Layout(), jax.devices()[:1])
+    >>> with jax.set_mesh(jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])):
+    ...     jit_on(mesh, lambda x: 2 * x)(np.ones(2))
+    Array([2., 2.], dtype=float32)
+    """
+
+    def __init__(self, mesh: Mesh, fn: Callable[..., Any], **options: Any) -> None:
+        self._mesh, self._jitted = mesh, jax.jit(fn, **options)
+
+    def __call__(self, *arguments: Any) -> Any:
+        with self._set():
+            return self._jitted(*arguments)
+
+    def lower(self, *arguments: Any) -> Any:
+        """As that of `jax.jit`."""
+        with self._set():
+            return self._jitted.lower(*arguments)
+
+    def eval_shape(self, *arguments: Any) -> Any:
+        """As that of `jax.jit`."""
+        with self._set():
+            return self._jitted.eval_shape(*arguments)
+
+    def _set(self) -> Any:
+        other = not jax.sharding.get_abstract_mesh().empty
+        return jax.set_mesh(self._mesh) if other else contextlib.nullcontext()
 
 
 def wait_on_cpu_processes(mesh: Mesh, results: Tree) -> Tree:

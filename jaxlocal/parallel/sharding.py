@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.collectives import workers_are_sharded
 from jaxlocal.parallel.layout import MODEL
+from jaxlocal.parallel.leaves import path_name
 from jaxlocal.types import Tree
 
 # (path, shape of one worker's leaf) -> which of its dimensions is sharded over "model"
@@ -219,17 +220,6 @@ def is_sharded(mesh: Mesh) -> bool:
     True
     """
     return MODEL in mesh.axis_names
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """Write the path of a leaf as "params/first/kernel", through tuples, lists and dictionaries.
-
-    >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"params": [{"bias": 1.5}]})
-    >>> path_name(path)
-    'params/0/bias'
-    """
-    entries = (getattr(e, "key", getattr(e, "name", getattr(e, "idx", e))) for e in path)
-    return "/".join(map(str, entries))
 
 
 def _check(path: str, shape: tuple[int, ...], spec: P, devices: int) -> None:

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlocal.parallel.collectives import broadcast_to_workers, vary, worker_shapes
-from jaxlocal.parallel.keys import GRADIENT, STEP_MESSAGE, stream_key
-from jaxlocal.parallel.pool import fetch
+from jaxlocal.parallel.keys import STEP_MESSAGE, stream_key
 from jaxlocal.parallel.worker_maps import over_workers
 from jaxlocal.stages.gradient import GradFn
 from jaxlocal.stages.partial_sync import (
@@ -17,11 +16,13 @@ from jaxlocal.stages.partial_sync import (
     partial_sync,
     partial_sync_messages,
 )
+from jaxlocal.stages.updates import apply_updates, update_of
 from jaxlocal.stages.worker_step import (
     advance,
     at_rate,
     check_worker,
     choose_worker_map,
+    evaluate,
     reported,
     zeros,
 )
@@ -44,7 +45,9 @@ def averaged_gradients(
     the average.
 
     Args:
-      grad_fn, optimizer, worker_map: as in `local_step`.
+      grad_fn, optimizer, worker_map: as in `local_step`, but the optimizer draws the same noise on
+        all workers, and is not given the functions `value_fn` and `grad_fn`: a line search would
+        communicate.
       mixer: W, usually `mixing.mean()`.
       compressor: C, without error feedback; by default gradients are sent uncompressed. What a
         biased compressor leaves out of them is lost, which warns.
@@ -65,7 +68,7 @@ def averaged_gradients(
     if compressor is not None:
         compressor = carried(mixer, compressor)
         _warn_of_bias(compressor)
-    update = optax.with_extra_args_support(optimizer).update
+    update = update_of(optimizer)
 
     def init(state):
         if compressor is None:
@@ -92,17 +95,15 @@ def averaged_gradients(
             return [Message(mixer, worker_shapes(state.params))]
         return partial_sync_messages(mixer, compressor, state.params)
 
-    return Stage(init, apply, 1, communication)
+    return Stage(init, apply, 1, communication, alike=mixer.axes)
 
 
 def _gradient(grad_fn, state, context):
     """The gradient of one worker."""
 
     def gradient(params, model_state, batch, worker, rate):
-        key = stream_key(state.key, GRADIENT, state.step, worker)
-        examples = fetch(context.data, batch)
-        grads, model_state, metrics = grad_fn(params, model_state, examples, key)
-        return vary((grads, model_state, reported(metrics)))
+        at = evaluate(grad_fn, state, context, params, model_state, batch, worker)
+        return vary((at.grads, at.model_state, reported(at.metrics)))
 
     return gradient
 
@@ -128,9 +129,9 @@ def _step(update, state):
     """The optimizer step of one worker on the average gradient."""
 
     def step(params, opt_state, grads, loss):
-        known = {"step": state.step, "value": loss, "grad": grads}
+        known = {"step": state.step, "grad": grads} | ({} if loss is None else {"value": loss})
         updates, opt_state = update(grads, opt_state, params, **known)
-        return optax.apply_updates(params, updates), opt_state
+        return apply_updates(params, updates), opt_state
 
     return step
 

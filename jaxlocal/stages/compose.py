@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlocal.errors import ConfigurationError
+from jaxlocal.parallel.layout import AXES
 from jaxlocal.types import Info, Leaf, Memory, Stage
 
 
@@ -104,7 +105,7 @@ def sequence(*stages: Stage) -> Stage:
     steps = sum(stage.steps for stage in stages)
     anchored = any(stage.anchored for stage in stages)
     turns = math.lcm(*(stage.turns for stage in stages))
-    return Stage(init, apply, steps, communication, anchored, turns)
+    return Stage(init, apply, steps, communication, anchored, turns, common_axes(*stages))
 
 
 def in_turn(*stages: Stage) -> Stage:
@@ -155,7 +156,13 @@ def in_turn(*stages: Stage) -> Stage:
 
     turns = len(stages) * math.lcm(*(stage.turns for stage in stages))
     anchored = any(stage.anchored for stage in stages)
-    return Stage(init, apply, steps[0], communication, anchored, turns)
+    return Stage(init, apply, steps[0], communication, anchored, turns, common_axes(*stages))
+
+
+def common_axes(*stages: Stage) -> tuple[str, ...] | None:
+    """The mesh axes along which the workers take the same optimizer step in all of the stages."""
+    alike = [stage.alike for stage in stages if stage.alike is not None]
+    return tuple(axis for axis in AXES if all(axis in axes for axes in alike)) if alike else None
 
 
 def join(infos: list[Info], concatenate: Callable = jnp.concatenate) -> Info:

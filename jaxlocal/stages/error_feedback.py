@@ -10,6 +10,7 @@ from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.collectives import broadcast_to_workers
 from jaxlocal.parallel.keys import ROUND_MESSAGE, stream_key
 from jaxlocal.parallel.layout import AXES
+from jaxlocal.parallel.leaves import wide
 from jaxlocal.stages.compose import sequence
 from jaxlocal.stages.partial_sync import (
     add_single,
@@ -20,6 +21,7 @@ from jaxlocal.stages.partial_sync import (
     partial_sync_messages,
 )
 from jaxlocal.stages.sync import StatePolicy
+from jaxlocal.stages.updates import apply_updates, init_of, update_of
 from jaxlocal.types import Compressor, Info, Memory, Mixer, Stage, Tree
 
 
@@ -98,15 +100,15 @@ def error_feedback(
 
 def _from_anchor(mixer, compressor, outer_optimizer, error_decay, policy) -> Stage:
     if outer_optimizer:
-        update = optax.with_extra_args_support(outer_optimizer).update
+        update = update_of(outer_optimizer, "outer optimizer")
 
     def init(state):
-        outer = outer_optimizer.init(state.anchor) if outer_optimizer else ()
+        outer = init_of(outer_optimizer, state.anchor) if outer_optimizer else ()
         return Memory(no_errors(compressor, state.params), single=outer)
 
     def apply(state, memory, batches, context):
         errors, outer = memory
-        start = jax.tree.map(lambda x, y: y.astype(x.dtype), state.params, state.anchor)
+        start = jax.tree.map(lambda x, y: y.astype(x.dtype)[None, None], state.params, state.anchor)
         move = with_errors(error_decay, errors.residual, state.params, start)
         key = stream_key(state.key, ROUND_MESSAGE, state.step)
         synced = partial_sync(mixer, compressor, move, errors.compressor, key, context)
@@ -114,7 +116,7 @@ def _from_anchor(mixer, compressor, outer_optimizer, error_decay, policy) -> Sta
             average = add_single(synced.add, jax.tree.map(jnp.zeros_like, state.anchor))
             gradient = jax.tree.map(jnp.negative, average)
             updates, outer = update(gradient, outer, state.anchor, step=state.step - 1)
-            anchor = optax.apply_updates(state.anchor, updates)
+            anchor = apply_updates(state.anchor, updates)
         else:
             anchor = add_single(synced.add, state.anchor)
         params = broadcast_to_workers(jax.tree.map(lambda y: y[None, None], anchor), state.params)
@@ -143,7 +145,7 @@ def _from_hub(mixer, compressor, error_decay, after, policy) -> Stage:
 
     own = _communication(mixer, compressor, policy)
     communication = lambda state, number=0: [*after.communication(state, number), *own(state)]
-    return Stage(init, apply, after.steps, communication, after.anchored, after.turns)
+    return after._replace(init=init, apply=apply, communication=communication)
 
 
 def no_errors(compressor: Compressor, params: Tree) -> ErrorMemory:
@@ -154,8 +156,8 @@ def no_errors(compressor: Compressor, params: Tree) -> ErrorMemory:
 
 def error_shapes(params: Tree) -> Tree:
     """The shapes of errors, which are kept and sent in float32 at least."""
-    wide = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-    return jax.tree.map(wide, params)
+    one = lambda x: jax.ShapeDtypeStruct(x.shape, wide(x.dtype))
+    return jax.tree.map(one, params)
 
 
 def _communication(mixer, compressor, policy):

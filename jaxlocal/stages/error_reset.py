@@ -58,10 +58,10 @@ def error_reset(mixer: Mixer, compressor: Compressor | str, *, model_state: str 
 
     def apply(state, memory, batches, context):
         key = stream_key(state.key, ROUND_MESSAGE, state.step)
-        error = jax.tree.map(lambda x, y: x - y, state.params, state.anchor)
+        error = jax.tree.map(lambda x, y: x - y[None, None], state.params, state.anchor)
         synced = partial_sync(mixer, compressor, error, memory.stacked, key, context)
         anchor = add_single(synced.add, state.anchor)
-        params = jax.tree.map(lambda y, r: y + r, anchor, synced.residual)
+        params = jax.tree.map(lambda y, r: y[None, None] + r, anchor, synced.residual)
         state = state._replace(params=params, anchor=anchor)
         return policy.apply(state, mixer, context), Memory(stacked=synced.memory), Info()
 

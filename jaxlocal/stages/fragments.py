@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.parallel.sharding import path_name
+from jaxlocal.parallel.leaves import path_name
 from jaxlocal.types import Tree
 
 Fragments = int | Sequence[str]

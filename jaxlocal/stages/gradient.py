@@ -1,7 +1,7 @@
 """The gradient of one worker's loss, on its batch at once or in micro-batches."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.collectives import vary
+from jaxlocal.parallel.leaves import describe, dtype_of, wide
 from jaxlocal.parallel.sharding import shard_examples, unshard
 from jaxlocal.types import Tree
 
@@ -34,7 +35,8 @@ def gradients(loss: Callable[..., Any], stateful: bool = False, gathered: bool =
       has "loss".
 
     Raises:
-      ConfigurationError: the loss takes other arguments.
+      ConfigurationError: the loss takes other arguments; when it is called, it returns something
+        else.
 
     >>> grad_fn = gradients(lambda params, batch, key: params * batch)
     >>> grads, model_state, metrics = grad_fn(2.0, {}, 3.0, None)
@@ -48,14 +50,17 @@ def gradients(loss: Callable[..., Any], stateful: bool = False, gathered: bool =
         )
     gather = unshard if gathered else lambda tree: tree
 
+    def checked(params, model_state, batch, key):
+        if not stateful:
+            return _scalar(loss(params, batch, key)), (model_state, {})
+        value, (model_state, metrics) = _three(loss(params, model_state, batch, key))
+        check_metrics(metrics, reserved=("loss", "active"))
+        return _scalar(value), (model_state, metrics)
+
     def grad_fn(params, model_state, batch, key):
         params, batch = gather(params), shard_examples(batch)
-        if stateful:
-            differentiate = jax.value_and_grad(loss, has_aux=True)
-            (value, aux), grads = differentiate(params, model_state, batch, key)
-            model_state, metrics = aux
-        else:
-            (value, grads), metrics = jax.value_and_grad(loss)(params, batch, key), {}
+        differentiate = jax.value_and_grad(checked, has_aux=True)
+        (value, (model_state, metrics)), grads = differentiate(params, model_state, batch, key)
         return gather(grads), model_state, {"loss": value, **metrics}
 
     return grad_fn
@@ -101,8 +106,8 @@ def accumulate(grad_fn: GradFn, micro_batches: int) -> GradFn:
 
         first = jax.tree.map(lambda x: x[0], parts)
         grads, _, metrics = jax.eval_shape(grad_fn, params, model_state, first, key)
-        wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-        start = vary((jax.tree.map(wide, (grads, metrics)), model_state))
+        zeros = lambda x: jnp.zeros(x.shape, wide(x.dtype))
+        start = vary((jax.tree.map(zeros, (grads, metrics)), model_state))
         (sums, model_state), _ = lax.scan(add, start, (jnp.arange(micro_batches), parts))
         means, metrics = jax.tree.map(lambda total: total / micro_batches, sums)
         return jax.tree.map(lambda g, x: g.astype(x.dtype), means, grads), model_state, metrics
@@ -125,6 +130,74 @@ def takes(fn: Any, count: int) -> bool:
     except ValueError:  # no signature, as some functions written in C
         pass
     return True
+
+
+def check_metrics(metrics: Any, reserved: Iterable[str] = ("active",)) -> None:
+    """Check that metrics are real scalars by name.
+
+    Args:
+      metrics: what a loss reports.
+      reserved: the names that it may not take.
+
+    Raises:
+      ConfigurationError: it is no dictionary of scalars, or has a reserved name.
+
+    >>> check_metrics({"accuracy": jnp.ones(3)})
+    Traceback (most recent call last):
+    ...
+    jaxlocal.errors.ConfigurationError: metrics must be real numbers of shape [], and 'accuracy' is
+    float32[3]
+    """
+    if not isinstance(metrics, Mapping):
+        raise ConfigurationError(
+            f"metrics must be a dictionary of scalars by name, got {describe(metrics)}"
+        )
+    for name, value in metrics.items():
+        if name in reserved:
+            raise ConfigurationError(
+                f"a metric may not be called {name!r}, under which jaxlocal itself reports"
+            )
+        if not isinstance(name, str) or not _is_real_scalar(value):
+            raise ConfigurationError(
+                f"metrics must be real numbers of shape [], and {name!r} is {describe(value)}"
+            )
+
+
+def _scalar(value: Any) -> Any:
+    """The value of a loss, if it is one."""
+    if isinstance(value, tuple | list):
+        raise ConfigurationError(
+            f"a loss must return a scalar, got a {type(value).__name__} of {len(value)}; with "
+            f"gradients(loss, stateful=True) it may return (scalar, (model_state, metrics))"
+        )
+    dtype = dtype_of(value)
+    if dtype is None or jnp.shape(value) or not jnp.issubdtype(dtype, jnp.floating):
+        raise ConfigurationError(
+            f"a loss must return a real floating-point number of shape [], such as the mean over "
+            f"its examples, got {describe(value)}"
+        )
+    return value
+
+
+def _three(returned: Any) -> Any:
+    """(scalar, (model_state, metrics)), if this is what a loss returned."""
+    pair = lambda x: isinstance(x, tuple | list) and len(x) == 2
+    if pair(returned) and pair(returned[1]):
+        return returned
+    got = type(returned).__name__
+    if isinstance(returned, tuple | list):
+        got = f"({', '.join(type(x).__name__ for x in returned)})"
+    raise ConfigurationError(
+        f"a loss with stateful=True must return (scalar, (model_state, metrics)), got {got}"
+    )
+
+
+def _is_real_scalar(x: Any) -> bool:
+    dtype = dtype_of(x)
+    if dtype is None or jnp.shape(x):
+        return False
+    kinds = (jnp.bool_, jnp.integer, jnp.floating)
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
 def _parts(examples: jax.Array, count: int) -> jax.Array:

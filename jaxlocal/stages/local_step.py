@@ -4,15 +4,15 @@ import jax
 import optax
 
 from jaxlocal.parallel.collectives import vary
-from jaxlocal.parallel.keys import GRADIENT, stream_key
-from jaxlocal.parallel.pool import fetch
 from jaxlocal.parallel.worker_maps import over_workers
 from jaxlocal.stages.gradient import GradFn
+from jaxlocal.stages.updates import apply_updates, update_of
 from jaxlocal.stages.worker_step import (
     advance,
     at_rate,
     check_worker,
     choose_worker_map,
+    evaluate,
     reported,
 )
 from jaxlocal.types import Stage
@@ -32,8 +32,9 @@ def local_step(
       grad_fn: as `gradients` makes it. Batches of indices are looked up in the pool before it is
         called.
       optimizer: any optax transformation. It is mapped over workers, so that a norm is that of one
-        worker. Its update is given `step`, the step of the run, and the loss and the gradient as
-        `value` and `grad`.
+        worker. Its update is given, where it takes them, `step`, the step of the run, the loss and
+        the gradient as `value` and `grad`, and both as functions of the parameters, on the same
+        batch, as `value_fn` (`obj_fn`) and `grad_fn`. Random keys in its state differ by worker.
       worker_map: "vmap", "map" or "blocks:N"; by default the fastest for grad_fn on this backend.
 
     Returns:
@@ -49,17 +50,14 @@ def local_step(
     1
     """
     check_worker(grad_fn, optimizer, worker_map)
-    update = optax.with_extra_args_support(optimizer).update
+    update = update_of(optimizer)
 
     def apply(state, memory, batches, context):
         def take(params, opt_state, model_state, batch, worker, rate):
-            key = stream_key(state.key, GRADIENT, state.step, worker)
-            examples = fetch(context.data, batch)
-            grads, model_state, metrics = grad_fn(params, model_state, examples, key)
-            known = {"step": state.step, "value": metrics.get("loss"), "grad": grads}
-            updates, opt_state = update(grads, opt_state, params, **known)
-            params = optax.apply_updates(params, updates)
-            return vary((params, opt_state, model_state, reported(metrics)))
+            at = evaluate(grad_fn, state, context, params, model_state, batch, worker)
+            updates, opt_state = update(at.grads, opt_state, params, **at.extra)
+            params = apply_updates(params, updates)
+            return vary((params, opt_state, at.model_state, reported(at.metrics)))
 
         stay = lambda shapes, params, opt_state, model_state, *_: (params, opt_state, model_state)
         batch = jax.tree.map(lambda b: b[0], batches)
@@ -69,4 +67,4 @@ def local_step(
         results = over_workers(step, mode, in_place=3)(*workers, context.worker, context.rate)
         return advance(state, memory, *results)
 
-    return Stage(lambda state: (), apply, 1, lambda state, number=0: [])
+    return Stage(lambda state: (), apply, 1, lambda state, number=0: [], alike=())

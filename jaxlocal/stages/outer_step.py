@@ -10,6 +10,7 @@ from jax import lax
 from jaxlocal.parallel.collectives import broadcast_to_workers, worker_shapes
 from jaxlocal.stages.partial_sync import check_common
 from jaxlocal.stages.sync import StatePolicy
+from jaxlocal.stages.updates import init_of, lenient, update_of
 from jaxlocal.types import Info, Leaf, Memory, Message, Mixer, Stage, Tree
 
 # The least learning rate that a pseudo-gradient is divided by.
@@ -59,10 +60,10 @@ def outer_step(
     """
     check_common("an outer step", mixer)
     policy = StatePolicy(optimizer_state, optimizer, model_state)
-    update = optax.with_extra_args_support(outer_optimizer).update
+    update = update_of(outer_optimizer, "outer optimizer")
 
     def init(state):
-        return Memory(single=OuterMemory(outer_optimizer.init(state.anchor), state.step))
+        return Memory(single=OuterMemory(init_of(outer_optimizer, state.anchor), state.step))
 
     def apply(state, memory, batches, context):
         outer_state, began = memory.single
@@ -88,7 +89,8 @@ def outer_step(
 
 def moved(anchor: Leaf, params: Leaf) -> Leaf:
     """y − x_i, with y rounded to the precision in which the worker started from it."""
-    return anchor.astype(params.dtype).astype(anchor.dtype) - params.astype(anchor.dtype)
+    start = anchor.astype(params.dtype).astype(anchor.dtype)
+    return start[None, None] - params.astype(anchor.dtype)
 
 
 def _mean_rate(learning_rate, began, step):
@@ -96,5 +98,6 @@ def _mean_rate(learning_rate, began, step):
     if not callable(learning_rate):
         return 1.0 if learning_rate is None else learning_rate
     add = lambda t, total: total + learning_rate(t)
-    total = lax.fori_loop(began, step, add, jnp.zeros_like(jnp.asarray(learning_rate(step))))
-    return jnp.maximum(total / (step - began), _LEAST_RATE)
+    with lenient():
+        total = lax.fori_loop(began, step, add, jnp.zeros_like(jnp.asarray(learning_rate(step))))
+        return jnp.maximum(total / (step - began), _LEAST_RATE)

@@ -21,6 +21,7 @@ from jaxlocal.stages.partial_sync import (
     partial_sync_messages,
 )
 from jaxlocal.stages.sync import StatePolicy
+from jaxlocal.stages.updates import apply_updates, init_of, update_of
 from jaxlocal.types import Compressor, Memory, Message, Mixer, Stage, Tree
 
 
@@ -88,13 +89,13 @@ def overlapped(
     if not 0 <= mixing_factor <= 1:
         raise ConfigurationError(f"the mixing factor must be in [0, 1], got {mixing_factor}")
     policy = StatePolicy("keep", None, model_state)
-    update = optax.with_extra_args_support(outer_optimizer).update
+    update = update_of(outer_optimizer, "outer optimizer")
     own = _selector(fragment, fragments)
 
     def init(state):
         if jax.tree.leaves(steps.init(state)):
             raise ConfigurationError("steps that overlap a synchronisation may keep no memory")
-        outer = outer_optimizer.init(own(state.anchor, state.params))
+        outer = init_of(outer_optimizer, own(state.anchor, state.params))
         return Memory(stacked=_no_errors(compressor, state.params, own), single=outer)
 
     def apply(state, memory, batches, context):
@@ -105,7 +106,7 @@ def overlapped(
         )
         state, _, info = steps.apply(state, steps.init(state), batches, context)
         updates, outer = update(gradient, memory.single, anchor, step=state.step - 1)
-        anchor = optax.apply_updates(anchor, updates)
+        anchor = apply_updates(anchor, updates)
         params = _mixed(mixing_factor, anchor, own(state.params, state.params))
         params, anchor = _put(params, state.params), _put(anchor, state.anchor)
         state = state._replace(params=params, anchor=anchor)
@@ -115,7 +116,7 @@ def overlapped(
         messages = _messages(mixer, compressor, own(state.params, state.params))
         return [*steps.communication(state, number), *messages, *policy.messages(mixer, state)]
 
-    return Stage(init, apply, steps.steps, communication, True, steps.turns)
+    return steps._replace(init=init, apply=apply, communication=communication, anchored=True)
 
 
 def _selector(fragment: int, fragments: Fragments) -> Callable[[Tree, Tree], Tree]:
@@ -156,7 +157,7 @@ def _pseudo_gradient(mixer, compressor, anchor, params, errors, key, context):
     if compressor is None:
         average = mixer.average(jax.tree.map(moved, anchor, params), context)
         return jax.tree.map(lambda y, d: d[0, 0].astype(y.dtype), anchor, average), ()
-    start = jax.tree.map(lambda x, y: y.astype(x.dtype), params, anchor)
+    start = jax.tree.map(lambda x, y: y.astype(x.dtype)[None, None], params, anchor)
     move = with_errors(1.0, errors.residual, params, start)
     codec = _fitting(compressor, params)
     synced = partial_sync(mixer, codec, move, errors.compressor, key, context)

@@ -11,6 +11,7 @@ from jaxlocal.compression import parse, payload_shapes
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.collectives import vary, worker_shapes
 from jaxlocal.parallel.layout import AXES
+from jaxlocal.parallel.leaves import wide
 from jaxlocal.parallel.worker_maps import over_workers, worker_map_for
 from jaxlocal.types import Compressor, Context, Message, Mixer, Tree
 
@@ -106,12 +107,16 @@ def aggregate(
         one = lambda onto, payload, weight: compressor.decode(payload, key, onto, weight)
         return jax.vmap(one)(total, payload, weight), None
 
-    wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
-    zeros = lambda x: jnp.zeros(weights.shape[1:] + x.shape[2:], wide(x))
+    zeros = lambda x: jnp.zeros(weights.shape[1:] + x.shape[2:], wide(x.dtype))
     apart = [axis for axis in AXES if axis not in mixer.axes]
     start = vary(jax.tree.map(zeros, like), apart)
     total, _ = lax.scan(add_one, start, (payloads, weights))
-    return lambda tree: jax.tree.map(lambda x, c: (x + c[:, None]).astype(x.dtype), tree, total)
+
+    def add(x, common):
+        dtype = max(x.dtype, common.dtype, key=lambda dtype: dtype.itemsize)
+        return (x.astype(dtype) + common[:, None].astype(dtype)).astype(x.dtype)
+
+    return lambda tree: jax.tree.map(add, tree, total)
 
 
 def add_single(add: Add, tree: Tree) -> Tree:

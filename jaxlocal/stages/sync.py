@@ -3,14 +3,16 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxlocal.errors import ConfigurationError, lookup
 from jaxlocal.parallel.collectives import broadcast_to_workers, vary, worker_shapes
+from jaxlocal.parallel.keys import holds_key
 from jaxlocal.parallel.layout import AXES
+from jaxlocal.parallel.leaves import is_averaged
 from jaxlocal.parallel.worker_maps import over_workers
 from jaxlocal.stages.compose import NOTHING
+from jaxlocal.stages.updates import init_of
 from jaxlocal.types import Context, Info, Message, Mixer, Stage, TrainState
 
 OPTIMIZER_STATES = ("keep", "average", "reset")
@@ -33,9 +35,9 @@ def sync(
       mixer: W.
       optimizer_state: what happens to the workers' optimizer states. "keep" leaves each worker its
         own; "average" averages their floating-point values like the parameters, which is sent and
-        counted; "reset" makes them those of a fresh optimizer. The count of
-        `optax.scale_by_schedule`, by which `optax.sgd` and others follow a learning rate, survives
-        a reset; that of `optax.inject_hyperparams` starts again.
+        counted; "reset" makes them those of a fresh optimizer. Random keys and the count of
+        `optax.scale_by_schedule`, by which `optax.sgd` and others follow a learning rate, survive
+        a reset; the count of `optax.inject_hyperparams` starts again.
       optimizer: the optimizer of the workers, needed for a reset.
       model_state: what happens to model state such as batch statistics. "keep" leaves each worker
         its own; "average" averages its floating-point values, which is sent and counted.
@@ -122,7 +124,7 @@ class StatePolicy:
 
 
 def _floats(tree):
-    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return [x for x in jax.tree.leaves(tree) if is_averaged(x)]
 
 
 def _average(tree, mixer, context):
@@ -130,7 +132,7 @@ def _average(tree, mixer, context):
     leaves, structure = jax.tree.flatten(tree)
     floats = _floats(leaves)
     averaged = iter(broadcast_to_workers(mixer.average(floats, context), floats))
-    new = [next(averaged) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in leaves]
+    new = [next(averaged) if is_averaged(x) else x for x in leaves]
     return jax.tree.unflatten(structure, new)
 
 
@@ -138,8 +140,8 @@ def _reset(optimizer, state):
     def fresh(params, old):
         counts = lambda node: isinstance(node, optax.ScaleByScheduleState)
         return jax.tree.map(
-            lambda new, old: old if counts(new) else new,
-            vary(optimizer.init(params)),
+            lambda new, old: old if counts(new) or holds_key(new) else new,
+            vary(init_of(optimizer, params)),
             old,
             is_leaf=counts,
         )

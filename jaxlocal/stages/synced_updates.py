@@ -4,8 +4,7 @@ import jax
 import optax
 
 from jaxlocal.parallel.collectives import vary
-from jaxlocal.parallel.keys import GRADIENT, STEP_MESSAGE, stream_key
-from jaxlocal.parallel.pool import fetch
+from jaxlocal.parallel.keys import STEP_MESSAGE, stream_key
 from jaxlocal.parallel.worker_maps import over_workers
 from jaxlocal.stages.gradient import GradFn
 from jaxlocal.stages.partial_sync import (
@@ -18,11 +17,13 @@ from jaxlocal.stages.partial_sync import (
     partial_sync,
     partial_sync_messages,
 )
+from jaxlocal.stages.updates import apply_updates, update_of
 from jaxlocal.stages.worker_step import (
     advance,
     at_rate,
     check_worker,
     choose_worker_map,
+    evaluate,
     reported,
     zeros,
 )
@@ -68,7 +69,7 @@ def synced_updates(
     check_worker(grad_fn, optimizer, worker_map)
     compressor = carried(mixer, compressor)
     check_common("a partial synchronisation of updates", mixer)
-    update_fn = optax.with_extra_args_support(optimizer).update
+    update_fn = update_of(optimizer)
     init = lambda state: Memory(stacked=compressor_memory(compressor, state.params))
 
     def apply(state, memory, batches, context):
@@ -88,19 +89,16 @@ def synced_updates(
         return advance(state, memory, add(params), opt_state, model_state, metrics)
 
     communication = lambda state, number=0: partial_sync_messages(mixer, compressor, state.params)
-    return Stage(init, apply, 1, communication)
+    return Stage(init, apply, 1, communication, alike=())
 
 
 def _update(grad_fn, update_fn, state, context):
     """The update of one worker's optimizer."""
 
     def take(params, opt_state, model_state, batch, worker, rate):
-        key = stream_key(state.key, GRADIENT, state.step, worker)
-        examples = fetch(context.data, batch)
-        grads, model_state, metrics = grad_fn(params, model_state, examples, key)
-        known = {"step": state.step, "value": metrics.get("loss"), "grad": grads}
-        updates, opt_state = update_fn(grads, opt_state, params, **known)
-        return vary((updates, opt_state, model_state, reported(metrics)))
+        at = evaluate(grad_fn, state, context, params, model_state, batch, worker)
+        updates, opt_state = update_fn(at.grads, opt_state, params, **at.extra)
+        return vary((updates, opt_state, at.model_state, reported(at.metrics)))
 
     return take
 
@@ -116,7 +114,7 @@ def _in_one_message(update, mode, workers, mixer, compressor, memory, state, con
     def step(params, opt_state, model_state, batch, worker, rate, kept):
         updates, *new, metrics = update(params, opt_state, model_state, batch, worker, rate)
         payload, residual = compress(compressor, updates, kept, key, worker)
-        return optax.apply_updates(params, residual), *new, payload, metrics
+        return apply_updates(params, residual), *new, payload, metrics
 
     *new, payload, metrics = over_workers(step, mode, in_place=3)(*workers, memory.stacked)
     add = aggregate(mixer, compressor, payload, state.params, key, context)
@@ -128,5 +126,5 @@ def _in_two_messages(update, mode, workers, mixer, compressor, memory, state, co
     key = stream_key(state.key, STEP_MESSAGE, state.step)
     updates, *new, metrics = over_workers(update, mode)(*workers)
     synced = partial_sync(mixer, compressor, updates, memory.stacked, key, context)
-    params = optax.apply_updates(state.params, synced.residual)
+    params = apply_updates(state.params, synced.residual)
     return synced.add, params, *new, metrics, Memory(stacked=synced.memory)

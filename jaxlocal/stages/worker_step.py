@@ -1,7 +1,7 @@
 """What the stages of one step share: which workers take the step, and what they report."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,11 @@ from jax import lax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.collectives import vary
-from jaxlocal.parallel.keys import RATE, stream_key
+from jaxlocal.parallel.keys import GRADIENT, RATE, stream_key
+from jaxlocal.parallel.leaves import check_same
 from jaxlocal.parallel.pool import fetch
 from jaxlocal.parallel.worker_maps import block_size, worker_map_for
-from jaxlocal.stages.gradient import GradFn, takes
+from jaxlocal.stages.gradient import GradFn, check_metrics, takes
 from jaxlocal.types import Context, Info, TrainState, Tree
 
 
@@ -41,6 +42,53 @@ def at_rate(step: Callable, stay: Callable, state: TrainState, context: Context,
         return jax.tree.map(lambda a, b: jnp.where(active, a, b), step(*trees), stayed(*trees))
 
     return either
+
+
+class Evaluation(NamedTuple):
+    """The gradient of one worker at one step."""
+
+    grads: Tree
+    model_state: Tree
+    metrics: dict[str, Any]
+    extra: dict[str, Any]  # what the worker's optimizer may be given besides
+
+
+def evaluate(
+    grad_fn: GradFn,
+    state: TrainState,
+    context: Context,
+    params: Tree,
+    model_state: Tree,
+    batch: Tree,
+    worker: jax.Array,
+) -> Evaluation:
+    """The gradient of one worker on its batch at this step.
+
+    Raises:
+      ConfigurationError: gradients that are not like the parameters, a model state that is not like
+        the one before, or metrics that are not scalars.
+    """
+    key = stream_key(state.key, GRADIENT, state.step, worker)
+    examples = fetch(context.data, batch)
+    at = lambda params: grad_fn(params, model_state, examples, key)
+    returned = at(params)
+    if not isinstance(returned, tuple | list) or len(returned) != 3:
+        raise ConfigurationError(
+            f"grad_fn must return (gradients, model_state, metrics), got {type(returned).__name__}"
+        )
+    grads, after, metrics = returned
+    check_same("the gradients", "the parameters", params, grads, precision=False)
+    check_same("the model state after a step", "the one before", model_state, after)
+    check_metrics(metrics)
+
+    def value_fn(params, step=None, grad_fn=None, obj_fn=None):
+        """The loss. A line search of optax passes on what it does not take itself."""
+        return at(params)[2]["loss"]
+
+    extra = {"step": state.step, "grad": grads, "grad_fn": lambda params, number=0: at(params)[0]}
+    if "loss" in metrics:
+        extra |= {"value": metrics["loss"], "value_fn": value_fn, "obj_fn": value_fn}
+    return Evaluation(grads, after, metrics, extra)
 
 
 def reported(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
 from jaxlocal.errors import ConfigurationError
+from jaxlocal.parallel.keys import own_keys
 from jaxlocal.parallel.layout import SINGLE, STACKED, Layout
-from jaxlocal.parallel.mesh import place
+from jaxlocal.parallel.leaves import check_arrays, check_params, dtype_of, is_key, wide
+from jaxlocal.parallel.mesh import jit_on, place
 from jaxlocal.parallel.sharding import Rule, named_shardings, shardings, with_shardings
+from jaxlocal.stages.compose import common_axes
+from jaxlocal.stages.updates import init_of
 from jaxlocal.types import Memory, Method, RoundMemory, TrainState, Tree
 
 
@@ -24,29 +27,28 @@ class States:
 
     def shapes(self, params: Tree, model_state: Tree = None) -> TrainState:
         """Shapes, dtypes and shardings of a state, from parameters or their shapes."""
-        shapes = self._make.eval_shape(params, _or_empty(model_state), jax.random.key(0))
+        shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), dtype_of(x))  # wherever it lies
+        given = jax.tree.map(shape, _checked(params, model_state))
+        shapes = self._make.eval_shape(*given, jax.random.key(0))
         return with_shardings(shapes, self._shardings(shapes))
 
     def init(self, params: Tree, key: jax.Array, model_state: Tree) -> TrainState:
         """The state before the first step."""
-        typed = jnp.issubdtype(getattr(key, "dtype", np.dtype(object)), jax.dtypes.prng_key)
-        if not typed or key.shape:
-            got = f"{jnp.shape(key)} keys" if typed else type(key).__name__
+        if not is_key(key) or key.shape:
+            got = f"{jnp.shape(key)} keys" if is_key(key) else type(key).__name__
             raise ConfigurationError(
                 f"the root key must be a key from jax.random.key(seed), got {got}"
             )
-        given = (params, _or_empty(model_state), key)
-        return self._make(
-            *(place(given, named_shardings(self._mesh, SINGLE)) if self._spans else given)
-        )
+        given = (*_checked(params, model_state), key)
+        everywhere = named_shardings(self._mesh, SINGLE)
+        if self._mesh.is_multi_process:
+            return self._make(*place(given, everywhere))
+        move = lambda x: jax.device_put(x, everywhere) if _lies_elsewhere(x, self._mesh) else x
+        return self._make(*jax.tree.map(move, given))
 
     def keep_shardings(self, state: TrainState) -> TrainState:
         """Constrain a state of sharded workers to its shardings, inside a program."""
         return lax.with_sharding_constraint(state, self._shardings(state))
-
-    @property
-    def _spans(self) -> bool:
-        return self._mesh.is_multi_process
 
     @functools.cached_property
     def _make(self):
@@ -57,17 +59,19 @@ class States:
                 lambda x: jnp.broadcast_to(x, grid + jnp.shape(x)), tree
             )
             stacked = stack(params)
-            opt_state = jax.vmap(jax.vmap(method.optimizer.init))(stacked)
+            initial = functools.partial(init_of, method.optimizer)
+            alike = common_axes(method.inner, method.outer) or ()
+            opt_state = jax.vmap(jax.vmap(initial))(stacked)
+            opt_state = own_keys(opt_state, alike, raw=True)
+            model_state = own_keys(stack(model_state))
             anchored = method.inner.anchored or method.outer.anchored
             anchor = jax.tree.map(_wide, params) if anchored else ()
-            state = TrainState(
-                stacked, opt_state, stack(model_state), anchor, (), key, jnp.int32(0)
-            )
+            state = TrainState(stacked, opt_state, model_state, anchor, (), key, jnp.int32(0))
             memory = RoundMemory(method.inner.init(state), method.outer.init(state))
             state = jax.tree.map(_strong, state._replace(memory=memory))
             return lax.with_sharding_constraint(state, self._shardings(state))
 
-        return jax.jit(make)
+        return jit_on(self._mesh, make)
 
     def _shardings(self, state: TrainState) -> TrainState:
         return shardings(self._mesh, self._rule, specs_of(state), state)
@@ -80,18 +84,27 @@ def specs_of(state: TrainState) -> TrainState:
     return TrainState(STACKED, STACKED, STACKED, SINGLE, memory, SINGLE, SINGLE)
 
 
-def _or_empty(model_state: Tree) -> Tree:
-    return {} if model_state is None else model_state
+def _checked(params: Tree, model_state: Tree) -> tuple[Tree, Tree]:
+    """The parts of a model, of leaves that a state may hold; {} where there is no model state."""
+    model_state = {} if model_state is None else model_state
+    check_params(params)
+    check_arrays("model_state", model_state)
+    return params, model_state
+
+
+def _lies_elsewhere(x: Any, mesh: Mesh) -> bool:
+    """Whether an array is committed to other devices than those of a mesh."""
+    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or not x.committed:
+        return False
+    return getattr(x.sharding, "mesh", None) != mesh
 
 
 def _wide(x: Any) -> jax.Array:
     """A parameter in the precision of the anchor: half would lose the differences of workers."""
     x = jnp.asarray(x)
-    is_float = jnp.issubdtype(x.dtype, jnp.floating)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float else x
+    return x.astype(wide(x.dtype))
 
 
 def _strong(x: jax.Array) -> jax.Array:
     """The array without JAX's weak type, which a round would drop and then compile again."""
-    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return x if is_key else lax.convert_element_type(x, x.dtype)
+    return x if is_key(x) else lax.convert_element_type(x, x.dtype)
