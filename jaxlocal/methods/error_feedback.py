@@ -158,8 +158,8 @@ def sparse_loco(
     """
     send = error_feedback(
         mixing.mean(),
-        compressor or compression.top_k(64),
-        outer_optimizer=outer_optimizer or SPARSE_LOCO.build(),
+        compression.top_k(64) if compressor is None else compressor,
+        outer_optimizer=SPARSE_LOCO.build() if outer_optimizer is None else outer_optimizer,
         error_decay=error_decay,
         optimizer_state=optimizer_state,
         optimizer=optimizer,

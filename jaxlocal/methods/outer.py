@@ -77,7 +77,7 @@ def slowmo(
     periods.check_schedule("slowmo was given", rate, optimizer)
     end = outer_step(
         mixing.mean(),
-        outer_optimizer or SLOWMO.build(),
+        SLOWMO.build() if outer_optimizer is None else outer_optimizer,
         learning_rate=rate,
         optimizer_state=optimizer_state,
         optimizer=optimizer,
@@ -131,7 +131,7 @@ def diloco(
     """
     end = outer_step(
         mixing.mean(),
-        outer_optimizer or DILOCO.build(),
+        DILOCO.build() if outer_optimizer is None else outer_optimizer,
         optimizer_state=optimizer_state,
         optimizer=optimizer,
         model_state=model_state,
@@ -209,7 +209,7 @@ def streaming_diloco(
     parts = count_fragments(fragments)
     rounds = periods.of(periods.split(period, parts), optimizer)
     step = local_step(grad_fn, optimizer, worker_map=worker_map)
-    outer = outer_optimizer or DILOCO.build()
+    outer = DILOCO.build() if outer_optimizer is None else outer_optimizer
     meanwhile = repeat(step, delay_steps) if delay_steps else sequence()
     turns = [
         overlapped(

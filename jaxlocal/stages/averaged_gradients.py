@@ -64,7 +64,7 @@ def averaged_gradients(
     >>> averaged_gradients(grad_fn, optax.sgd(0.1), jaxlocal.mixing.mean()).steps
     1
     """
-    check_worker(grad_fn, optimizer, worker_map)
+    check_worker(grad_fn, worker_map)
     if compressor is not None:
         compressor = carried(mixer, compressor)
         _warn_of_bias(compressor)

@@ -88,7 +88,7 @@ def error_feedback(
     if set(mixer.axes) == set(AXES):
         stage = _from_anchor(mixer, compressor, outer_optimizer, error_decay, policy)
         return sequence(after, stage) if after else stage
-    if after is None or outer_optimizer:
+    if after is None or outer_optimizer is not None:
         check_common("error feedback from an anchor", mixer)
     if "workers" not in mixer.axes:
         raise ConfigurationError(
@@ -99,11 +99,11 @@ def error_feedback(
 
 
 def _from_anchor(mixer, compressor, outer_optimizer, error_decay, policy) -> Stage:
-    if outer_optimizer:
+    if outer_optimizer is not None:
         update = update_of(outer_optimizer, "outer optimizer")
 
     def init(state):
-        outer = init_of(outer_optimizer, state.anchor) if outer_optimizer else ()
+        outer = init_of(outer_optimizer, state.anchor) if outer_optimizer is not None else ()
         return Memory(no_errors(compressor, state.params), single=outer)
 
     def apply(state, memory, batches, context):
@@ -112,7 +112,7 @@ def _from_anchor(mixer, compressor, outer_optimizer, error_decay, policy) -> Sta
         move = with_errors(error_decay, errors.residual, state.params, start)
         key = stream_key(state.key, ROUND_MESSAGE, state.step)
         synced = partial_sync(mixer, compressor, move, errors.compressor, key, context)
-        if outer_optimizer:
+        if outer_optimizer is not None:
             average = add_single(synced.add, jax.tree.map(jnp.zeros_like, state.anchor))
             gradient = jax.tree.map(jnp.negative, average)
             updates, outer = update(gradient, outer, state.anchor, step=state.step - 1)

@@ -49,7 +49,7 @@ def local_step(
     >>> local_step(grad_fn, optax.sgd(0.1)).steps
     1
     """
-    check_worker(grad_fn, optimizer, worker_map)
+    check_worker(grad_fn, worker_map)
     update = update_of(optimizer)
 
     def apply(state, memory, batches, context):

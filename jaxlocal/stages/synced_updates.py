@@ -66,7 +66,7 @@ def synced_updates(
     >>> synced_updates(grad_fn, optax.sgd(0.1), jaxlocal.mixing.mean(), blocks).steps
     1
     """
-    check_worker(grad_fn, optimizer, worker_map)
+    check_worker(grad_fn, worker_map)
     compressor = carried(mixer, compressor)
     check_common("a partial synchronisation of updates", mixer)
     update_fn = update_of(optimizer)

@@ -58,10 +58,15 @@ def update_of(optimizer: optax.GradientTransformation, what: str = "optimizer") 
       where the optimizer needs an argument that is not known, or where updates or the state are not
       like those before them: an update of shape [1] would spread over a whole parameter.
 
+    Raises:
+      ConfigurationError: it is no optimizer.
+
     >>> update = update_of(optax.scale(-0.5))
     >>> update({"w": 1.0}, optax.EmptyState(), {"w": 3.0}, step=7)[0]
     {'w': -0.5}
     """
+    if not (callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")):
+        raise ConfigurationError(f"the {what} must be one of optax, got {optimizer!r}")
     takes_extra = _takes_extra(optimizer)
 
     def update(grads, state, params, **known):

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from jaxlocal.errors import ConfigurationError
@@ -109,17 +108,13 @@ def choose_worker_map(
     return worker_map_for(gradient, *one)
 
 
-def check_worker(
-    grad_fn: GradFn, optimizer: optax.GradientTransformation, worker_map: str | None
-) -> None:
+def check_worker(grad_fn: GradFn, worker_map: str | None) -> None:
     """Raise ConfigurationError where these are not what a worker runs."""
     if not takes(grad_fn, 4):
         raise ConfigurationError(
             f"grad_fn must take (params, model_state, batch, key), as jaxlocal.gradients(loss) "
             f"makes it, got {grad_fn!r}"
         )
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise ConfigurationError(f"the optimizer must be one of optax, got {optimizer!r}")
     if worker_map is not None:
         block_size(worker_map)
 

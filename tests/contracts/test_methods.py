@@ -1,5 +1,7 @@
 """What the named methods refuse, and how averages treat state other than parameters."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,17 @@ import optax
 import problems
 import pytest
 
-from jaxlocal import ConfigurationError, Layout, cooperative_sgd, gradients, local_sgd, mll_sgd
+from jaxlocal import (
+    ConfigurationError,
+    Layout,
+    compression,
+    cooperative_sgd,
+    gradients,
+    local_sgd,
+    mll_sgd,
+)
 from jaxlocal.communication.topology import hub_graph, mixing_matrix
+from jaxlocal.methods import METHODS
 
 
 def ring(layout):
@@ -51,3 +62,48 @@ def test_the_consensus_distance_of_half_precision_is_measured_in_float32():
     state = round_fn.init(jnp.bfloat16(1.0), jax.random.key(0))
     state = state._replace(params=values.reshape(1, 2))
     assert float(round_fn.consensus_distance(state)) == 0.00390625
+
+
+ALL_NEEDED = {
+    "hub_period": 4,
+    "layout": Layout(2, 2),
+    "learning_rate": 0.1,
+    "local_steps": 2,
+    "matrix": np.full((2, 2), 0.5),
+    "period": 8,
+    "switch_step": 2,
+}
+COMPRESSED = [
+    (name, argument)
+    for name, spec in METHODS.items()
+    for argument in inspect.signature(spec.build).parameters
+    if "compressor" in argument
+]
+
+
+def build(name: str, **given):
+    """The method, with what it needs besides the given arguments."""
+    parameters = inspect.signature(METHODS[name].build).parameters
+    needed = {n for n, p in parameters.items() if p.default is p.empty} - {"grad_fn", "optimizer"}
+    needed |= {"learning_rate"} & set(parameters)
+    needed = {n: ALL_NEEDED.get(n, "grbs:2") for n in needed}
+    return METHODS[name].build(problems.grad_fn, optax.sgd(0.1), **(needed | given))
+
+
+@pytest.mark.parametrize(("name", "argument"), COMPRESSED)
+@pytest.mark.filterwarnings("ignore:.* is biased")
+def test_a_spec_string_is_taken_wherever_a_compressor_is(name, argument):
+    for spec in ("grbs:64", "sign", compression.grbs(64)):
+        build(name, **{argument: spec})
+    for wrong in ("", "grbz:64", 64, b"grbs:64", compression.grbs, False):
+        with pytest.raises(ConfigurationError):
+            build(name, **{argument: wrong})
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, spec in METHODS.items() if spec.takes("outer_optimizer")]
+)
+@pytest.mark.parametrize("wrong", [False, "sgd", optax.sgd])
+def test_what_is_no_outer_optimizer_is_refused(name, wrong):
+    with pytest.raises(ConfigurationError, match="the outer optimizer must be one of optax, got"):
+        build(name, outer_optimizer=wrong)
