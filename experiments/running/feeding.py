@@ -11,7 +11,8 @@ import numpy as np
 
 from experiments.building.job import Job
 from jaxlocal.data import Batches, Stream, make_batches
-from jaxlocal.data.examples import Examples, ExampleSource, check_examples
+from jaxlocal.data.checks import check_examples
+from jaxlocal.data.examples import Examples, ExampleSource
 from jaxlocal.parallel.mesh import local_rows, place_rows
 from jaxlocal.training.evaluation import read_examples
 from jaxlocal.types import Tree

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlocal.data.checks import check_name
 from jaxlocal.errors import ConfigurationError, unknown
 
 AUGMENTATIONS = ("none", "flip", "crop")
@@ -106,6 +107,7 @@ def parse_augmentation(spec: str) -> CropFlip | None:
     CropFlip(pad=2, flip=True)
     >>> parse_augmentation("none")
     """
+    check_name("an augmentation", spec)
     names, pad = [], 0
     for part in spec.split(","):
         name, colon, argument = part.strip().partition(":")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlocal.data.checks import check_count, check_whole, labels_of
 from jaxlocal.data.partitions import Partition, assign, parse_partition, shard_sizes
 from jaxlocal.errors import ConfigurationError
 
@@ -75,15 +76,12 @@ def plan_batches(
     >>> plan_batches("iid", examples=60_000, hubs=2, workers_per_hub=4, batch_size=16).epoch_steps
     468
     """
-    sizes = {"hubs": hubs, "workers_per_hub": workers_per_hub, "batch_size": batch_size}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ConfigurationError(f"{name} must be at least 1, got {value}")
-    if seed < 0:
-        raise ConfigurationError(f"seed must not be negative, got {seed}")
+    check_whole(1, hubs=hubs, workers_per_hub=workers_per_hub, batch_size=batch_size)
+    check_whole(0, seed=seed)
+    check_count(examples)
     partition, workers = parse_partition(spec), hubs * workers_per_hub
     if partition.labelled and targets is not None:
-        shards = assign(partition, targets(), workers, seed, least=batch_size)
+        shards = assign(partition, labels_of(targets()), workers, seed, least=batch_size)
         held = np.array([len(shard) for shard in shards])
     else:
         held = shard_sizes(partition, examples, workers)
@@ -133,15 +131,14 @@ def make_batches(
     >>> bool((batches.indices(0, 10)[7:] == batches.indices(7, 3)).all())
     True
     """
-    grid = (hubs, workers_per_hub)
+    targets, grid = labels_of(targets), (hubs, workers_per_hub)
     plan = plan_batches(spec, len(targets), *grid, batch_size, lambda: targets, seed)
     partition, workers = parse_partition(spec), hubs * workers_per_hub
     shards = assign(partition, targets, workers, seed, batch_size) if partition.fixed else []
     fill = _fill(partition, len(targets), workers, shards, batch_size, seed)
 
     def indices(start_step: int, steps: int) -> NDArray[np.int32]:
-        if start_step < 0 or steps < 0:
-            raise ValueError(f"start_step and steps must not be negative: {start_step}, {steps}")
+        check_whole(0, start_step=start_step, steps=steps)
         out = np.empty((steps, workers, batch_size), np.int32)
         fill(start_step, out)
         return out.reshape(steps, *grid, batch_size)

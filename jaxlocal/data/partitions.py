@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlocal.data.checks import check_name, check_whole, labels_of
 from jaxlocal.data.shards import (
     check_enough,
     dirichlet_shards,
@@ -69,6 +70,7 @@ def parse_partition(spec: str) -> Partition:
     >>> parse_partition("dirichlet").alpha
     0.5
     """
+    check_name("a partition", spec)
     kind, colon, argument = spec.partition(":")
     if kind not in PARTITIONS:
         raise unknown("partition", kind, PARTITIONS)
@@ -144,6 +146,9 @@ def assign(
     [1 3]
     [0 2]
     """
+    check_whole(1, workers=workers)
+    check_whole(0, seed=seed)
+    targets = labels_of(targets)
     if not partition.fixed:
         raise ConfigurationError(f"partition {partition.kind!r} gives no worker a fixed shard")
     if partition.kind == "unequal":

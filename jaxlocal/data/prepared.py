@@ -176,6 +176,10 @@ def root(data_dir: Folder | None) -> str:
     from tensorflow_datasets.core import constants
 
     # TensorFlow Datasets reads the variable only once, at its first import.
+    if data_dir is not None and not isinstance(data_dir, str | os.PathLike):
+        raise ConfigurationError(f"data_dir must be a path, got {type(data_dir).__name__}")
+    if "\0" in os.fspath(data_dir or ""):
+        raise ConfigurationError("data_dir holds the character NUL, which no path does")
     return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or constants.DATA_DIR)
 
 
@@ -254,9 +258,8 @@ def _in_one_sentence(name: str, folder: str) -> Iterator[None]:
     except ConfigurationError:
         raise
     except ImportError as error:
-        raise ConfigurationError(
-            f"dataset {name!r} needs {error.name or error}, which is not installed"
-        ) from error
+        needs = f"needs {error.name}, which is not installed" if error.name else f"needs: {error}"
+        raise ConfigurationError(f"dataset {name!r} {needs}") from error
     except Exception as error:  # array_record, protobuf and Pillow raise their own classes
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigurationError(

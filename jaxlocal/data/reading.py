@@ -18,7 +18,11 @@ from jaxlocal.errors import ConfigurationError
 
 # The second entry of every seed in `jaxlocal.data` is distinct: other files use 0 to 5.
 _TRANSFORM = 6
-_ON_DEVICE = {np.dtype(np.int64): np.dtype(np.int32), np.dtype(np.float64): np.dtype(np.float32)}
+_ON_DEVICE = {
+    np.dtype(np.int64): np.dtype(np.int32),
+    np.dtype(np.uint64): np.dtype(np.uint32),
+    np.dtype(np.float64): np.dtype(np.float32),
+}
 
 Transform = Callable[[Any, np.random.Generator], Mapping[str, Any]]
 _Form = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]  # shape and dtype of each array, by name
@@ -60,12 +64,16 @@ class Reader:
     ):
         self._source, self._indices, self._seed = source, indices, seed
         self._augmentation, self._transform = augmentation, transform
-        self._whole = indices(0, 1).shape[1:]  # hubs, workers, batch
+        self._whole = self._numbers(0).shape  # hubs, workers, batch
         all_workers = range(math.prod(self._whole[:-1]))
         self._workers = list(all_workers if workers is None else workers)  # numbers of those read
+        if not self._workers or sorted(set(self._workers) & set(all_workers)) != self._workers:
+            raise ConfigurationError(
+                f"workers must be ascending numbers from 0 to {len(all_workers) - 1}, got {workers}"
+            )
         batch = self._whole[-1:]
         self._grid = self._whole if workers is None else (len(self._workers), *batch)
-        numbers = self._of_workers(indices(0, 1)[0])
+        numbers = self._of_workers(self._numbers(0))
         self._form: _Form = {}  # that of every example
         try:
             [first] = self._examples(numbers.ravel()[:1].tolist(), 0)
@@ -74,6 +82,12 @@ class Reader:
                 f"the first example cannot be read: {in_one_line(error)}"
             ) from error
         self._form = _form(first)
+        if not self._form:
+            raise ConfigurationError("an example must be a dictionary of arrays, got an empty one")
+        if augmentation is not None and not isinstance(augmentation, CropFlip):
+            raise ConfigurationError(
+                f"the augmentation of a stream is a CropFlip, got {type(augmentation).__name__}"
+            )
         if augmentation and ("inputs" not in first or first["inputs"].ndim != 3):
             raise ConfigurationError(
                 f"{augmentation} needs inputs [height, width, channels], got {_shown(self._form)}"
@@ -99,7 +113,7 @@ class Reader:
             raise StreamError(step, in_one_line(error)) from error
 
     def _read(self, step: int) -> dict[str, NDArray[Any]]:
-        numbers = self._of_workers(self._indices(step, 1)[0])
+        numbers = self._of_workers(self._numbers(step))
         examples = self._examples(numbers.ravel().tolist(), step)
         batches = {
             name: np.stack([example[name] for example in examples]).reshape(*self._grid, *shape)
@@ -110,6 +124,17 @@ class Reader:
             moves = (self._of_workers(draws[name][0]) for name in ("shift", "flip"))
             batches["inputs"] = crop_and_flip_on_host(batches["inputs"], *moves)
         return batches
+
+    def _numbers(self, step: int) -> NDArray[Any]:
+        """The example numbers of a step, [hubs, workers, batch]."""
+        numbers = np.asarray(self._indices(step, 1))
+        whole = np.issubdtype(numbers.dtype, np.integer)
+        if numbers.ndim != 4 or len(numbers) != 1 or not whole or numbers.min(initial=0) < 0:
+            raise ConfigurationError(
+                "indices(start_step, 1) must give the numbers of examples, integers from 0 on [1, "
+                f"hubs, workers, batch], got {numbers.dtype}{list(numbers.shape)}"
+            )
+        return numbers[0]
 
     def _of_workers(self, values: NDArray[Any]) -> NDArray[Any]:
         """The rows of the workers that are read, of an array [hubs, workers, batch, ...]."""
@@ -135,7 +160,7 @@ class Reader:
             example = self._transform(example, np.random.default_rng(seed))
         arrays = {name: np.asarray(value) for name, value in example.items()}
         for name, array in arrays.items():
-            arrays[name] = array.astype(_ON_DEVICE.get(array.dtype, array.dtype), copy=False)
+            arrays[name] = _for_device(name, array)
         form = _form(arrays)
         if self._form and form != self._form:
             raise ValueError(f"{_shown(form)}, but the first example is {_shown(self._form)}")
@@ -143,6 +168,19 @@ class Reader:
 
     def __reduce__(self) -> Any:
         return _rebuilt, (pickled(self.__dict__),)
+
+
+def _for_device(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """An array in the type of the devices."""
+    if array.dtype.kind not in "biufcV":  # bfloat16 is of the kind V
+        raise ValueError(f"{name} must hold numbers, got {array.dtype}")
+    dtype = _ON_DEVICE.get(array.dtype, array.dtype)
+    if dtype != array.dtype and array.size:
+        limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+        values = array[np.isfinite(array)] if dtype.kind == "f" else array
+        if values.min(initial=0) < limits.min or values.max(initial=0) > limits.max:
+            raise ValueError(f"{name} from {values.min()} to {values.max()} do not fit {dtype}")
+    return array.astype(dtype, copy=False)
 
 
 def _form(arrays: dict[str, NDArray[Any]]) -> _Form:

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlocal.data.examples import ArraySource, Examples, ExampleSource, check_examples
+from jaxlocal.data.checks import check_examples, check_name, check_whole
+from jaxlocal.data.examples import ArraySource, Examples, ExampleSource
 from jaxlocal.data.prepared import find, require
 from jaxlocal.errors import ConfigurationError, unknown
 
@@ -125,8 +126,8 @@ def load(spec: str, data_dir: str | os.PathLike[str] | None = None, seed: int = 
     >>> data.train_examples, data.input_shape, data.train()["targets"].shape
     (4096, (32,), (4096,))
     """
-    if seed < 0:
-        raise ConfigurationError(f"seed must not be negative, got {seed}")
+    check_name("a dataset", spec)
+    check_whole(0, seed=seed)
     name, colon, argument = spec.partition(":")
     request = _Request(spec, argument if colon else None, data_dir, seed)
     if name not in _SOURCES:

@@ -25,6 +25,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from jaxlocal.data.augment import CropFlip
+from jaxlocal.data.checks import check_whole
 from jaxlocal.data.reading import Reader, Source, StreamError, Transform, in_one_line, pickled
 from jaxlocal.errors import ConfigurationError
 
@@ -79,9 +80,7 @@ class Stream:
             raise ConfigurationError(
                 "streaming needs grain, which is not installed: pip install 'jaxlocal[experiments]'"
             )
-        for name, value in {"seed": seed, "processes": processes}.items():
-            if value < 0:
-                raise ConfigurationError(f"{name} must not be negative, got {value}")
+        check_whole(0, seed=seed, processes=processes, buffer_bytes=buffer_bytes)
         self._reader = Reader(source, indices, seed, augmentation, transform, workers)
         self._processes = processes
         self._buffer = _buffer_steps(self._reader.step_bytes, processes, buffer_bytes)
@@ -109,6 +108,7 @@ class Stream:
         Raises:
           StreamError: an example cannot be read, or a process died.
         """
+        check_whole(0, start_step=start_step, steps=steps)
         iterator = self._from(start_step)
         out = self._reader.empty(steps)
         try:

@@ -74,7 +74,9 @@ def encode(text: str) -> NDArray[np.int32]:
     >>> encode("Hi\\n").tolist()
     [40, 73, 95]
     """
-    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.int32)
+    if not isinstance(text, str):
+        raise ConfigurationError(f"a text must be a str, got {type(text).__name__}")
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int32)
     printable = (codes >= 32) & (codes < 127)
     return np.where(printable, codes - 32, np.where(codes == 10, _NEWLINE, _OTHER)).astype(np.int32)
 
@@ -82,10 +84,20 @@ def encode(text: str) -> NDArray[np.int32]:
 def decode(tokens: NDArray[Any]) -> str:
     """Decode tokens [characters] to a text; characters without a token become U+FFFD.
 
+    Raises:
+      ConfigurationError: one is not a token.
+
     >>> decode(encode("π is 3.14"))
     '� is 3.14'
     """
-    return "".join(ALPHABET[token] for token in np.asarray(tokens))
+    tokens = np.asarray(tokens)
+    whole = tokens.ndim == 1 and (np.issubdtype(tokens.dtype, np.integer) or not tokens.size)
+    if not whole or not all(0 <= token < VOCABULARY for token in tokens):
+        got = f"from {tokens.min()} to {tokens.max()}" if whole else f"{tokens.dtype} values"
+        raise ConfigurationError(
+            f"tokens [characters] must be integers from 0 to {VOCABULARY - 1}, got {got}"
+        )
+    return "".join(ALPHABET[token] for token in tokens)
 
 
 def _cut(tokens: NDArray[Any], length: int) -> Examples:
