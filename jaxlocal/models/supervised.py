@@ -11,6 +11,7 @@ import optax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model
+from jaxlocal.parallel.leaves import wide
 
 Tree = Any
 # (params, model_state, batch, key) -> (loss, (model_state, metrics))
@@ -46,9 +47,9 @@ def example_metrics(outputs: jax.Array, targets: jax.Array, classes: int) -> dic
     """
     check_classes(classes)
     _check_arrays(outputs, targets, classes)
-    outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    outputs = outputs.astype(wide(outputs.dtype))
     if classes == 0:
-        dtype = jnp.promote_types(outputs.dtype, targets.dtype)
+        dtype = max(outputs.dtype, wide(targets.dtype), key=lambda kind: kind.itemsize)
         return _of_examples({"loss": optax.l2_loss(outputs.astype(dtype), targets.astype(dtype))})
     labels = targets.astype(jax.dtypes.canonicalize_dtype(jnp.int64))  # uint8 has no 300
     valid = (labels >= 0) & (labels < classes)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model
 from jaxlocal.models.nnx_modules import from_nnx
+from jaxlocal.parallel.leaves import wide
 
 DEVIATION = 0.02  # of the initial weights
 EXPANSION = 4  # width of the hidden layer of a block, in widths of the model
@@ -29,7 +30,7 @@ class Attention(nnx.Module):
         parts = self.queries_keys_values(tokens).reshape(by_head).transpose(2, 0, 3, 1, 4)
         queries, keys, values = parts
         scores = queries @ keys.swapaxes(-1, -2) / math.sqrt(queries.shape[-1])
-        scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        scores = scores.astype(wide(scores.dtype))
         past = jnp.tri(length, dtype=bool)
         shares = jax.nn.softmax(jnp.where(past, scores, -jnp.inf)).astype(values.dtype)
         mixed = (shares @ values).swapaxes(1, 2)
