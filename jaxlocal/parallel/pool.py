@@ -57,9 +57,11 @@ def check_indices(batches: Tree, examples: int) -> None:
       batches: integer arrays, or a dictionary that has one as "index".
       examples: the number of examples of the pool.
 
+    Indices that lie on devices are read by the host, which waits until they are computed. Inside
+    `jax.jit` their values are not known, and JAX takes the nearest example for a wrong one.
+
     Raises:
-      ConfigurationError: there are no integer indices, or (where they lie on the host) an index is
-        outside of the pool.
+      ConfigurationError: there are no integer indices, or an index is outside of the pool.
 
     >>> check_indices({"index": np.array([3, 1])}, examples=10)
     """
@@ -69,11 +71,17 @@ def check_indices(batches: Tree, examples: int) -> None:
             'with a pool of examples batches must be integer indices, or have them as "index", '
             f"got {jax.tree.map(lambda x: getattr(x, 'dtype', type(x).__name__), batches)}"
         )
-    if (
-        isinstance(index, np.ndarray)
-        and index.size
-        and not (index.min() >= 0 and index.max() < examples)
-    ):
+    ends = [end for part in _on_host(index) for end in (int(part.min()), int(part.max()))]
+    if ends and not (min(ends) >= 0 and max(ends) < examples):
         raise ConfigurationError(
-            f"indices from {index.min()} to {index.max()} do not fit a pool of {examples} examples"
+            f"indices from {min(ends)} to {max(ends)} do not fit a pool of {examples} examples"
         )
+
+
+def _on_host(index: Any) -> list[np.ndarray]:
+    """The values of indices that this process knows, one copy of each, without empty parts."""
+    parts = [index] if isinstance(index, np.ndarray) else []
+    if isinstance(index, jax.Array) and not isinstance(index, jax.core.Tracer):
+        shards = {str(shard.index): shard.data for shard in index.addressable_shards}
+        parts = [np.asarray(data) for data in shards.values()]
+    return [part for part in parts if part.size]

@@ -17,7 +17,8 @@ def constant(steps: int) -> Period:
     [4, 4, 2]
     """
     at_least_one("a period", steps)
-    return Period(lambda step, remaining: min(steps, remaining), f"constant, H = {steps}")
+    length = lambda step, remaining: min(steps, remaining)
+    return Period(length, f"constant, H = {steps}", constant=True)
 
 
 def post_local(switch_step: int, steps: int) -> Period:

@@ -86,7 +86,7 @@ def split(period: Period | int, parts: int) -> Period:
         return steps // parts
 
     description = f"{whole.description}, in {parts} rounds"
-    return Period(length, description, whole.learning_rate)
+    return whole._replace(length=length, description=description)
 
 
 def lengths(period: Period, total_steps: int) -> Iterator[int]:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from jaxlocal import periods
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.training.checks import check_length
+from jaxlocal.periods.fixed import at_least_one
+from jaxlocal.training.checks import MOST_STEPS, check_interval, check_length
 from jaxlocal.training.round import RoundFn
 from jaxlocal.types import Method
 
@@ -34,17 +35,24 @@ def schedule(method: Method, steps: int) -> Iterator[int]:
       An iterator over H of each round; their sum is `steps`.
 
     Raises:
-      ConfigurationError: the steps do not divide into inner stages, or a round is too short.
+      ConfigurationError: the steps are no integer from 1 to 2³¹ − 1, do not divide into inner
+        stages, or a round is too short.
 
     >>> import jaxlocal, optax
     >>> grad_fn = jaxlocal.gradients(lambda params, batch, key: (params - batch) ** 2)
     >>> list(schedule(jaxlocal.local_sgd(grad_fn, optax.sgd(0.1), period=4), 10))
     [4, 4, 2]
     """
-    inner = method.inner.steps
-    if steps < 1:
-        raise ConfigurationError(f"a run must take at least 1 step, got {steps}")
-    if steps % inner:
+    if not isinstance(method, Method):
+        raise ConfigurationError(
+            f"a schedule is of a method, such as round_fn.method, got {type(method).__name__}"
+        )
+    at_least_one("the length of a run", steps)
+    if steps > MOST_STEPS:
+        raise ConfigurationError(
+            f"a run takes at most {MOST_STEPS} steps, to which an int32 counts, got {steps}"
+        )
+    if steps % (inner := method.inner.steps):
         nearest = max(inner, steps - steps % inner)
         raise ConfigurationError(
             f"{steps} steps do not divide into the {inner} steps between hub averages; {nearest} "
@@ -85,7 +93,7 @@ def dispatches(
 
     Raises:
       ConfigurationError: the run cannot be resumed at `start`, the steps do not divide, or
-        `measure_every` is negative.
+        `measure_every` is not an integer ≥ 0.
 
     >>> import jaxlocal, optax
     >>> grad_fn = jaxlocal.gradients(lambda params, batch, key: (params - batch) ** 2)
@@ -95,8 +103,8 @@ def dispatches(
     [(0, 4, False), (4, 1, True), (5, 1, False), (6, 1, False), (7, 1, True)]
     """
     inner = round_fn.method.inner.steps
-    if measure_every < 0:
-        raise ConfigurationError(f"steps between measurements must be ≥ 0, got {measure_every}")
+    check_interval("measurements", measure_every)
+    lengths = schedule(round_fn.method, steps)
     if not 0 <= start <= steps or start % inner:
         raise ConfigurationError(
             f"a run of {steps} steps, with {inner} between hub averages, cannot be resumed at step "
@@ -107,7 +115,7 @@ def dispatches(
         return step == steps or (step % measure_every < inner if measure_every else step == end)
 
     end = 0
-    for length in schedule(round_fn.method, steps):
+    for length in lengths:
         begin, end = end, end + length
         if start < end:
             yield from _dispatches_of_round(round_fn, length, max(begin, start), end, is_due)

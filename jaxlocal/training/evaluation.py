@@ -16,7 +16,8 @@ from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel import collectives
 from jaxlocal.parallel.collectives import over_mesh
 from jaxlocal.parallel.layout import AXES, CONTEXT, MODEL, STACKED
-from jaxlocal.parallel.mesh import local_rows, place, place_rows, wait_on_cpu_processes
+from jaxlocal.parallel.leaves import wide
+from jaxlocal.parallel.mesh import jit_on, local_rows, place, place_rows, wait_on_cpu_processes
 from jaxlocal.parallel.pool import fetch
 from jaxlocal.parallel.sharding import is_sharded
 from jaxlocal.training.reestimation import Reestimation
@@ -87,12 +88,13 @@ class Evaluation:
         self._shape = devices // parts, batches, batch * parts
         self._within = P(None, MODEL) if is_sharded(mesh) else P()
         # The lookup is a separate program, so that a pool and a source give the same bits.
-        self._lookup = jax.jit(over_mesh(fetch, mesh, (P(), P(AXES)), P(AXES)))
+        self._lookup = jit_on(mesh, over_mesh(fetch, mesh, (P(), P(AXES)), P(AXES)))
         specs = (STACKED, CONTEXT, P(AXES), P(AXES))
-        self._program = jax.jit(over_mesh(_sums_of(metrics), mesh, specs, P()))
+        self._program = jit_on(mesh, over_mesh(_sums_of(metrics), mesh, specs, P()))
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """The mean of each metric over the examples, by name."""
+        self._round_fn.check_models(state)
         model, context = (state.params, state.model_state), self._round_fn.context
         context = context._replace(data=())
         parts = []
@@ -188,4 +190,4 @@ def _sums_of(metrics: Metrics) -> Callable[..., dict[str, jax.Array]]:
 
 
 def _sum(values: jax.Array) -> jax.Array:
-    return values.sum(dtype=jnp.promote_types(values.dtype, jnp.float32))
+    return values.sum(dtype=wide(values.dtype))

@@ -6,12 +6,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlocal.errors import ConfigurationError
+from jaxlocal.parallel.mesh import jit_on
+from jaxlocal.training.checks import check_interval, leading_size
 from jaxlocal.training.dispatching import dispatches, schedule
 from jaxlocal.training.round import RoundFn
 from jaxlocal.types import Info, MessageBits, TrainState, Tree
@@ -95,7 +96,8 @@ def run(
       Diverged: the loss of a worker or a model is NaN or infinite. It is raised at most two
         dispatches later, and before any measurement or checkpoint is due. On a mesh of several
         processes, it is raised in all of them when the next measurement or checkpoint is due.
-      ConfigurationError: see `dispatches`; or `save_every` is negative.
+      ConfigurationError: see `schedule` and `dispatches`; `save_every` is not an integer ≥ 0, the
+        state does not belong to the round function, or `batches` gives other steps than asked for.
 
     >>> import jaxlocal, optax
     >>> grad_fn = jaxlocal.gradients(lambda params, batch, key: (params - batch) ** 2)
@@ -109,15 +111,20 @@ def run(
     4 32 0.9375
     8 64 0.99609375
     """
-    if save_every < 0:
-        raise ConfigurationError(f"steps between checkpoints must be ≥ 0, got {save_every}")
+    check_interval("checkpoints", save_every)
+    if not callable(batches):
+        raise ConfigurationError(
+            f"batches must be a function of the start step and the steps, got "
+            f"{type(batches).__name__}"
+        )
+    round_fn.check(state)
     begin, ending = int(state.step), round_fn.method.outer.steps
     losses, sent = _Losses(round_fn), _Sent(round_fn, state, steps)
     if begin == 0:
         first = next(schedule(round_fn.method, steps))
         yield Progress(state, 0, 0, first, sent.bits, math.nan, True, False, 0.0)
     for start, size, length, ends_round, due in dispatches(round_fn, steps, measure_every, begin):
-        fed = batches(start, size)
+        fed = _fed(round_fn, batches, start, size)
         if not (ends_round and ending):
             state, info = round_fn.local_steps(state, fed)
             losses.add(start, info)
@@ -133,6 +140,17 @@ def run(
         if save and not math.isfinite(float(round_fn.consensus_distance(state))):
             raise Diverged(now)
         yield Progress(state, now, sent.rounds, length, sent.bits, losses.mean, due, save, distance)
+
+
+def _fed(round_fn: RoundFn, batches: Callable[[int, int], Tree], start: int, steps: int) -> Tree:
+    """The batches of some steps, exactly as many as were asked for."""
+    fed = batches(start, steps)
+    if (got := leading_size(fed, round_fn.layout)) != steps:
+        raise ConfigurationError(
+            f"batches({start}, {steps}) must give the batches of {steps} steps from step {start} "
+            f"on, and gave {got}"
+        )
+    return fed
 
 
 class _Sent:
@@ -166,7 +184,7 @@ class _Losses:
         self._weight = round_fn.layout.weight
         self._several_processes = round_fn.mesh.is_multi_process
         everywhere = NamedSharding(round_fn.mesh, P())
-        self._replicated = jax.jit(lambda losses: losses, out_shardings=everywhere)
+        self._replicated = jit_on(round_fn.mesh, lambda losses: losses, out_shardings=everywhere)
         self._waiting: deque[tuple[int, Info]] = deque()
 
     def add(self, start: int, info: Info) -> None:

@@ -1,22 +1,79 @@
 """Stages as compiled programs on a train state."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxlocal.errors import ConfigurationError
+from jaxlocal.parallel import sharding as placing
 from jaxlocal.parallel.collectives import over_mesh
-from jaxlocal.parallel.layout import AXES, CONTEXT
-from jaxlocal.parallel.sharding import is_sharded
-from jaxlocal.types import Info, Stage, TrainState, Tree
+from jaxlocal.parallel.layout import AXES, CONTEXT, STACKED
+from jaxlocal.parallel.leaves import path_name
+from jaxlocal.parallel.mesh import jit_on, place, wait_on_cpu_processes
+from jaxlocal.stages.compose import join, repeat
+from jaxlocal.training.state import specs_of
+from jaxlocal.types import Context, Info, Method, Stage, TrainState, Tree
 
 BATCHES = P(None, *AXES)
 INFO = Info(worker=BATCHES, common=P())
 
 
-def compile_stage(
+class Programs:
+    """The programs of a method on a mesh: each is made when it is first needed, and kept.
+
+    `which` is "outer" for the end of a round, or the number of inner stages.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        mesh: Mesh,
+        context: Context,
+        keep_shardings: Callable[[TrainState], TrainState],
+    ) -> None:
+        self._method, self._mesh, self._context = method, mesh, context
+        self._keep_shardings = keep_shardings
+        self._made: dict[Any, Any] = {}
+
+    def place(self, batches: Tree) -> Tree:
+        """Batches on the devices of the mesh."""
+        return place(batches, self._shardings(batches))
+
+    def measure(self, fn: Callable[[Tree, Context], Tree], stacked: Tree) -> Tree:
+        """A function of all workers' arrays, whose result is the same on all devices."""
+        if fn not in self._made:
+            mapped = over_mesh(fn, self._mesh, (STACKED, CONTEXT), P())
+            self._made[fn] = jit_on(self._mesh, mapped)
+        return wait_on_cpu_processes(self._mesh, self._made[fn](stacked, self._context))
+
+    def lower(self, which: int | str, state: TrainState, batches: Tree, steps: int) -> Any:
+        """Lower the program of some steps without compiling it; arguments may be shapes."""
+        shape = lambda x: jax.ShapeDtypeStruct((steps, *x.shape[1:]), x.dtype)
+        shapes = jax.tree.map(shape, batches)
+        placed = placing.with_shardings(shapes, self._shardings(shapes))
+        return self.get(which, state).lower(state, placed, self._context)
+
+    def get(self, which: int | str, state: TrainState) -> Any:
+        """The program, `program(state, batches, context)`, for states of this form."""
+        if which not in self._made:
+            outer = which == "outer"
+            stage = self._method.outer if outer else repeat(self._method.inner, int(which))
+            part, specs = "outer" if outer else "inner", specs_of(state)
+            keep = self._keep_shardings
+            self._made[which] = _compile_stage(stage, part, self._mesh, specs, keep)
+        return self._made[which]
+
+    def _shardings(self, batches: Tree) -> Tree:
+        specs = placing.batch_specs(self._mesh, BATCHES, batches)
+        return placing.named_shardings(self._mesh, specs)
+
+
+def _compile_stage(
     stage: Stage,
     memory: str,
     mesh: Mesh,
@@ -37,17 +94,35 @@ def compile_stage(
         return after._replace(memory=state.memory._replace(**{memory: own})), info
 
     mapped = over_mesh(run, mesh, (specs, BATCHES, CONTEXT), (specs, INFO))
-    if not is_sharded(mesh):
-        return jax.jit(mapped, donate_argnums=0)
+    if not placing.is_sharded(mesh):
+        return jit_on(mesh, mapped, donate_argnums=0)
 
     def constrained(state, batches, context):
         state, info = mapped(state, batches, context)
         return keep_shardings(state), info
 
-    return jax.jit(constrained, donate_argnums=0)
+    return jit_on(mesh, constrained, donate_argnums=0)
 
 
-def shapes_of_steps(batches: Tree, steps: int) -> Tree:
-    """The shapes of `steps` steps of batches."""
-    shape = lambda x: jax.ShapeDtypeStruct((steps, *x.shape[1:]), x.dtype)
-    return jax.tree.map(shape, batches)
+@contextlib.contextmanager
+def missing_keys_explained(state: TrainState) -> Iterator[None]:
+    """Explain what a loss looks up in vain: mostly, the model state was forgotten."""
+    try:
+        yield
+    except KeyError as error:
+        paths = jax.tree_util.tree_leaves_with_path(state.model_state)
+        names = ", ".join(sorted({path_name(path[:1]) for path, _ in paths}))
+        raise ConfigurationError(
+            f"the loss or the optimizer looks up {error}, which it is not given; the model state, "
+            f"an argument of init, {f'has {names}' if names else 'is empty'}"
+        ) from error
+
+
+def concatenate(infos: list[Info]) -> Info:
+    """One report of several dispatches; joined on the host, without a compilation, where all of it
+    lies in this process."""
+    here = lambda x: not isinstance(x, jax.Array) or x.is_fully_addressable
+    leaves = jax.tree.leaves(infos)
+    if any(isinstance(x, jax.core.Tracer) for x in leaves) or not all(map(here, leaves)):
+        return join(infos)
+    return join(infos, lambda parts: np.concatenate([np.asarray(p) for p in parts]))

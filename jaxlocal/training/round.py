@@ -1,35 +1,45 @@
 """The compiled round: a method, a layout of workers and a mesh made into one function."""
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from jaxlocal.communication import accounting
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel import collectives
 from jaxlocal.parallel import sharding as placing
-from jaxlocal.parallel.layout import CONTEXT, MODEL, STACKED, Layout
+from jaxlocal.parallel.layout import CONTEXT, MODEL, Layout
 from jaxlocal.parallel.mesh import local_rows, make_mesh, place, place_rows, wait_on_cpu_processes
 from jaxlocal.parallel.pool import check_indices, pool_size
-from jaxlocal.stages.compose import NOTHING, join, repeat
-from jaxlocal.training.checks import check_length, check_method, steps_of
-from jaxlocal.training.programs import BATCHES, compile_stage, shapes_of_steps
-from jaxlocal.training.state import States, specs_of
+from jaxlocal.stages.compose import NOTHING
+from jaxlocal.training.checks import (
+    check_given_length,
+    check_length,
+    check_method,
+    check_model,
+    check_period,
+    steps_of,
+)
+from jaxlocal.training.known_states import KnownStates
+from jaxlocal.training.programs import Programs, concatenate, missing_keys_explained
+from jaxlocal.training.state import States
 from jaxlocal.types import Collective, Info, MessageBits, Method, TrainState, Tree
+
+_Piece = tuple[int | str, Tree, int]  # a program, its batches and their steps
 
 
 class RoundFn:
     """Compile the round of a method: `state, info = round_fn(state, batches)`.
 
-    The leaves of batches are [H, hubs, workers_per_hub, ...]; their H, a multiple of
-    `method.inner.steps`, is the length of the round. H may change from round to round: the round
-    runs in chunks of powers of four, so that all H up to H_max take at most ⌊log₄ H_max⌋ + 2
-    compilations. The state is donated: use the one that is returned.
+    The leaves of batches are [H, hubs, workers_per_hub, ...], where H is what the method's period
+    gives at the state's step; `length=H` chooses another one, such as that of the last round of a
+    run. H may change from round to round: the round runs in chunks of powers of four, so that all H
+    up to H_max take at most ⌊log₄ H_max⌋ + 2 compilations. The state is donated: use the one that
+    is returned.
 
     Args:
       method: what the workers do, as `jaxlocal.local_sgd` and the others make it.
@@ -74,6 +84,7 @@ class RoundFn:
         self.mesh = mesh if mesh is not None else make_mesh(layout)
         rule = sharding or placing.fsdp(self.mesh.shape.get(MODEL, 1))
         self._states = States(method, layout, self.mesh, rule)
+        self._known = KnownStates(self._states, layout, self.mesh)
         self.local_workers = local_rows(self.mesh, layout.shape)
         if not self.local_workers.size:
             raise ConfigurationError(
@@ -82,7 +93,8 @@ class RoundFn:
         self._examples = pool_size(data)
         self.context = place(layout.context(data), placing.named_shardings(self.mesh, CONTEXT))
         self._most = max(1, max_chunk // method.inner.steps)
-        self._programs: dict[Any, Any] = {}
+        keep = self._states.keep_shardings
+        self._programs = Programs(method, self.mesh, self.context, keep)
 
     def init(self, params: Tree, key: jax.Array, model_state: Tree = None) -> TrainState:
         """Make the state before the first step: every worker starts from the same parameters.
@@ -91,62 +103,74 @@ class RoundFn:
           params: the parameters of one model, which stay the caller's.
           key: a typed root key, `jax.random.key(seed)`.
           model_state: the model state of one model, such as batch statistics; {} if there is none.
+
+        Raises:
+          ConfigurationError: there are no parameters, the key is not one, or the method does not
+            fit the layout or the model.
         """
         self.stage_bits(self.shapes(params, model_state))  # checks that the mixers fit the layout
         return self._states.init(params, key, model_state)
 
     def shapes(self, params: Tree, model_state: Tree = None) -> TrainState:
         """Shapes, dtypes and shardings of the state that `init` makes; parameters may be shapes."""
-        return self._states.shapes(params, model_state)
+        check_model(params, model_state)
+        return self._known.add(self._states.shapes(params, model_state))
 
-    def __call__(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
+    def __call__(
+        self, state: TrainState, batches: Tree, length: int | None = None
+    ) -> tuple[TrainState, Info]:
         """Run one round: H steps and its end, which may take the last of the steps.
 
         Args:
           state: as `init` or the round before gave it; donated.
           batches: leaves [H, hubs, workers_per_hub, ...].
+          length: H, where it is not what the period gives for a run without end: in the last round
+            of a run, after the switch of `swap`, or by the caller's own choice. In a loop over
+            `jaxlocal.training.schedule(method, steps)` give what it yields.
 
         Returns:
           The state after the round, and what the stages report: `info.worker["loss"]` is [H, hubs,
           workers_per_hub].
+
+        Raises:
+          ConfigurationError: the batches do not hold the H steps of the period, or of `length`; the
+            state was donated before, or belongs to another round function.
         """
         steps, own, rest = self._steps_of(batches), batches, ()
+        self.check(state)
+        check_length(self.method, steps)
+        self._check_length(state, steps, length)
         if ending := self.method.outer.steps:
-            check_length(self.method, steps)
             own, rest = (
                 jax.tree.map(lambda b, p=part: b[p], batches)
                 for part in (slice(steps - ending), slice(steps - ending, None))
             )
-        state, info = self.local_steps(state, own)
-        state, last = self.end_round(state, rest)
-        return state, _concatenate([info, last])
+        pieces = itertools.chain(self._in_chunks(own, steps - ending), self._at_end(rest))
+        return self._dispatched(state, pieces)
 
     def local_steps(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
-        """Run some steps of a round without its end; a cut may lie between any two inner stages."""
-        steps, infos, start = self._steps_of(batches), [], 0
-        for size in self.chunks(steps):
-            part = batches
-            if size < steps:
-                part = jax.tree.map(lambda b, a=start, n=size: b[a : a + n], batches)
-            program = self._program(size // self.method.inner.steps, state)
-            done = program(state, self._placed(part), self.context)
-            state, info = wait_on_cpu_processes(self.mesh, done)
-            infos.append(info)
-            start += size
-        return state, _concatenate(infos)
+        """Run steps of a round without its end, any multiple of those of the inner stage."""
+        steps = self._steps_of(batches)
+        self.check(state)
+        return self._dispatched(state, self._in_chunks(batches, steps))
 
     def end_round(self, state: TrainState, batches: Tree = ()) -> tuple[TrainState, Info]:
         """Run the end of a round; the batches are those of the steps that it takes, if any."""
         outer = self.method.outer
-        if outer is NOTHING:
-            return state, Info()
         if outer.steps and (steps := self._steps_of(batches)) != outer.steps:
             raise ConfigurationError(
                 f"the end of a round takes {outer.steps} steps, got batches of {steps}"
             )
-        placed = self._placed(batches) if outer.steps else ()
-        done = self._program("outer", state)(state, placed, self.context)
-        return wait_on_cpu_processes(self.mesh, done)
+        self.check(state)
+        return self._dispatched(state, self._at_end(batches))
+
+    def check(self, state: TrainState) -> None:
+        """Raise ConfigurationError where a state was donated or is not of this round function."""
+        self._known.check(state)
+
+    def check_models(self, state: TrainState) -> None:
+        """Raise ConfigurationError where the models of a state cannot be read: for evaluations."""
+        self._known.check_models(state)
 
     def chunks(self, steps: int) -> Iterator[int]:
         """The sizes in which steps are dispatched: powers of four of inner stages, descending.
@@ -169,15 +193,13 @@ class RoundFn:
 
     def mean(self, state: TrainState) -> tuple[Tree, Tree]:
         """The average model u = Σ a_i x_i, and the average model state; leaves [...]."""
-        model = (state.params, state.model_state)
-        return wait_on_cpu_processes(
-            self.mesh, self._measure(collectives.mean)(model, self.context)
-        )
+        self.check_models(state)
+        return self._programs.measure(collectives.mean, (state.params, state.model_state))
 
     def consensus_distance(self, state: TrainState) -> jax.Array:
         """The consensus distance √(Σ a_i ‖x_i − u‖²) of the workers' models now."""
-        distance = self._measure(collectives.consensus_distance)(state.params, self.context)
-        return wait_on_cpu_processes(self.mesh, distance)
+        self.check_models(state)
+        return self._programs.measure(collectives.consensus_distance, state.params)
 
     def stage_bits(self, state: TrainState, number: int = 0) -> tuple[MessageBits, MessageBits]:
         """Bits sent in one inner stage, and at the end of the number-th round, counted from 0.
@@ -223,57 +245,51 @@ class RoundFn:
         Returns:
           (times, lowered) pairs; `lowered` is what `jax.jit(f).lower` gives.
         """
-        ending = self.method.outer.steps
+        self.check(state)
+        ending, lower = self.method.outer.steps, self._programs.lower
         sizes = Counter(self.chunks(self._steps_of(batches) - ending))
         lowered = [
-            (times, self._lowered(size // self.method.inner.steps, state, batches, size))
+            (times, lower(size // self.method.inner.steps, state, batches, size))
             for size, times in sizes.items()
         ]
         if self.method.outer is not NOTHING:
             own = batches if ending else ()
-            lowered.append((1, self._lowered("outer", state, own, ending)))
+            lowered.append((1, lower("outer", state, own, ending)))
         return lowered
 
-    def _lowered(self, which: int | str, state: TrainState, batches: Tree, steps: int):
-        shapes = shapes_of_steps(batches, steps)
-        placed = placing.with_shardings(shapes, self._batch_shardings(shapes))
-        return self._program(which, state).lower(state, placed, self.context)
+    def _in_chunks(self, batches: Tree, steps: int) -> Iterator[_Piece]:
+        start = 0
+        for size in self.chunks(steps):
+            part = batches
+            if size < steps:
+                part = jax.tree.map(lambda b, a=start, n=size: b[a : a + n], batches)
+            yield size // self.method.inner.steps, part, size
+            start += size
 
-    def _measure(self, fn: Any):
-        if fn not in self._programs:
-            over_mesh = collectives.over_mesh(fn, self.mesh, (STACKED, CONTEXT), P())
-            self._programs[fn] = jax.jit(over_mesh)
-        return self._programs[fn]
+    def _at_end(self, batches: Tree) -> Iterator[_Piece]:
+        if (outer := self.method.outer) is not NOTHING:
+            yield "outer", batches if outer.steps else (), outer.steps
 
-    def _program(self, which: int | str, state: TrainState):
-        """The program of the end of a round, or of `which` inner stages."""
-        if which not in self._programs:
-            outer = which == "outer"
-            stage = self.method.outer if outer else repeat(self.method.inner, int(which))
-            part, specs = "outer" if outer else "inner", specs_of(state)
-            keep = self._states.keep_shardings
-            self._programs[which] = compile_stage(stage, part, self.mesh, specs, keep)
-        return self._programs[which]
+    def _dispatched(self, state: TrainState, pieces: Iterable[_Piece]) -> tuple[TrainState, Info]:
+        infos = []
+        for which, batches, steps in pieces:
+            program, placed = self._programs.get(which, state), self._programs.place(batches)
+            with missing_keys_explained(state):
+                done = program(state, placed, self.context)
+            self._known.follow(state, done[0], steps)
+            state, info = wait_on_cpu_processes(self.mesh, done)
+            infos.append(info)
+        return state, concatenate(infos)
+
+    def _check_length(self, state: TrainState, steps: int, length: int | None) -> None:
+        if length is not None:
+            check_given_length(length, steps)
+        elif self.method.outer is not NOTHING:  # else a round may end anywhere
+            constant = self.method.period.constant
+            check_period(self.method, steps, None if constant else self._known.step_of(state))
 
     def _steps_of(self, batches: Tree) -> int:
         steps = steps_of(batches, self.method, self.layout)
         if self._examples is not None:
             check_indices(batches, self._examples)
         return steps
-
-    def _batch_shardings(self, batches: Tree) -> Tree:
-        specs = placing.batch_specs(self.mesh, BATCHES, batches)
-        return placing.named_shardings(self.mesh, specs)
-
-    def _placed(self, batches: Tree) -> Tree:
-        return place(batches, self._batch_shardings(batches))
-
-
-def _concatenate(infos: list[Info]) -> Info:
-    """One report of several dispatches; joined on the host, without a compilation, where all of it
-    lies in this process."""
-    here = lambda x: not isinstance(x, jax.Array) or x.is_fully_addressable
-    leaves = jax.tree.leaves(infos)
-    if any(isinstance(x, jax.core.Tracer) for x in leaves) or not all(map(here, leaves)):
-        return join(infos)
-    return join(infos, lambda parts: np.concatenate([np.asarray(p) for p in parts]))

@@ -42,9 +42,9 @@ def collectives(method, layout: Layout, loss, inner_stages: int | None) -> list[
     round_fn = RoundFn(method, layout)
     state = round_fn.init(PARAMS[loss], jax.random.key(0))
     if inner_stages is None:
-        program, batches = round_fn._program("outer", state), ()
+        program, batches = round_fn._programs.get("outer", state), ()
     else:
-        program = round_fn._program(inner_stages, state)
+        program = round_fn._programs.get(inner_stages, state)
         shape = (inner_stages * method.inner.steps, *layout.shape, *IMAGES)
         batches = jax.ShapeDtypeStruct(shape, jnp.float32)
     compiled = program.lower(state, batches, round_fn.context).compile()

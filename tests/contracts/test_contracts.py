@@ -40,7 +40,7 @@ def run(case: Case, state: TrainState, rounds: int, first: int = 0):
     for number in range(first, first + rounds):
         steps = case.entry.steps
         batches = registry.batches(case.entry.layout, number * steps, steps)
-        state, info = case.round_fn(state, batches)
+        state, info = case.round_fn(state, batches, length=steps)
         infos.append(info)
     return state, infos
 
@@ -80,7 +80,7 @@ def case(request):
     state = start(entry, round_fn)
     before, batches = described(state), registry.batches(entry.layout, 0, entry.steps)
     with compilations.counted() as compiled:
-        state, info = round_fn(state, batches)
+        state, info = round_fn(state, batches, length=entry.steps)
     return Case(entry, round_fn, before, state, info, traces, compiled)
 
 

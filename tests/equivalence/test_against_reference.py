@@ -106,7 +106,8 @@ def test_mll_sgd_in_whole_rounds_of_which_the_last_is_shorter():
     batches = problems.make_batches(layout, 10)
     state, active = round_fn.init(problems.START, jax.random.key(1)), []
     for start, length in [(0, 6), (6, 4)]:
-        state, info = round_fn(state, problems.steps_of(batches, start, start + length))
+        part = problems.steps_of(batches, start, start + length)
+        state, info = round_fn(state, part, length=length)
         active.append(np.asarray(info.worker["active"]).reshape(length, -1) > 0)
     assert list(periods.lengths(method.period, 10)) == [6, 4] and int(state.step) == 10
     # The loops mix after every sixth step only; the last mixing is added here.

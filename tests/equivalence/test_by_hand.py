@@ -138,7 +138,8 @@ def in_rounds(method, batches, lengths, state=None):
     state = round_fn.init(problems.START, jax.random.key(0)) if state is None else state
     for length in lengths:
         step = int(state.step)
-        state, _ = round_fn(state, problems.steps_of(batches, step, step + length))
+        part = problems.steps_of(batches, step, step + length)
+        state, _ = round_fn(state, part, length=length)
     return state
 
 

@@ -34,7 +34,8 @@ def run(method, layout, steps, mesh=(1, 1), batches=None):
     batches = problems.make_batches(layout, steps) if batches is None else batches
     state, start = round_fn.init(problems.START, jax.random.key(0)), 0
     for length in periods.lengths(method.period, steps):
-        state, _ = round_fn(state, problems.steps_of(batches, start, start + length))
+        part = problems.steps_of(batches, start, start + length)
+        state, _ = round_fn(state, part, length=length)
         start += length
     return problems.vectors(state.params)
 
@@ -236,7 +237,8 @@ def permuted_run(make, layout, batches, hubs, workers):
     batches = jax.tree.map(lambda leaf: leaf[:, hubs][:, :, workers], batches)
     state = round_fn.init(problems.START, jax.random.key(0))
     for start in (0, 2):
-        state, _ = round_fn(state, problems.steps_of(batches, start, start + 2))
+        part = problems.steps_of(batches, start, start + 2)
+        state, _ = round_fn(state, part, length=2)
     state, _ = round_fn.local_steps(state, problems.steps_of(batches, 4, 6))
     return problems.vectors(state.params).reshape(*layout.shape, -1)
 

@@ -72,8 +72,12 @@ def test_federated_methods_are_their_loops(method, server, mesh):
 
 
 def test_a_server_optimizer_may_be_chosen():
-    method = jaxlocal.fedavgm(problems.grad_fn, optax.sgd(RATE), outer_optimizer=optax.sgd(0.5))
-    average = jaxlocal.diloco(problems.grad_fn, optax.sgd(RATE), outer_optimizer=optax.sgd(0.5))
+    method = jaxlocal.fedavgm(
+        problems.grad_fn, optax.sgd(RATE), outer_optimizer=optax.sgd(0.5), period=2
+    )
+    average = jaxlocal.diloco(
+        problems.grad_fn, optax.sgd(RATE), outer_optimizer=optax.sgd(0.5), period=2
+    )
     ends = []
     for built in (method, average):
         round_fn = problems.on_one_device(built, LAYOUT)

@@ -93,7 +93,7 @@ def final_state(method, layout, mesh=(1, 1), steps=12):
     batches, start = make_batches(layout, steps), 0
     state = round_fn.init(START, jax.random.key(0))
     for length in jaxlocal.periods.lengths(method.period, steps):
-        state, _ = round_fn(state, steps_of(batches, start, start + length))
+        state, _ = round_fn(state, steps_of(batches, start, start + length), length=length)
         start += length
     return state
 

@@ -19,8 +19,8 @@ period = jaxlocal.periods.qsr(optimizer.learning_rate, coefficient=0.5, base=4)
 method = jaxlocal.local_sgd(jaxlocal.gradients(loss), optimizer, period=period)
 round_fn = jaxlocal.RoundFn(method, jaxlocal.Layout(workers_per_hub=2))
 state = round_fn.init(jnp.zeros(()), jax.random.key(0))
-for steps in jaxlocal.periods.lengths(method.period, 40):
-    state, info = round_fn(state, jnp.ones((steps, 1, 2, 8)))
+for length in jaxlocal.training.schedule(method, 40):
+    state, info = round_fn(state, jnp.ones((length, 1, 2, 8)), length=length)
 print(round_fn.mean(state)[0], round_fn.message_bits(state, 40, 5).workers)
 
 

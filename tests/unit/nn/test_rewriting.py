@@ -281,7 +281,7 @@ def test_a_round_of_local_sgd(worker_map):
 
     def after_a_round(loss):
         grad_fn = jaxlocal.gradients(lambda params, batch, key: loss(params, batch))
-        method = jaxlocal.local_sgd(grad_fn, optax.sgd(2.0**-8), worker_map=worker_map)
+        method = jaxlocal.local_sgd(grad_fn, optax.sgd(2.0**-8), period=2, worker_map=worker_map)
         round_fn = jaxlocal.RoundFn(method, layout)
         state, info = round_fn(round_fn.init(KERNEL, jax.random.key(0)), batches)
         return state.params, info.worker["loss"]

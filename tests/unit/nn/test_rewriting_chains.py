@@ -220,7 +220,7 @@ def test_with_many_channels_the_layers_stay_separate():
 def test_chains_in_a_round():
     def after_a_round(loss):
         grad_fn = jaxlocal.gradients(lambda params, batch, key: loss(params, batch).sum())
-        method = jaxlocal.local_sgd(grad_fn, optax.sgd(2.0**-8))
+        method = jaxlocal.local_sgd(grad_fn, optax.sgd(2.0**-8), period=2)
         round_fn = jaxlocal.RoundFn(method, jaxlocal.Layout(workers_per_hub=2))
         state, info = round_fn(
             round_fn.init(PARAMS, jax.random.key(0)), digits((2, 1, 2, *IMAGES.shape))

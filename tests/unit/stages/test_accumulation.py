@@ -23,7 +23,7 @@ def test_parts_give_the_run_of_the_whole_batch(method, worker_map):
             local = method(grad_fn, optax.adam(0.1), worker_map=worker_map)
             round_fn = RoundFn(local, LAYOUT, make_mesh(LAYOUT, shape=(2, 2)), max_chunk=1)
             state = round_fn.init(problems.START, jax.random.key(0))
-            state, info = round_fn(state, batches)
+            state, info = round_fn(state, batches, length=6)
             ends.append((problems.vectors(state.params), np.asarray(info.worker["loss"])))
     for end in ends[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), end, ends[0])

@@ -28,7 +28,8 @@ def run(method, rounds=6, steps=2):
     state = round_fn.init(problems.START, jax.random.key(0))
     batches = problems.make_batches(LAYOUT, 16)  # the same in runs of any length
     for start in range(0, rounds * steps, steps):
-        state, _ = round_fn(state, problems.steps_of(batches, start, start + steps))
+        part = problems.steps_of(batches, start, start + steps)
+        state, _ = round_fn(state, part, length=steps)
     return state
 
 

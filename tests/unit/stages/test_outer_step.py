@@ -170,7 +170,7 @@ def test_workers_that_do_not_move_leave_the_anchor_where_it_is(make, dtype):
     grad_fn = jaxlocal.gradients(lambda w, batch, key: (0 * w * batch.astype(w.dtype)).sum())
     method = {
         "diloco": lambda: jaxlocal.diloco(grad_fn, optax.sgd(rate), period=3),
-        "slowmo": lambda: jaxlocal.slowmo(grad_fn, optax.sgd(rate), learning_rate=rate, period=1),
+        "slowmo": lambda: jaxlocal.slowmo(grad_fn, optax.sgd(rate), learning_rate=rate, period=3),
     }[make]()
     round_fn = problems.on_one_device(method, Layout(1, 3, weights=[1, 2, 4]))
     begin = jnp.asarray(np.random.default_rng(0).normal(size=50), dtype)

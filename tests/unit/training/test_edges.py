@@ -53,9 +53,13 @@ def test_an_evaluation_of_no_examples_is_refused(arguments):
         Evaluation(plain(), lambda params, model_state, batch: {}, *arguments)
 
 
-def test_a_negative_distance_between_measurements_is_refused():
-    with pytest.raises(ConfigurationError, match="-2"):
-        list(dispatches(plain(), 6, -2))
+@pytest.mark.parametrize(
+    ("every", "message"),
+    [(-2, "≥ 0, got -2"), (2.0, "integer, got 2.0"), ("2", "integer, got '2'")],
+)
+def test_a_distance_between_measurements_is_an_integer_that_is_not_negative(every, message):
+    with pytest.raises(ConfigurationError, match=message):
+        list(dispatches(plain(), 6, every))
 
 
 def test_several_root_keys_are_refused():
@@ -68,7 +72,7 @@ def test_workers_that_always_step_draw_nothing():
     for rates, draws in [(1.0, False), (0.5, True)]:
         round_fn = plain(Layout(workers_per_hub=2, rates=rates))
         state = round_fn.init(jnp.zeros(()), jax.random.key(0))
-        batches, step = jnp.ones((1, 1, 2)), round_fn._program(1, state)
+        batches, step = jnp.ones((1, 1, 2)), round_fn._programs.get(1, state)
         text = str(jax.make_jaxpr(step)(state, batches, round_fn.context))
         assert ("threefry2x32" in text or "random_bits" in text) == draws
 
@@ -87,7 +91,7 @@ def test_a_loss_that_carries_a_constant_trains_on_every_mesh(name):
     models = []
     for shape in [(1, 1), (2, 4)]:
         round_fn = RoundFn(method, layout, jaxlocal.make_mesh(layout, shape=shape))
-        state, info = round_fn(round_fn.init(0.5, jax.random.key(0)), batches)
+        state, info = round_fn(round_fn.init(0.5, jax.random.key(0)), batches, length=8)
         models.append(np.asarray(state.params))
         expected = jax.vmap(carried, (None, 0, None))(0.5, batches[0].reshape(8, 5), None)
         np.testing.assert_allclose(info.worker["loss"][0].ravel(), expected, rtol=1e-5)
@@ -107,7 +111,7 @@ def test_metrics_that_carry_a_constant_are_evaluated():
 
 @pytest.mark.optimized
 def test_a_round_of_several_chunks_runs_inside_jit():
-    round_fn, batches = plain(Layout(workers_per_hub=2)), jnp.ones((6, 1, 2))
+    round_fn, batches = plain(Layout(workers_per_hub=2), period=6), jnp.ones((6, 1, 2))
     start = lambda: round_fn.init(jnp.ones(()), jax.random.key(0))
     once, inside = round_fn(start(), batches), jax.jit(round_fn)(start(), batches)
     np.testing.assert_array_equal(once[0].params, inside[0].params)

@@ -348,3 +348,5 @@ def test_a_state_is_finite_when_a_checkpoint_is_due():
     assert saved == [2]
     with pytest.raises(ConfigurationError, match="checkpoints must be ≥ 0, got -1"):
         next(training.run(round_fn, state, batches, 8, save_every=-1))
+    with pytest.raises(ConfigurationError, match="checkpoints must be an integer, got 2.5"):
+        next(training.run(round_fn, state, batches, 8, save_every=2.5))

@@ -9,13 +9,18 @@ import problems
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxlocal
 from jaxlocal import ConfigurationError, Layout, RoundFn, periods
 from jaxlocal.communication import mixing
+from jaxlocal.parallel.pool import check_indices
 from jaxlocal.stages.compose import in_turn, repeat, sequence
 from jaxlocal.stages.local_step import local_step
 from jaxlocal.stages.sync import sync
+from jaxlocal.training import Reestimation
+from jaxlocal.training.checks import steps_of
 from jaxlocal.types import Method
 
 grad_fn = jaxlocal.gradients(lambda w, batch, key: jnp.square(jnp.tanh(w) - batch).mean())
@@ -60,7 +65,8 @@ def test_a_run_compiles_one_program_for_each_power_of_four_and_one_for_the_end(
     state = round_fn.init(jnp.zeros(2), jax.random.key(0))
     with compilations.counted() as compiled:
         for length in lengths:
-            state, _ = round_fn(state, np.ones((length, *layout.shape, 2), np.float32))
+            batches = np.ones((length, *layout.shape, 2), np.float32)
+            state, _ = round_fn(state, batches, length=length)
     assert int(state.step) == total_steps
     log4 = (max(lengths).bit_length() - 1) // 2
     assert len(compiled) <= log4 + 2
@@ -75,7 +81,8 @@ def test_on_hubs_the_programs_are_counted_in_hub_averages():
     state = round_fn.init(jnp.zeros(2), jax.random.key(0))
     with compilations.counted() as compiled:
         for length in (21, 21, 9):  # 7 = 4 + 1 + 1 + 1 hub averages
-            state, _ = round_fn(state, np.ones((length, *layout.shape, 2), np.float32))
+            batches = np.ones((length, *layout.shape, 2), np.float32)
+            state, _ = round_fn(state, batches, length=length)
     assert len(compiled) == 3
 
 
@@ -104,7 +111,7 @@ def test_however_a_round_is_cut_the_bits_and_the_report_are_the_same(max_chunk):
     def run(most):
         round_fn = RoundFn(local_sgd(1, optax.adam(0.1)), layout, max_chunk=most)
         state = round_fn.init(jnp.ones(3), jax.random.key(0))
-        state, info = round_fn(state, batches)
+        state, info = round_fn(state, batches, length=16)
         return jax.tree.map(np.asarray, (state.params, state.opt_state, info))
 
     whole, cut = run(16), run(max_chunk)
@@ -138,6 +145,27 @@ def test_leaves_of_different_leading_shapes_are_refused_with_both():
     state = round_fn.init(jnp.zeros(()), jax.random.key(0))
     with pytest.raises(ConfigurationError, match=r"\(2, 1, 1\), \(3, 1, 1\)"):
         round_fn(state, {"x": np.ones((2, 1, 1)), "y": np.ones((3, 1, 1))})
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ({"x": np.ones((2, 1, 1)), "y": np.ones((3, 1, 1))}, "in x, y"),
+        ({"x": np.ones((2, 1, 1)), "y": np.float32(1)}, r"\(\), \(2, 1, 1\) in y, x; make arrays"),
+        (np.float32(1), r"got leading shapes \(\); make arrays of lists and numbers"),
+        (float("nan"), r"got leading shapes \(\); make arrays"),
+        ([[[1.0]], [[2.0]]], r"got leading shapes \(\) in 0/0/0; make arrays"),
+        ({}, "got no array"),
+        ((), "got no array"),
+        (None, "got no array"),
+        (np.array([[["a"]]]), "arrays of numbers, got one of <U1"),
+        (np.array([[[None]]]), "arrays of numbers, got one of object"),
+    ],
+    ids=str,
+)
+def test_batches_that_are_not_arrays_of_numbers_are_refused(batches, message):
+    with pytest.raises(ConfigurationError, match=message):
+        steps_of(batches, local_sgd(), Layout())
 
 
 def test_a_raw_key_is_refused():
@@ -188,14 +216,31 @@ def test_a_pool_and_its_indices_are_checked():
         RoundFn(method, layout, data={"x": np.arange(10.0), "y": np.arange(5.0)})
     round_fn = RoundFn(method, layout, data={"x": np.arange(5.0)})
     state = round_fn.init(jnp.float32(1), jax.random.key(0))
+    both = np.array([[[[0, 1, 2], [3, 4, 5]]]])
+    over_workers = NamedSharding(round_fn.mesh, P(None, None, "workers"))
+    everywhere = NamedSharding(round_fn.mesh, P())
     for wrong, message in [
         (np.full((1, 1, 2, 3), 5), "from 5 to 5 do not fit a pool of 5"),
         (np.full((1, 1, 2, 3), -1), "from -1 to -1"),
         (np.ones((1, 1, 2, 3)), "integer indices.*float64"),
         ({"rows": np.ones((1, 1, 2, 3), int)}, '"index"'),
+        (both.astype(np.uint64), "from 0 to 5 do not fit"),
+        (both + 2**32, "from 4294967296 to 4294967301 do not fit"),
+        (jnp.asarray(both), "from 0 to 5 do not fit"),
+        (jnp.asarray(both - 1, jnp.int8), "from -1 to 4 do not fit"),
+        (jnp.asarray(both, jnp.uint32), "from 0 to 5 do not fit"),
+        (jax.device_put(both, over_workers), "from 0 to 5 do not fit"),
+        (jax.device_put(both, everywhere), "from 0 to 5 do not fit"),
+        ({"index": jnp.asarray(both), "noise": both}, "from 0 to 5 do not fit"),
+        (both[..., :0] > 0, "integer indices.*bool"),
     ]:
         with pytest.raises(ConfigurationError, match=message):
             round_fn(state, wrong)
+    check_indices(both[..., :0], examples=5)
+    check_indices(jnp.asarray(both)[..., :0], examples=5)
+    jax.eval_shape(round_fn, state, jnp.asarray(both))  # inside jit values are not known
+    with pytest.raises(ConfigurationError, match="from 0 to 5 do not fit"):
+        Reestimation(round_fn, lambda params, model_state, batch: model_state, both)
     more = {"index": np.full((1, 1, 2, 3), 4), "noise": np.zeros((1, 1, 2, 3))}
     state, info = round_fn(state, more)
     assert (np.asarray(info.worker["loss"]) == 4).all()
@@ -211,7 +256,7 @@ def test_a_pool_of_bytes_stays_bytes_on_every_device():
     assert len(image.addressable_shards) == 8
     state = round_fn.init(jnp.zeros((6, 3)), jax.random.key(0))
     index = np.zeros((4, *layout.shape, 5), np.int32)
-    program = round_fn._program(4, state).lower(state, index, round_fn.context).compile().as_text()
+    program = round_fn._programs.lower(4, state, index, 4).compile().as_text()
     assert "u8[50,6]" in program and "f32[50,6]" not in program
 
 
