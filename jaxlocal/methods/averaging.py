@@ -118,7 +118,8 @@ def post_local_sgd(
     gradient. For SGD, momentum included, that is data parallelism; for Adam and other optimizers
     that are not linear in the gradient it is not. For data parallelism first, as PyTorch has it,
     run rounds of `data_parallel` until the switch, and give their last state to the `RoundFn` of
-    `local_sgd`: it has the same form, and the workers' optimizer states are alike.
+    `local_sgd`: it has the same form, and the workers' optimizer states are alike. (An optimizer
+    that draws noise then draws the same on all workers.)
 
     Args:
       grad_fn, optimizer, optimizer_state, model_state, worker_map: as in `local_sgd`.

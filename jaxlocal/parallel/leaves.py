@@ -11,8 +11,9 @@
 
 Any leaf may be a scalar or have no values at all. Numbers of Python and numpy arrays become arrays
 of JAX, float64 only with `jax_enable_x64`. Averages come back in the leaf's own type. What is
-compressed, and what the consensus distance is of, is the parameters. At `init` every random key of
-an optimizer or model state is folded with the worker's number, see `keys.own_keys`.
+compressed, and what the consensus distance is of, is the parameters. At `init` the random keys of
+an optimizer state, typed or not, and the typed ones of a model state are folded with the number of
+the worker, see `keys.own_keys`.
 """
 
 from collections.abc import Mapping

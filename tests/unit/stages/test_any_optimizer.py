@@ -14,9 +14,13 @@ import jaxlocal
 from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh
 
 PARAMS = {"bias": jnp.ones(3), "kernel": jnp.ones((4, 3))}
-GRAD_FN = jaxlocal.gradients(
-    lambda params, batch, key: jnp.square(batch @ params["kernel"] + params["bias"] - 1).mean()
-)
+
+
+def loss(params, batch, key):
+    return jnp.square(batch @ params["kernel"] + params["bias"][None] - 1).mean()
+
+
+GRAD_FN = jaxlocal.gradients(loss)
 MASK = {"bias": False, "kernel": True}
 LABELS = {"bias": "frozen", "kernel": "trained"}
 SCHEDULED = jaxlocal.scheduled(optax.adamw, optax.cosine_decay_schedule(0.1, 100))
