@@ -18,9 +18,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.training.disk import SavingError, advice, agreed, cause, quietly, require
+from jaxlocal.parallel.leaves import is_key
+from jaxlocal.training.disk import (
+    SavingError,
+    advice,
+    agreed,
+    cause,
+    local_folder,
+    quietly,
+    require,
+)
 from jaxlocal.training.export import export
-from jaxlocal.training.leaves import is_key, named_leaves
 from jaxlocal.training.manifest import (
     Manifest,
     changed,
@@ -29,6 +37,7 @@ from jaxlocal.training.manifest import (
     exact,
     manifest_of,
 )
+from jaxlocal.training.names import named_leaves
 from jaxlocal.types import TrainState
 
 __all__ = ["Checkpoints", "SavingError", "export"]
@@ -66,7 +75,7 @@ class Checkpoints:
         require("orbax", "checkpoints")
         import orbax.checkpoint as ocp
 
-        self.folder = Path(folder).absolute()
+        self.folder = local_folder(folder)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,
@@ -200,8 +209,8 @@ class Checkpoints:
                 gc.collect()  # what is left of the tasks that read
         if problem := agreed(problem):
             return None, problem
-        if name := changed(manifest, state):
-            return None, f"{name} has changed since it was saved"
+        if problem := changed(manifest, state):
+            return None, problem
         return (state, notes), ""
 
     def _read_state(self, folder: Path, shapes: TrainState) -> TrainState:

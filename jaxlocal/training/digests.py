@@ -18,7 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 
-from jaxlocal.training.leaves import described, is_key, named_leaves, on_host
+from jaxlocal.parallel.leaves import is_key
+from jaxlocal.training.names import described, named_leaves, on_host
 from jaxlocal.training.state import specs_of
 from jaxlocal.types import TrainState
 

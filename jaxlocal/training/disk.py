@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,6 +28,26 @@ _ADVICE = {
 
 class SavingError(RuntimeError):
     """A checkpoint or a model could not be written; earlier ones are intact."""
+
+
+def local_folder(folder: str | Path) -> Path:
+    """The absolute path of a folder, with ~ as the home folder.
+
+    Raises:
+      ConfigurationError: it is a URL, or cannot be a path.
+
+    >>> local_folder("gs://bucket/run")
+    Traceback (most recent call last):
+    ...
+    jaxlocal.errors.ConfigurationError: 'gs://bucket/run' is not a folder of this machine, in which
+    checkpoints and models are written
+    """
+    if "://" in str(folder) or "\0" in str(folder):
+        raise ConfigurationError(
+            f"{str(folder)!r} is not a folder of this machine, in which checkpoints and models are "
+            f"written"
+        )
+    return Path(folder).expanduser().absolute()
 
 
 def cause(error: BaseException) -> str:

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.parallel.sharding import path_name
-from jaxlocal.training.disk import SavingError, advice, agreed, cause, require
-from jaxlocal.training.leaves import is_key, named_leaves, on_host
+from jaxlocal.parallel.leaves import is_key, path_name
+from jaxlocal.training.disk import SavingError, advice, agreed, cause, local_folder, require
+from jaxlocal.training.names import named_leaves, on_host
 from jaxlocal.types import Tree
 
 _NAMES = ("model", "model.safetensors")
@@ -49,10 +49,14 @@ def export(folder: str | Path, params: Tree, model_state: Tree) -> list[Path]:
     as_array = lambda x: x if isinstance(x, jax.Array) else np.asarray(x)
     tree = jax.tree.map(as_array, {"params": params, "model_state": model_state})
     _check_kinds(tree)
-    folder = Path(folder).absolute()
+    folder = local_folder(folder)
     part = folder / "part"  # where both are written
     _together(folder, lambda: _start(folder, part))
-    _together(folder, lambda: _write(part, tree))
+    try:
+        _together(folder, lambda: _write(part, tree))
+    except SavingError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     _together(folder, lambda: _replace(folder, part))
     return [folder / name for name in _NAMES]
 
@@ -113,8 +117,9 @@ def _write(part: Path, tree: Tree) -> None:
 
 def _replace(folder: Path, part: Path) -> None:
     if jax.process_index() == 0:
-        if (folder / _NAMES[0]).exists():
-            (folder / _NAMES[0]).rename(part / "old")
-        for name in _NAMES:
-            (part / name).replace(folder / name)
+        model, single = _NAMES
+        (part / single).replace(folder / single)
+        if (folder / model).exists():
+            (folder / model).rename(part / "old")
+        (part / model).rename(folder / model)
         shutil.rmtree(part)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.training.digests import digest, digests
-from jaxlocal.training.leaves import described
+from jaxlocal.training.names import described
 from jaxlocal.types import TrainState
 
 Manifest = dict[str, Any]  # {"step", "leaves", "digests", "notes", "own"}
@@ -69,10 +69,14 @@ def difference(manifest: Manifest, shapes: TrainState) -> str:
 
 
 def changed(manifest: Manifest, state: TrainState) -> str:
-    """The first leaf of a restored state that is not what was saved, on all processes alike; "" if
-    there is none."""
-    found, saved = digests(state), manifest["digests"]
-    return next((name for name, value in found.items() if saved.get(name) != value), "")
+    """What is not what was saved in a restored state, on all processes alike; "" if nothing."""
+    try:
+        found = digests(state)
+    except ValueError as error:
+        return str(error)
+    saved = manifest["digests"]
+    wrong = (name for name, value in found.items() if saved.get(name) != value)
+    return next((f"{name} has changed since it was saved" for name in wrong), "")
 
 
 def exact(notes: dict[str, Any]) -> dict[str, Any]:

@@ -429,6 +429,10 @@ def test_an_empty_folder_and_one_that_cannot_be_created_are_errors(two, tmp_path
         Checkpoints(tmp_path / "file" / "inner")
     with pytest.raises(ConfigurationError, match="at least 1 checkpoint.*got 0"):
         Checkpoints(tmp_path, keep=0)
+    for place in ("gs://bucket/run", "a\0b"):
+        for call in (Checkpoints, lambda folder: export(folder, {"w": np.ones(1)}, {})):
+            with pytest.raises(ConfigurationError, match="is not a folder of this machine"):
+                call(place)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_and_the_last_one_stays(two, tmp_path):
@@ -530,6 +534,7 @@ def test_an_export_that_fails_leaves_the_one_before(tmp_path, monkeypatch, write
         f"the model could not be written to {tmp_path}: [Errno 28] No space left on device; free "
         f"space there, then try again"
     )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.safetensors"]
     np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")["params/w"], 1)
     export(tmp_path, {"w": np.full(2, 3.0)}, {})
     np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")["params/w"], 3)

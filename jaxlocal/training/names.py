@@ -8,7 +8,7 @@ from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.parallel.sharding import path_name
+from jaxlocal.parallel.leaves import path_name
 from jaxlocal.types import Leaf, Tree
 
 
@@ -54,11 +54,6 @@ def on_host(x: Any) -> NDArray[Any]:
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
-
-
-def is_key(x: Any) -> bool:
-    """Whether a leaf holds typed random keys."""
-    return jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
 
 
 def _entry(key: Any) -> str:
