@@ -16,6 +16,7 @@ import jax
 
 import jaxlocal
 from experiments.building.config import Config, default_workdir
+from experiments.launching.exchange import exchange
 from experiments.launching.link import RESUMING, Link, Place
 from experiments.launching.meeting import meet
 from experiments.launching.secret import shared_secret
@@ -125,6 +126,7 @@ def joined(config: Config, group: Group | None, patience: float = PATIENCE) -> I
     try:
         with ending_by(end):
             _initialize(group, link)
+            exchange(link, patience)
             yield
             jax.distributed.shutdown()
             link.leave()
