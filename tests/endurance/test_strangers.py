@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import strangers
-from processes import free_port, joined, listening
+from binaries import one_sentence
+from processes import free_port, joined, listening, processes
 from short_runs import SMALL, without_time
 
 from experiments.launching.link import Place
@@ -67,8 +68,31 @@ def finished(folder):
     return without_time(read_metrics(folder))
 
 
-def addresses(processes):
-    return [("127.0.0.1", port) for one in processes for port in listening(one)]
+def addresses(started):
+    return [("127.0.0.1", port) for one in started for port in listening(one)]
+
+
+EXCHANGED = """
+from experiments.building.config import Config
+from experiments.launching import joining
+config = Config(coordinator_address="127.0.0.1:{port}", process_count=2, process_id=NUMBER)
+with joining.joined(config, joining.find_group(config), patience=10.0):
+    print("exchanged")
+"""
+
+
+def test_impostors_between_the_processes_end_a_run_within_the_deadline(times):
+    for _ in range(times):
+        program = EXCHANGED.format(port=free_port())
+        with (
+            processes(2, "-c", program, environment=ENVIRONMENT) as both,
+            strangers.visited(lambda both=both: addresses(both), 2, {"": strangers.impostor}),
+        ):
+            for one in both:
+                out, error = one.communicate(timeout=120)
+                assert (one.returncode, out) == (0, "exchanged\n") or (
+                    one.returncode in (1, 2) and not out and one_sentence(error)
+                ), error
 
 
 def test_runs_among_strangers_give_their_numbers_or_end(times, tmp_path):
@@ -79,12 +103,12 @@ def test_runs_among_strangers_give_their_numbers_or_end(times, tmp_path):
             joined(2, folder, RUN.flag_lines(), ENVIRONMENT) as both,
             strangers.visited(lambda both=both: addresses(both), at_once=2),
         ):
-            outputs = [one.communicate(timeout=120) for one in both]
+            outputs = [one.communicate(timeout=200) for one in both]
         endings.append(tuple(one.returncode for one in both))
         if endings[-1] == (0, 0):
             assert without_time(read_metrics(folder)) == expected
         else:
             assert 0 not in endings[-1], outputs
             for _, error in outputs:
-                assert error.startswith("error: ") and error.count("\n") == 1, error
+                assert one_sentence(error), error
     print("exit statuses:", endings)

@@ -81,6 +81,15 @@ def flood(address):
         time.sleep(PATIENCE)
 
 
+def impostor(address):
+    """Begin as the pairs of processes that Gloo connects, with the number of a pair."""
+    with contextlib.ExitStack() as stack:
+        for number in range(64):
+            connection = stack.enter_context(connected(address))
+            connection.sendall(struct.pack("<q", number))
+        time.sleep(PATIENCE)
+
+
 STRANGERS = {name: sending(data) for name, data in BEGINNINGS.items()} | {
     "noise": noise,
     "silence": silent,
@@ -91,7 +100,7 @@ STRANGERS = {name: sending(data) for name, data in BEGINNINGS.items()} | {
 
 
 @contextlib.contextmanager
-def visited(addresses, at_once=4):
+def visited(addresses, at_once=4, strangers=STRANGERS):
     """In this context strangers connect to addresses, one after another in each of some threads.
 
     Args:
@@ -103,7 +112,7 @@ def visited(addresses, at_once=4):
         while not ended.wait(0.01):
             for address in addresses():
                 with contextlib.suppress(OSError):
-                    random.choice(list(STRANGERS.values()))(address)
+                    random.choice(list(strangers.values()))(address)
 
     threads = [threading.Thread(target=visit, daemon=True) for _ in range(at_once)]
     for thread in threads:
