@@ -158,7 +158,7 @@ class Config(MethodFlags):
         None,
         """HOST:PORT at which process 0 waits for the others. For a run of experiments.train on
         several processes, start the same command on each, with another --process_id and a --workdir
-        that all share.""",
+        that all share. A secret in that folder, or JAXLOCAL_SECRET, keeps strangers out.""",
     )
     process_count: int | None = _processes(None, "Number of processes.")
     process_id: int | None = _processes(None, "Number of this process, counted from 0.")
