@@ -12,6 +12,8 @@ from flax import linen, nnx
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model, keywords_taken
 from jaxlocal.models.module_attributes import check_nothing_hidden, check_unchanged, numbers_of
+from jaxlocal.models.random_streams import check_nothing_drawn, counts_of, stream_keys
+from jaxlocal.parallel.leaves import is_key
 from jaxlocal.types import Tree
 
 Path = tuple[Any, ...]
@@ -91,13 +93,13 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
             module.eval()
         constants = _paths(plan.constants)
         before, numbers = _split(module, constants), numbers_of(module)
-        counts = _counts(before.transient)
+        counts = counts_of(before.transient)
         outputs = module(inputs)
         after = _split(module, constants)
         check_unchanged(numbers, numbers_of(module))
         check_unchanged(_by_name(before.constants), _by_name(after.constants))
         if train and key is None:
-            _check_nothing_drawn(counts, _counts(after.transient))
+            check_nothing_drawn(counts, counts_of(after.transient))
         return outputs, _as_dict(after.state, known=_paths(plan.state))
 
     return Model(init, apply)
@@ -171,11 +173,22 @@ def _blueprint(make_module: Callable[[nnx.Rngs], nnx.Module]) -> _Blueprint:
     depends = jax.tree.unflatten(jax.tree.structure(shapes), _depends(traced.jaxpr))
     drawn = {path for path, on_key in _leaves(depends[-1]) if on_key is True}
     plain = {path for path, leaf in _leaves(shapes[-1]) if not isinstance(leaf, nnx.Variable)}
+    _check_no_key({path: leaf for path, leaf in _leaves(shapes[-1]) if path in drawn & plain})
     params, transient, _, state = shapes
     constants, state = nnx.split_state(state, lambda path, _: path in plain - drawn, ...)
     if plain - drawn:
         constants = _computed(lambda key: _split(_built(make_module, key), plain - drawn).constants)
     return _Blueprint(graphs[0], params, transient, constants, state)
+
+
+def _check_no_key(drawn: dict[Path, Any]) -> None:
+    """Raise ConfigurationError where a key is drawn: a round gives each worker its own."""
+    for path, leaf in drawn.items():
+        if is_key(leaf):
+            raise ConfigurationError(
+                f"the module keeps the random key {'.'.join(map(str, path))} that it draws from "
+                "rngs: keep rngs itself, or the numbers that are drawn with the key"
+            )
 
 
 def _depends(jaxpr: Any) -> list[bool]:
@@ -208,23 +221,8 @@ def _filled(plan: _Blueprint, params: Tree, model_state: Tree, key: jax.Array | 
     """The module with these values and its random streams seeded from the key."""
     states = _with_values(plan.params, params), _with_values(plan.state, model_state)
     module = nnx.merge(plan.graph, states[0], plan.transient, plan.constants, states[1], copy=True)
-    nnx.reseed(module, policy="match_shape", **_stream_keys(plan.transient, key))
+    nnx.reseed(module, policy="match_shape", **stream_keys(plan.transient, key))
     return module
-
-
-def _counts(streams: State) -> dict[str, Any]:
-    """How often each random stream of a module was drawn from, by name."""
-    counts = (leaf for _, leaf in _leaves(streams) if isinstance(leaf, nnx.RngCount))
-    return {f"{leaf.tag} ({number})": leaf.get_value() for number, leaf in enumerate(counts)}
-
-
-def _check_nothing_drawn(before: dict[str, Any], after: dict[str, Any]) -> None:
-    for name, count in before.items():
-        if after[name] is not count:  # they may be traced
-            raise ConfigurationError(
-                f"the module draws from its random stream {name} in training, and apply was given "
-                "no key"
-            )
 
 
 def _split(module: nnx.Module, constants: set[Path] | frozenset[Path] = frozenset()) -> _Blueprint:
@@ -276,13 +274,3 @@ def _with_values(state: State, tree: Tree) -> State:
         return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
 
     return nnx.map_state(fill, state)
-
-
-def _stream_keys(streams: State, key: jax.Array | None) -> dict[str, Any]:
-    """A separate key for each name of a random stream, so that no two draw the same numbers."""
-    leaves = [leaf for _, leaf in _leaves(streams)]
-    names = sorted({leaf.tag for leaf in leaves if isinstance(leaf, nnx.RngKey)})
-    if not names:
-        return {}
-    key = jax.random.key(0) if key is None else key
-    return {name: jax.random.fold_in(key, number) for number, name in enumerate(names)}

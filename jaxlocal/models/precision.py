@@ -20,7 +20,8 @@ def in_precision(model: Model, dtype: Any) -> Model:
 
     The layers of a module compute in the dtype of their parameters and inputs, unless the module
     fixes another one. Of Flax NNX, `nnx.BatchNorm` and `nnx.Embed` give float32 to all later
-    layers: pass `dtype` to them where you build them.
+    layers: pass `dtype` to them where you build them. A product with an array that a module holds,
+    such as a mask in float32, has the wider type of both.
 
     Args:
       model: the model, in float32.

@@ -197,6 +197,19 @@ def test_an_array_that_is_another_one_each_time_is_an_error():
         from_nnx(Random).init(KEY)
 
 
+class Keyed(nnx.Module):
+    def __init__(self, rngs):
+        self.noise = rngs.params()
+
+    def __call__(self, inputs):
+        return inputs + jax.random.normal(self.noise, inputs.shape)
+
+
+def test_a_key_that_is_drawn_is_an_error_since_workers_would_not_share_it():
+    with pytest.raises(ConfigurationError, match="keeps the random key noise that it draws"):
+        from_nnx(Keyed).init(KEY)
+
+
 def test_what_is_drawn_in_training_needs_a_key():
     model = from_nnx(lambda rngs: nnx.Dropout(0.5, rngs=rngs))
     with pytest.raises(ConfigurationError, match="draws from its random stream .* given no key"):
