@@ -3,8 +3,9 @@
 import difflib
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Iterable, Mapping
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -33,9 +34,33 @@ def lookup(what: str, name: str, table: Mapping[str, T]) -> T:
     >>> lookup("size", "two", {"one": 1, "two": 2})
     2
     """
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise unknown(what, name, table)
     return table[name]
+
+
+def check_integer(what: str, value: Any, least: int = 1) -> None:
+    """Raise ConfigurationError where a value is not an integer of at least a size.
+
+    >>> check_integer("micro-batches", 2.5)
+    Traceback (most recent call last):
+    ...
+    jaxlocal.errors.ConfigurationError: micro-batches must be an integer of at least 1, got 2.5
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ConfigurationError(f"{what} must be an integer of at least {least}, got {value!r}")
+
+
+def check_fraction(what: str, value: Any) -> None:
+    """Raise ConfigurationError where a value is not a number from 0 to 1.
+
+    >>> check_fraction("the mixing factor", "half")
+    Traceback (most recent call last):
+    ...
+    jaxlocal.errors.ConfigurationError: the mixing factor must be in [0, 1], got 'half'
+    """
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+        raise ConfigurationError(f"{what} must be in [0, 1], got {value!r}")
 
 
 def explain_arguments(fn: Callable[P, T]) -> Callable[P, T]:
@@ -68,6 +93,8 @@ def explain_arguments(fn: Callable[P, T]) -> Callable[P, T]:
 
 
 def _sentence(what: str, name: str, known: list[str]) -> str:
+    if not isinstance(name, str):
+        return f"unknown {what} {name!r}; known: {', '.join(known)}"
     begins = [n for n in known if n.startswith(name)]
     matches = difflib.get_close_matches(name, known, n=2) or begins
     near = " or ".join(map(repr, matches)) if name else ""

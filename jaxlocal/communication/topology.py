@@ -10,7 +10,8 @@ import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
-from jaxlocal.errors import ConfigurationError, unknown
+from jaxlocal.errors import ConfigurationError, check_integer, unknown
+from jaxlocal.parallel.layout import real_numbers
 
 GRAPHS = ("complete", "ring", "path", "star", "erdos_renyi")
 
@@ -36,14 +37,15 @@ def hub_graph(spec: str, hubs: int, seed: int = 0) -> np.ndarray:
            [1, 0, 1],
            [0, 1, 0]])
     """
-    name, *options = spec.split(":")
+    check_integer("hubs", hubs)
+    name, *options = spec.split(":") if isinstance(spec, str) else (spec,)
     if name in ("complete", "ring", "path", "star") and not options:
         make = {"complete": nx.complete_graph, "ring": nx.cycle_graph, "path": nx.path_graph}
         graph = nx.star_graph(hubs - 1) if name == "star" else make[name](hubs)
         adjacency = nx.to_numpy_array(graph) > 0
     elif name == "erdos_renyi":
         adjacency = _erdos_renyi(spec, options, hubs, seed)
-    elif Path(spec).is_file():
+    elif isinstance(spec, str) and Path(spec).is_file():
         adjacency = read_graph(spec)
     else:
         raise unknown("hub graph (and no such file)", spec, GRAPHS)
@@ -158,7 +160,7 @@ def mixing_matrix(adjacency: np.ndarray, hub_weights: np.ndarray) -> np.ndarray:
       H, float64 [D, D].
 
     Raises:
-      ConfigurationError: the number of weights is not D.
+      ConfigurationError: the number of weights is not D, or they are not positive.
 
     >>> mixing_matrix(hub_graph("complete", 2), np.array([0.25, 0.75]))
     array([[0.25, 0.25],
@@ -166,11 +168,13 @@ def mixing_matrix(adjacency: np.ndarray, hub_weights: np.ndarray) -> np.ndarray:
     """
     edges = np.array(adjacency, np.float64)
     np.fill_diagonal(edges, 0.0)
-    weights = np.asarray(hub_weights, np.float64)
+    weights = real_numbers("hub weights", hub_weights)
     if weights.shape != (len(edges),):
         raise ConfigurationError(
             f"{weights.size} hub weights do not fit a graph of {len(edges)} hubs"
         )
+    if not (np.isfinite(weights) & (weights > 0)).all():
+        raise ConfigurationError(f"hub weights must be > 0 and finite, got {weights}")
     scale = 1 / (edges.T @ weights + weights).max()
     matrix = scale * weights[:, None] * edges
     np.fill_diagonal(matrix, 1 - matrix.sum(axis=0))
@@ -194,7 +198,7 @@ def check_mixing(matrix: npt.ArrayLike, hub_weights: np.ndarray | None = None) -
     array([[0.5, 0.5],
            [0.5, 0.5]])
     """
-    matrix = np.asarray(matrix, np.float64)
+    matrix = real_numbers("the entries of a mixing matrix", matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ConfigurationError(f"a mixing matrix must be square, got shape {matrix.shape}")
     sums = matrix.sum(axis=0)

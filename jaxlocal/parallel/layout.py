@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxlocal.errors import ConfigurationError
+from jaxlocal.errors import ConfigurationError, check_integer
 from jaxlocal.types import Context, Tree
 
 # The mesh axes: two over which the grid of workers is sharded, and one that shards each worker.
@@ -46,10 +46,7 @@ class Layout:
 
     def __post_init__(self):
         for name in ("hubs", "workers_per_hub"):
-            count = getattr(self, name)
-            whole = isinstance(count, numbers.Integral) and not isinstance(count, bool)
-            if not whole or count < 1:
-                raise ConfigurationError(f"{name} must be an integer of at least 1, got {count!r}")
+            check_integer(name, getattr(self, name))
         weights, rates = self._grid("weights"), self._grid("rates")
         for wrong in weights[~((weights > 0) & np.isfinite(weights))][:1]:
             raise ConfigurationError(f"worker weights must be > 0 and finite, got {wrong}")
@@ -65,7 +62,7 @@ class Layout:
 
     def _grid(self, field: str) -> np.ndarray:
         """The weights or rates as float64 [D, N]."""
-        values = _numbers(field, getattr(self, field))
+        values = real_numbers(f"worker {field}", getattr(self, field))
         if values.ndim == 1 and values.size == self.workers:
             values = values.reshape(self.shape)
         try:
@@ -120,13 +117,19 @@ class Layout:
         )
 
 
-def _numbers(field: str, given: Any) -> np.ndarray:
-    """The weights or rates that a user gives, as float64."""
+def real_numbers(what: str, given: Any) -> np.ndarray:
+    """Numbers that a user gives, as float64.
+
+    >>> real_numbers("weights", "abc")
+    Traceback (most recent call last):
+    ...
+    jaxlocal.errors.ConfigurationError: weights must be real numbers, got 'abc'
+    """
     try:
         values = np.asarray(given)
     except ValueError:  # lists of different lengths
         values = np.asarray(None)
     real = any(jax.dtypes.issubdtype(values.dtype, kind) for kind in (np.integer, np.floating))
     if not real and not all(isinstance(x, numbers.Real) for x in values.astype(object).flat):
-        raise ConfigurationError(f"worker {field} must be real numbers, got {given!r}")
+        raise ConfigurationError(f"{what} must be real numbers, got {given!r}")
     return values.astype(np.float64)

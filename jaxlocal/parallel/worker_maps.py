@@ -76,9 +76,9 @@ def block_size(mode: str) -> int | None:
     >>> block_size("map"), block_size("blocks:4"), block_size("vmap")
     (1, 4, None)
     """
-    if mode in WORKER_MAPS:
+    word, _, number = mode.partition(":") if isinstance(mode, str) else ("", "", "")
+    if word and mode in WORKER_MAPS:
         return WORKER_MAPS[mode]
-    word, _, number = mode.partition(":")
     if word != "blocks" or not number:
         raise unknown("worker map", mode, (*WORKER_MAPS, "blocks:N"))
     if not number.isdecimal() or len(number) > 9 or int(number) < 1:

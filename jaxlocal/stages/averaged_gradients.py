@@ -12,6 +12,7 @@ from jaxlocal.parallel.worker_maps import over_workers
 from jaxlocal.stages.gradient import GradFn
 from jaxlocal.stages.partial_sync import (
     carried,
+    check_mixer,
     compressor_memory,
     partial_sync,
     partial_sync_messages,
@@ -65,6 +66,7 @@ def averaged_gradients(
     1
     """
     check_worker(grad_fn, worker_map)
+    check_mixer(mixer)
     if compressor is not None:
         compressor = carried(mixer, compressor)
         _warn_of_bias(compressor)

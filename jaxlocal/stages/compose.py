@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlocal.errors import ConfigurationError
+from jaxlocal.errors import ConfigurationError, check_integer
 from jaxlocal.parallel.layout import AXES
 from jaxlocal.types import Info, Leaf, Memory, Stage
 
@@ -40,8 +40,8 @@ def repeat(stage: Stage, times: int) -> Stage:
     >>> repeat(jaxlocal.stages.local_step(grad_fn, optax.sgd(0.1)), 8).steps
     8
     """
-    if times < 1:
-        raise ConfigurationError(f"a stage must be repeated at least once, got {times}")
+    _check_stages(stage)
+    check_integer("the repetitions of a stage", times)
 
     def apply(state, memory, batches, context):
         split = jax.tree.map(lambda b: b.reshape((times, stage.steps) + b.shape[1:]), batches)
@@ -85,6 +85,7 @@ def sequence(*stages: Stage) -> Stage:
     >>> sequence(step, jaxlocal.stages.sync(jaxlocal.mixing.mean()), step).steps
     2
     """
+    _check_stages(*stages)
 
     def init(state):
         return tuple(stage.init(state) for stage in stages)
@@ -126,6 +127,7 @@ def in_turn(*stages: Stage) -> Stage:
     >>> in_turn(*[jaxlocal.stages.sync(jaxlocal.mixing.mean())] * 3).turns
     3
     """
+    _check_stages(*stages)
     steps = sorted({stage.steps for stage in stages})
     if len(steps) != 1:
         raise ConfigurationError(f"stages that take turns must take the same steps, got {steps}")
@@ -172,6 +174,12 @@ def join(infos: list[Info], concatenate: Callable = jnp.concatenate) -> Info:
         for name, values in _collected(reports).items()
     }
     return Info(by_name([i.worker for i in infos]), by_name([i.common for i in infos]))
+
+
+def _check_stages(*stages: Any) -> None:
+    for stage in stages:
+        if not isinstance(stage, Stage):
+            raise ConfigurationError(f"a stage is one of jaxlocal.stages, got {stage!r}")
 
 
 def _collected(reports: list[dict[str, Leaf]]) -> dict[str, list[Leaf]]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlocal.errors import ConfigurationError
+from jaxlocal.errors import ConfigurationError, check_fraction
 from jaxlocal.parallel.collectives import broadcast_to_workers
 from jaxlocal.parallel.keys import ROUND_MESSAGE, stream_key
 from jaxlocal.parallel.layout import AXES
@@ -82,8 +82,7 @@ def error_feedback(
     True
     """
     compressor = carried(mixer, compressor)
-    if not 0 <= error_decay <= 1:
-        raise ConfigurationError(f"the decay of errors must be in [0, 1], got {error_decay}")
+    check_fraction("the decay of errors", error_decay)
     policy = StatePolicy(optimizer_state, optimizer, model_state)
     if set(mixer.axes) == set(AXES):
         stage = _from_anchor(mixer, compressor, outer_optimizer, error_decay, policy)

@@ -52,7 +52,7 @@ def count_fragments(fragments: Fragments) -> int:
     """
     if isinstance(fragments, int):
         count = 0 if isinstance(fragments, bool) else fragments
-    elif isinstance(fragments, str) or not all(map(_is_pattern, fragments)):
+    elif not isinstance(fragments, list | tuple) or not all(map(_is_pattern, fragments)):
         count = 0
     else:
         count = len(fragments)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlocal.errors import ConfigurationError
+from jaxlocal.errors import ConfigurationError, check_integer
 from jaxlocal.parallel.collectives import vary
 from jaxlocal.parallel.leaves import describe, dtype_of, wide
 from jaxlocal.parallel.sharding import shard_examples, unshard
@@ -90,8 +90,7 @@ def accumulate(grad_fn: GradFn, micro_batches: int) -> GradFn:
     >>> [float(f(0.0, {}, batch, key)[0]) for f in (grad_fn, accumulate(grad_fn, 2))]
     [-6.0, -6.0]
     """
-    if micro_batches < 1:
-        raise ConfigurationError(f"micro-batches must be at least 1, got {micro_batches}")
+    check_integer("micro-batches", micro_batches)
 
     def accumulated(params, model_state, batch, key):
         parts = jax.tree.map(lambda x: _parts(x, micro_batches), batch)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlocal.compression import identity
-from jaxlocal.errors import ConfigurationError
+from jaxlocal.errors import ConfigurationError, check_fraction
 from jaxlocal.parallel.collectives import broadcast_to_workers, worker_shapes
 from jaxlocal.parallel.keys import ROUND_MESSAGE, stream_key
 from jaxlocal.stages.error_feedback import ErrorMemory, error_shapes, no_errors, with_errors
@@ -86,8 +86,7 @@ def overlapped(
     check_common("an overlapped outer step", mixer)
     if compressor is not None:
         compressor = carried(mixer, compressor)
-    if not 0 <= mixing_factor <= 1:
-        raise ConfigurationError(f"the mixing factor must be in [0, 1], got {mixing_factor}")
+    check_fraction("the mixing factor", mixing_factor)
     policy = StatePolicy("keep", None, model_state)
     update = update_of(outer_optimizer, "outer optimizer")
     own = _selector(fragment, fragments)

@@ -1,7 +1,7 @@
 """Partial synchronisation: the compressed part of what workers hold is averaged, the rest stays."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +138,7 @@ def carried(mixer: Mixer, compressor: Compressor | str) -> Compressor:
             f"a compressor is one of jaxlocal.compression or a spec string such as 'top_k:64', got "
             f"{compressor!r}"
         )
+    check_mixer(mixer)
     if not compressor.averageable and mixer.gather is None:
         raise ConfigurationError(
             f"the messages of {compressor.name} cannot be averaged as they are, and this mixer "
@@ -151,9 +152,18 @@ def carried(mixer: Mixer, compressor: Compressor | str) -> Compressor:
     return compressor
 
 
+def check_mixer(mixer: Any) -> None:
+    """Raise ConfigurationError where this is not a mixer."""
+    if not isinstance(mixer, Mixer):
+        raise ConfigurationError(
+            f"a mixer is what jaxlocal.mixing.mean() and the others make, got {mixer!r}"
+        )
+
+
 def check_common(what: str, mixer: Mixer) -> None:
     """Raise ConfigurationError where the mixer does not make all workers common, so that there is
     no anchor."""
+    check_mixer(mixer)
     if set(mixer.axes) != set(AXES):
         raise ConfigurationError(
             f"{what} needs a mixer that makes all workers common, over the axes {AXES}; this one "

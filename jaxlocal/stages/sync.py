@@ -12,6 +12,7 @@ from jaxlocal.parallel.layout import AXES
 from jaxlocal.parallel.leaves import is_averaged
 from jaxlocal.parallel.worker_maps import over_workers
 from jaxlocal.stages.compose import NOTHING
+from jaxlocal.stages.partial_sync import check_mixer
 from jaxlocal.stages.updates import init_of
 from jaxlocal.types import Context, Info, Message, Mixer, Stage, TrainState
 
@@ -52,6 +53,7 @@ def sync(
     >>> sync(jaxlocal.mixing.mean(), model_state="average").steps
     0
     """
+    check_mixer(mixer)
     policy = StatePolicy(optimizer_state, optimizer, model_state)
 
     def apply(state, memory, batches, context):
@@ -81,6 +83,7 @@ def sync_model_state(mixer: Mixer, *, model_state: str = "average") -> Stage:
     >>> sync_model_state(jaxlocal.mixing.mean()).steps
     0
     """
+    check_mixer(mixer)
     policy = StatePolicy("keep", None, model_state)
     if model_state == "keep":
         return NOTHING
