@@ -21,12 +21,12 @@ LEAST = {
 }
 # The most of each, beyond which planning alone would take minutes or the memory of the machine.
 MOST = {
-    **dict.fromkeys(("steps", "rounds"), 10_000_000),
+    **{"steps": 10_000_000, "rounds": 100_000},
     **dict.fromkeys(("local_steps", "hub_period", "warmup_steps", "switch_step"), 2**31 - 1),
     **dict.fromkeys(("eval_every", "checkpoint_every", "keep", "delay_steps"), 2**31 - 1),
     **dict.fromkeys(("train_eval_examples", "test_eval_examples"), 2**31 - 1),
-    **{"workers": 1 << 20, "hubs": 1024, "batch_size": 1 << 24, "accumulation": 1 << 24},
-    **{"seeds": 1000, "stream_workers": 1024, "fragments": 1 << 20, "parameters": 10**13},
+    **{"workers": 1 << 20, "hubs": 512, "batch_size": 1 << 24, "accumulation": 1 << 24},
+    **{"seeds": 1000, "stream_workers": 1024, "fragments": 1 << 20, "parameters": 10**12},
 }
 MOST_EXAMPLES = 1 << 26  # of all workers in a step
 SHARES = ("mixing_factor", "error_decay")  # numbers from 0 to 1

@@ -33,6 +33,7 @@ from jaxlocal.types import Compressor, Method, TrainState, Tree
 MEASUREMENTS, CHECKPOINTS = 25, 10  # of a run, about, by default
 CHUNK_STEPS, CHUNK_BYTES = 256, 64 << 20  # the most steps, and bytes of batches, in one dispatch
 INDEX_BYTES = 4
+LARGEST_TENSOR = 1 << 30
 
 _load = functools.lru_cache(maxsize=8)(load)  # the runs of one process share what is read
 
@@ -85,9 +86,15 @@ def build_plan(config: Config) -> Plan:
     if config.parameters is None:
         return build_job(config)
     check_numbers(config)
-    tensor = jax.ShapeDtypeStruct((config.parameters,), np.float32)
-    task = _Task(lambda *_: ({}, {}, {}), ({"all": tensor}, {}))
+    task = _Task(lambda *_: ({}, {}, {}), (_tensors(config.parameters), {}))
     return _plan(config, worker_grid(config), task)
+
+
+def _tensors(parameters: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters of a model that is not built, in tensors whose elements an int32 counts."""
+    whole, rest = divmod(parameters, LARGEST_TENSOR)
+    sizes = [LARGEST_TENSOR] * whole + [rest] * (rest > 0)
+    return {f"part_{n}": jax.ShapeDtypeStruct((size,), np.float32) for n, size in enumerate(sizes)}
 
 
 def build_job(config: Config) -> Job:
