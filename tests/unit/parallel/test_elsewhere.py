@@ -1,0 +1,70 @@
+"""Models that lie on other devices than the mesh, and callers who work on another mesh."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import problems
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxlocal
+from jaxlocal import Layout, RoundFn, make_mesh
+
+LAYOUT = Layout(1, 4)
+BATCHES = problems.make_batches(LAYOUT, 2)
+DEVICES = np.array(jax.devices()[:8])
+
+
+@functools.cache
+def round_fn():
+    method = jaxlocal.local_sgd(problems.grad_fn, optax.sgd(0.1), period=2)
+    return RoundFn(method, LAYOUT, make_mesh(LAYOUT, shape=(1, 2)))
+
+
+def run(params, key, batches=BATCHES):
+    """The average model and the consensus distance after a round."""
+    state, _ = round_fn()(round_fn().init(params, key), batches)
+    mean, distance = round_fn().mean(state)[0], round_fn().consensus_distance(state)
+    return {**jax.tree.map(np.asarray, mean), "distance": np.asarray(distance)}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return run(problems.START, jax.random.key(0))
+
+
+PLACES = {
+    "another device": DEVICES[7],
+    "a device of the mesh": DEVICES[0],
+    "another mesh": NamedSharding(Mesh(DEVICES, ("x",)), P()),
+    "the same devices in another order": NamedSharding(Mesh(DEVICES[1::-1], ("x",)), P()),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("what", ["params", "key", "batches"])
+def test_what_is_committed_elsewhere_is_moved(expected, what, place):
+    given = {"params": problems.START, "key": jax.random.key(0), "batches": BATCHES}
+    given[what] = jax.device_put(given[what], PLACES[place])
+    jax.tree.map(np.testing.assert_array_equal, run(**given), expected)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(given) if isinstance(x, jax.Array))
+
+
+MESHES = {
+    "explicit": Mesh(DEVICES, ("x",), axis_types=(AxisType.Explicit,)),
+    "of the same axes": Mesh(DEVICES[::-1].reshape(1, 8), ("hubs", "workers")),
+    "one device": Mesh(DEVICES[5:6], ("model",)),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_round_runs_on_its_own_mesh_in_the_context_of_another(expected, mesh):
+    with jax.set_mesh(MESHES[mesh]):
+        params = jax.tree.map(jax.numpy.asarray, problems.START)  # on the devices of that mesh
+        jax.tree.map(np.testing.assert_array_equal, run(params, jax.random.key(0)), expected)
+        shapes = round_fn().shapes(problems.START)
+        assert shapes.params["weight"].sharding.mesh == round_fn().mesh
+        assert round_fn().lower(shapes, BATCHES)
