@@ -16,7 +16,7 @@ PARAMS = {"weight": np.zeros(3, np.float32), "bias": jnp.zeros((), jnp.bfloat16)
 MODEL_BITS = 3 * 32 + 16
 
 grad_fn = jaxlocal.gradients(
-    lambda params, batch, key: (params["weight"] * batch).sum() + params["bias"]
+    lambda params, batch, key: (params["weight"] * batch).sum() + params["bias"].astype(jnp.float32)
 )
 
 

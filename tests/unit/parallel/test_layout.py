@@ -152,7 +152,7 @@ def test_a_function_of_one_worker_is_run_for_each(mode, mesh):
 
     def one(x, worker):
         assert x.shape == (4,) and worker.shape == ()
-        return {"shifted": x + worker, "largest": x.max(), "constant": jnp.ones(2)}
+        return {"shifted": x + worker.astype(x.dtype), "largest": x.max(), "constant": jnp.ones(2)}
 
     out = on_mesh(
         lambda context, x: worker_maps.over_workers(one, mode)(x, context.worker), layout, mesh, x

@@ -31,7 +31,7 @@ WRONG_LOSSES = {
     "nothing": (lambda w: None, NO_SCALAR + "NoneType"),
     "an integer": (lambda w: w.sum().astype(int), NO_SCALAR + "int32[]"),
     "a truth value": (lambda w: w.sum() > 0, NO_SCALAR + "bool[]"),
-    "a complex number": (lambda w: w.sum() * 1j, NO_SCALAR + "complex64[]"),
+    "a complex number": (lambda w: w.sum().astype(complex), NO_SCALAR + "complex64[]"),
     "text": (lambda w: "loss", NO_SCALAR + "str"),
     "a dictionary": (lambda w: {"loss": w.sum()}, NO_SCALAR + "dict"),
 }

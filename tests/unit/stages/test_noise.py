@@ -89,8 +89,9 @@ def test_the_noise_of_one_worker_alone_is_that_of_optax():
     (noise,) = moves(NOISE, workers=1)
     params, state = jnp.zeros(SIZE), NOISE.init(jnp.zeros(SIZE))
     for _ in range(STEPS):
-        updates, state = NOISE.update(jnp.zeros(SIZE), state, params)
-        params = optax.apply_updates(params, updates)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = NOISE.update(jnp.zeros(SIZE), state, params)
+        params = params + updates
     np.testing.assert_allclose(noise[0], params, rtol=1e-5, atol=1e-5)
 
 
