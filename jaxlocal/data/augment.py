@@ -146,9 +146,9 @@ def crop_and_flip(images: Any, shift: Any, flip: Any) -> jax.Array:
     """
     images, shift, flip = jnp.asarray(images), jnp.asarray(shift, jnp.int32), jnp.asarray(flip)
     height, width = images.shape[-3:-1]
-    rows = jnp.arange(height) + shift[..., :1]
-    columns = jnp.arange(width)
-    columns = jnp.where(flip[..., None], columns[::-1], columns) + shift[..., 1:]
+    along = lambda size: jnp.arange(size).reshape((1,) * (shift.ndim - 1) + (size,))
+    rows, columns = along(height) + shift[..., :1], along(width)
+    columns = jnp.where(flip[..., None], columns[..., ::-1], columns) + shift[..., 1:]
     # Two gathers, of rows and of columns, are faster than one gather of pixels.
     rows, columns = rows[..., :, None, None], columns[..., None, :, None]
     moved = _take(_take(images, rows, -3), columns, -2)

@@ -80,17 +80,22 @@ def from_linen(module: linen.Module, inputs: Any, streams: Sequence[str] = ("dro
         return {name: train == (name in _TRUE_IN_TRAINING) for name in names}
 
     def only_sown(name: str, variables: Any) -> bool:
-        """Whether the module runs without this collection, and so neither reads nor updates it."""
+        """Whether the module runs without this collection, and does not read it where it is."""
         others = {other: values for other, values in variables.items() if other != name}
-        mutable = [other for other in others if other != "params"]
-        run = lambda v: module.apply(
-            v, zeros(), mutable=mutable, rngs=keys(jax.random.key(0)), **mode(False)
-        )
+        mutable, rngs = [other for other in others if other != "params"], keys(jax.random.key(0))
+
+        def run(collection: Any) -> Any:
+            given = {**others, **collection}
+            return module.apply(given, zeros(), mutable=mutable, rngs=rngs, **mode(False))
+
         try:
-            jax.eval_shape(run, others)
+            jax.eval_shape(run, {})
         except Exception:  # of Flax, or of the module where a variable is missing
             return False
-        return True
+        traced = jax.make_jaxpr(run)({name: variables[name]}).jaxpr
+        used = {id(v) for equation in traced.eqns for v in equation.invars}
+        used |= set(map(id, traced.outvars))
+        return used.isdisjoint(map(id, traced.invars))
 
     def init(key: jax.Array) -> tuple[Tree, Tree]:
         variables = module.init(key, zeros(), **mode(False))

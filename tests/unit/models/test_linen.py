@@ -223,7 +223,10 @@ class Many(linen.Module):
         add = lambda total, value: total + value
         self.sow("sums", "mean", hidden.mean(), reduce_fn=add, init_fn=lambda: jnp.zeros(()))
         table = self.variable("constants", "table", lambda: jnp.arange(3.0))
-        return hidden, hidden * table.value[None]
+        if self.is_initializing():
+            self.put_variable("optional", "shift", jnp.ones(()))
+        shift = self.get_variable("optional", "shift", 0.0)
+        return hidden, hidden * table.value[None] + shift
 
 
 @pytest.mark.parametrize("like", [np.zeros, jnp.zeros, jax.ShapeDtypeStruct], ids=str)
@@ -233,9 +236,9 @@ def test_inputs_may_be_a_tree_and_sown_collections_are_not_part_of_the_model_sta
     params, model_state = model.init(KEY)
     inputs = {"image": jnp.ones((2, 5)), "bias": jnp.ones((2, 3))}
     (first, second), after = model.apply(params, model_state, inputs, KEY, True)
-    assert set(model_state) == {"constants"}
+    assert set(model_state) == {"constants", "optional"}
     assert_same(model_state, after)
-    assert_close(second, first * np.arange(3.0)[None])
+    assert_close(second, first * np.arange(3.0)[None] + 1)
 
 
 class Pair(linen.Module):
