@@ -1,6 +1,7 @@
 """The start of a run of several processes: all connect to process 0, which compares their flags."""
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def _gather(place: Place, flags: list[str], secret: Secret, patience: float) -> 
         listener = listening(place.bound, place.port)
     except OSError as error:
         raise ConfigurationError(
-            f"process 0 cannot listen at {place.host}:{place.port}: {error.strerror}"
+            f"process 0 cannot listen at {place.host}:{place.port}: {os.strerror(error.errno or 0)}"
         ) from None
     with listener:
         door = Door(listener, secret, time.monotonic() + patience)

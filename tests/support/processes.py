@@ -20,7 +20,8 @@ def processes(count, *arguments, environment=None):
     """Start `python ARGUMENTS` that many times, with NUMBER in the arguments replaced by the number
     of the process; kill those that are left at the end."""
     with contextlib.ExitStack() as stack:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        names = ("stdin", "stdout", "stderr")
+        pipes = {"text": True} | dict.fromkeys(names, subprocess.PIPE)
         started = []
         for number in range(count):
             command = [str(argument).replace("NUMBER", str(number)) for argument in arguments]

@@ -198,9 +198,12 @@ def test_connections_beyond_a_number_displace_each_other(monkeypatch, pool):
     first = come(pool, port, 0)
     until_it_listens(port)
     silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
-    time.sleep(0.3)
-    threads = [thread for thread in threading.enumerate() if "_greet" in thread.name]
-    assert len(threads) <= 9
+    time.sleep(0.2)
+    greeted = lambda: sum("_greet" in thread.name for thread in threading.enumerate())
+    until = time.monotonic() + 20
+    while greeted() > 9 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert greeted() <= 9
     assert [come(pool, port, 1).result(20), first.result(20)] == ["", ""]
     for one in silent:
         one.close()

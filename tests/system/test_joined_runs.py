@@ -3,10 +3,11 @@
 import dataclasses
 import shutil
 import signal
+import sys
 import time
 
 import pytest
-from processes import free_port, joined, processes
+from processes import free_port, joined, listening, processes
 from short_runs import SMALL, run, saved_steps, without_time
 
 from experiments.running.recording import read_metrics
@@ -44,6 +45,32 @@ def test_a_process_that_dies_or_freezes_ends_the_others(victim, how, what):
                 assert error == (
                     f"error: {what}; the same commands resume from the last checkpoint\n"
                 )
+
+
+WAITING = """
+from experiments.building.config import Config
+from experiments.launching import joining
+address = "127.0.0.1:{port}"
+config = Config(coordinator_address=address, process_count=2, process_id=NUMBER, workdir="{folder}")
+with joining.joined(config, joining.find_group(config)):
+    print("joined", flush=True)
+    input()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ports of a process in /proc")
+def test_a_run_listens_only_where_gloo_does(tmp_path):
+    port = free_port()
+    with processes(2, "-c", WAITING.format(port=port, folder=tmp_path)) as both:
+        for one in both:
+            assert one.stdout.readline() == "joined\n"
+        ports = [listening(one) for one in both]
+        for one in both:
+            print(file=one.stdin, flush=True)
+        for one in both:
+            _, error = one.communicate(timeout=60)
+            assert one.returncode == 0, error
+    assert [len(found) for found in ports] == [1, 1] and port not in ports[0] + ports[1]
 
 
 RUN = dataclasses.replace(SMALL, local_steps=4, steps=200, eval_every=50, checkpoint_every=50)

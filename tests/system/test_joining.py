@@ -166,5 +166,7 @@ def test_a_name_that_nobody_has_is_reported():
 def test_a_port_that_is_taken_is_reported():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigurationError, match=f"cannot listen at 127.0.0.1:{port}: Address"):
+        with pytest.raises(
+            ConfigurationError, match=f"cannot listen at 127.0.0.1:{port}: Address already in use$"
+        ):
             meet(Place("127.0.0.1", port, 2, 0), [], SECRET, 5)
