@@ -86,13 +86,15 @@ def dtype_of(x: Any) -> Any:
 
 
 def describe(x: Any) -> str:
-    """A leaf's type and shape, such as "float32[3, 2]"; the name of its class if it is no array.
+    """A leaf's type and shape, such as "float32[3, 2]"; its class if it is no array of JAX.
 
     >>> describe(jnp.ones((3, 2))), describe(0.5), describe("text")
     ('float32[3, 2]', 'float32[]', 'str')
     """
     dtype = dtype_of(x)
-    return type(x).__name__ if dtype is None else f"{dtype}{list(jnp.shape(x))}"
+    if dtype is not None:
+        return f"{dtype}{list(jnp.shape(x))}"
+    return type(x).__name__ + (f" of {x.dtype}" if isinstance(x, np.ndarray) else "")
 
 
 def check_params(params: Tree) -> None:

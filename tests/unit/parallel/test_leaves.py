@@ -41,7 +41,8 @@ def round_fn():
         (KEY, "key<fry>[]", "keep it in the model state"),
         (jnp.ones(1, jnp.float8_e4m3fn), "float8_e4m3fn[1]", "hold it in bfloat16 at least"),
         ("text", "str", "leave it out of the parameters"),
-        (np.array(["text"]), "ndarray", "leave it out of the parameters"),
+        (np.array(["text"]), "ndarray of <U4", "leave it out of the parameters"),
+        (np.ones(2, np.longdouble), "ndarray of float128", "leave it out of the parameters"),
         (object, "type", "leave it out of the parameters"),
     ],
 )
