@@ -207,7 +207,8 @@ def model_state():
 
 
 def loss(params, model_state, batch, key):
-    outputs = jnp.tanh(batch["x"] @ params["matrix"]) + params["offset"]
+    offset = params["offset"].astype(jnp.float32)[None]  # as JAX's strict modes want it
+    outputs = jnp.tanh(batch["x"] @ params["matrix"]) + offset
     residual = outputs - batch["y"] + jax.random.uniform(key)
     running = 0.9 * model_state["running"] + 0.1 * outputs.mean(0)
     new_state = {"seen": model_state["seen"] + 1, "running": running}
