@@ -40,17 +40,19 @@ def locked(folder: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         kind: type[Exception] = Failure if full else ConfigurationError
         raise kind(f"the workdir {short(folder)} cannot be written: {error.strerror}") from None
-    with open(number, "r+", encoding="utf-8", errors="replace") as file:
+    try:
         if not _take(number, folder):
+            holder = short(os.read(number, 300).decode(errors="replace").strip())
             raise ConfigurationError(
-                f"the workdir {folder} is in use by {file.read(300).strip() or 'another process'}; "
-                f"wait until it has ended, or give another --workdir"
+                f"the workdir {folder} is in use by {holder or 'another process'}; wait until it "
+                f"has ended, or give another --workdir"
             )
         with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            os.ftruncate(number, 0)
+            os.write(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
+    finally:
+        os.close(number)
 
 
 def _take(number: int, folder: Path) -> bool:
