@@ -45,7 +45,8 @@ def avg_pool(
     """
     window, steps = tuple(window_shape), None if strides is None else tuple(strides)
     pool: Any = nnx.avg_pool  # untyped in Flax
-    averages: jax.Array = pool(inputs, window, steps, padding, count_include_pad)
+    with jax.numpy_dtype_promotion("standard"):  # Flax divides by an integer
+        averages: jax.Array = pool(inputs, window, steps, padding, count_include_pad)
     return averages
 
 

@@ -21,7 +21,7 @@ from jaxlocal.nn.pooled import MOST_IN, MOST_OUT, pays
 
 def three_layers(images, kernel, bias):
     convolved = lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
-    return nnx.max_pool(nnx.relu(convolved + bias), (2, 2), (2, 2))
+    return nnx.max_pool(nnx.relu(convolved + bias[None, None, None]), (2, 2), (2, 2))
 
 
 def operands(batch, sides, taps, ins, outs, dtype=jnp.float32):

@@ -60,7 +60,7 @@ def in_lax():
             hidden = lax.conv_general_dilated(
                 images, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT
             )
-            hidden = jax.nn.relu(hidden + bias)
+            hidden = jax.nn.relu(hidden + bias[None, None, None])
             window = (1, 2, 2, 1)
             images = lax.reduce_window(hidden, -jnp.inf, lax.max, window, window, "VALID")
         return images
@@ -89,7 +89,11 @@ def pool(x):
 
 
 def chain(params, images, relu=jax.nn.relu, pool=pool, **options):
-    return pool(relu(convolve(images, params["kernel"], **options) + params["bias"]))
+    return pool(relu(convolve(images, params["kernel"], **options) + wide(params["bias"])))
+
+
+def wide(bias):
+    return bias[None, None, None]
 
 
 def half(params, images):
@@ -99,7 +103,7 @@ def half(params, images):
 
 CHAINS = {
     "relu after the pooling": lambda p, x: nnx.relu(chain(p, x, relu=lambda x: x)),
-    "no bias": lambda p, x: pool(nnx.relu(convolve(x, p["kernel"]))) + p["bias"],
+    "no bias": lambda p, x: pool(nnx.relu(convolve(x, p["kernel"]))) + wide(p["bias"]),
     "a bias spread before": lambda p, x: pool(
         nnx.relu(lax.broadcast_in_dim(p["bias"], (2, 4, 6, 2), (3,)) + convolve(x, p["kernel"]))
     ),
@@ -151,13 +155,13 @@ def test_any_layout_sides_and_taps(layout, sides, taps):
 
 
 def read_twice(params, images):
-    hidden = jax.nn.relu(convolve(images, params["kernel"]) + params["bias"])
+    hidden = jax.nn.relu(convolve(images, params["kernel"]) + wide(params["bias"]))
     return pool(hidden).sum() + hidden.sum()
 
 
 def returned(params, images):
     convolved = convolve(images, params["kernel"])
-    return pool(jax.nn.relu(convolved + params["bias"])), convolved
+    return pool(jax.nn.relu(convolved + wide(params["bias"]))), convolved
 
 
 @jax.custom_jvp
@@ -168,7 +172,7 @@ def relu(x):
 relu.defjvp(lambda primals, tangents: (relu(*primals), 3 * tangents[0]))
 
 BROKEN = {
-    "summed before": lambda p, x: convolve(x, p["kernel"]).sum((1, 2)) + p["bias"],
+    "summed before": lambda p, x: convolve(x, p["kernel"]).sum((1, 2)) + p["bias"][None],
     "read twice": read_twice,
     "returned": returned,
     "added to itself": lambda p, x: pool(nnx.relu((lambda y: y + y)(convolve(x, p["kernel"])))),
