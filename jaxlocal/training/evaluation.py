@@ -180,7 +180,7 @@ def _sums_of(metrics: Metrics) -> Callable[..., dict[str, jax.Array]]:
         def one_batch(carry: Tree, batch: Tree) -> tuple[Tree, dict[str, jax.Array]]:
             examples, mask = batch
             values = metrics(params, model_state, examples)
-            return carry, {name: _sum(jnp.where(mask, value, 0)) for name, value in values.items()}
+            return carry, {name: _sum(value, mask) for name, value in values.items()}
 
         mine = jax.tree.map(lambda x: x[0], (batches, counts))
         _, sums = lax.scan(one_batch, (), mine)
@@ -189,5 +189,6 @@ def _sums_of(metrics: Metrics) -> Callable[..., dict[str, jax.Array]]:
     return program
 
 
-def _sum(values: jax.Array) -> jax.Array:
-    return values.sum(dtype=wide(values.dtype))
+def _sum(values: jax.Array, mask: jax.Array) -> jax.Array:
+    counted = jnp.where(mask, values, jnp.zeros_like(values))
+    return counted.sum(dtype=wide(counted.dtype))

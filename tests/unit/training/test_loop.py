@@ -27,7 +27,8 @@ SGD, ADAM = optax.sgd(0.1), optax.adam(0.1)
 
 
 def loss(params, batch, key):
-    return jnp.square(jnp.tanh(params["weight"]) + params["bias"] - batch).mean()
+    bias = params["bias"].astype(jnp.float32)
+    return jnp.square(jnp.tanh(params["weight"]) + bias - batch).mean()
 
 
 grad_fn = jaxlocal.gradients(loss)
