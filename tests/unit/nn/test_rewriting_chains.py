@@ -178,7 +178,7 @@ BROKEN = {
     "added to itself": lambda p, x: pool(nnx.relu((lambda y: y + y)(convolve(x, p["kernel"])))),
     "a number": lambda p, x: pool(nnx.relu(convolve(x, p["kernel"]) + p["bias"].sum())),
     "a bias along the width": lambda p, x: pool(
-        nnx.relu(convolve(x, p["kernel"]) + jnp.ones((6, 1)))
+        nnx.relu(convolve(x, p["kernel"]) + jnp.ones((1, 1, 6, 1)))
     ),
     # The derivative of a plain maximum at zero is 1/2.
     "maximum": partial(chain, relu=lambda x: jnp.maximum(x, 0)),
