@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM at random moments of a run: it ends soon, in one sentence, with the right exit
 status, and the same command resumes it to the same bits."""
 
+import dataclasses
 import random
 import re
 import shutil
@@ -11,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT
-from short_runs import without_time
+from processes import ROOT, free_port, processes
+from short_runs import SMALL, saved_steps, without_time
 
 from experiments.running.recording import read_metrics
 
@@ -26,6 +27,9 @@ PRESSES, AGAIN = 10, 3  # one in AGAIN of them is followed by a second one
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SENTENCE = re.compile(
     r"error: (interrupted|terminated)( at step \d+; the same command (resumes|starts again).*)?\n"
+)
+JOINED = dataclasses.replace(
+    SMALL, local_steps=4, steps=100_000, eval_every=500, checkpoint_every=5000
 )
 SLOWEST = 30.0  # seconds from the signal to the end, on a busy machine
 
@@ -100,3 +104,22 @@ def test_signals_at_random_moments_lose_nothing(times, tmp_path):
             shutil.rmtree(tmp_path / "run")
     print({status: statuses.count(status) for status in sorted(set(statuses))})
     assert 130 in statuses and 143 in statuses
+
+
+@pytest.mark.parametrize(("number", "who"), [(signal.SIGTERM, (0, 1)), (signal.SIGINT, (1,))])
+def test_several_processes_agree_where_they_end(number, who, tmp_path):
+    folder, port = tmp_path / "run", free_port()
+    joined = (f"--coordinator_address=127.0.0.1:{port}", "--process_count=2")
+    own = (f"--workdir={folder}", "--process_id=NUMBER")
+    flags = [*JOINED.flag_lines(), *joined, *own]
+    with processes(2, "-m", "experiments.train", *flags) as both:
+        while not saved_steps(folder) and both[0].poll() is None:
+            time.sleep(0.02)
+        for one in who:
+            both[one].send_signal(number)
+        errors = [one.communicate(timeout=300)[1] for one in both]
+    assert [one.returncode for one in both] == [STATUS[number]] * 2, errors
+    assert errors[0] == errors[1] and SENTENCE.fullmatch(errors[0])
+    step = saved_steps(folder)[-1]
+    assert f"at step {step}; the same command resumes from step {step}" in errors[0]
+    assert read_metrics(folder)[-1]["step"] == step < JOINED.steps
