@@ -107,7 +107,7 @@ class Door:
             channel.send({})
             self._known.put(_process(message, channel))
         except (OSError, ValueError):
-            self._refused.append(address)
+            self._refused.append(address.removeprefix("::ffff:"))  # IPv4 as IPv6
             close(connection)
         finally:
             self._unknown.discard(connection)

@@ -55,8 +55,13 @@ def shared_secret(folder: Path, patience: float) -> Secret:
 
 
 def _write(path: Path) -> None:
-    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
+    number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        with open(number, "w") as file:
+            file.write(secrets.token_hex(32))
+    except OSError:  # a full disk: an empty file would keep the next run waiting
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _read(path: Path, until: float) -> bytes:

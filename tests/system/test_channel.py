@@ -1,6 +1,7 @@
 """Messages of processes that share a secret: what is refused, and how a run gets its secret."""
 
 import contextlib
+import errno
 import os
 import re
 import socket
@@ -149,6 +150,18 @@ def test_a_file_that_holds_no_secret_is_reported(tmp_path, monkeypatch, held, se
     file.mkdir() if held is None else file.write_text(held)
     with pytest.raises(ConfigurationError, match=re.escape(f"{file}: {sentence}")):
         shared_secret(tmp_path, 0.1)
+
+
+def test_a_full_disk_leaves_no_empty_secret(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAXLOCAL_SECRET", raising=False)
+
+    def full(count):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("secrets.token_hex", full)
+    with pytest.raises(ConfigurationError, match="No space left on device; all processes"):
+        shared_secret(tmp_path, 0.1)
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["a file", "a file/run", "a\0b"])

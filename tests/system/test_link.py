@@ -5,10 +5,14 @@ import socket
 import threading
 import time
 
+import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from experiments.launching.channel import Channel
+from experiments.launching.exchange import exchange
 from experiments.launching.link import Link, Place
+from experiments.launching.statuses import Failure
 
 
 @pytest.fixture
@@ -75,3 +79,28 @@ def test_bytes_that_are_no_message_end_with_a_sentence(other, ended, data):
 def test_a_process_that_closes_without_leaving_has_ended(other, ended):
     other.close()
     assert ended() == (1, f"error: process 1 of 2 has ended; {RESUMING}")
+
+
+HINT = "each host must be reached by the others, and by nobody else, at all ports of the address"
+
+
+def test_processes_that_cannot_exchange_arrays_end_in_one_sentence(monkeypatch):
+    def refused(name):
+        raise jax.errors.JaxRuntimeError("Gloo: Connection refused\nin a stack of calls")
+
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", refused)
+    sentence = f"cannot exchange arrays; {HINT} of its name; JAX says: Gloo: Connection refused$"
+    with pytest.raises(Failure, match=sentence):
+        exchange(Link(Place("here", 1, 2, 0), {}), 20)
+
+
+def test_processes_that_wait_for_arrays_without_end_are_ended(monkeypatch, ended):
+    over = threading.Event()
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda name: over.wait(10))
+    link = Link(Place("here", 1, 2, 0), {})
+    threading.Thread(target=exchange, args=(link, 0.1), daemon=True).start()
+    status, error = ended()
+    over.set()
+    assert status == 1 and error.startswith(
+        f"error: the processes have not exchanged an array within 0 s; {HINT}"
+    )
