@@ -22,6 +22,7 @@ from jaxlocal.training.checks import (
     check_method,
     check_model,
     check_period,
+    leading_size,
     steps_of,
 )
 from jaxlocal.training.known_states import KnownStates
@@ -93,8 +94,7 @@ class RoundFn:
         self._examples = pool_size(data)
         self.context = place(layout.context(data), placing.named_shardings(self.mesh, CONTEXT))
         self._most = max(1, max_chunk // method.inner.steps)
-        keep = self._states.keep_shardings
-        self._programs = Programs(method, self.mesh, self.context, keep)
+        self._programs = Programs(method, self.mesh, self.context, self._states.keep_shardings)
 
     def init(self, params: Tree, key: jax.Array, model_state: Tree = None) -> TrainState:
         """Make the state before the first step: every worker starts from the same parameters.
@@ -136,7 +136,7 @@ class RoundFn:
           ConfigurationError: the batches do not hold the H steps of the period, or of `length`; the
             state was donated before, or belongs to another round function.
         """
-        steps, own, rest = self._steps_of(batches), batches, ()
+        steps, own, rest = self._check_batches(batches), batches, ()
         self.check(state)
         check_length(self.method, steps)
         self._check_length(state, steps, length)
@@ -150,17 +150,20 @@ class RoundFn:
 
     def local_steps(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
         """Run steps of a round without its end, any multiple of those of the inner stage."""
-        steps = self._steps_of(batches)
+        steps = self._check_batches(batches)
         self.check(state)
         return self._dispatched(state, self._in_chunks(batches, steps))
 
     def end_round(self, state: TrainState, batches: Tree = ()) -> tuple[TrainState, Info]:
         """Run the end of a round; the batches are those of the steps that it takes, if any."""
-        outer = self.method.outer
-        if outer.steps and (steps := self._steps_of(batches)) != outer.steps:
+        takes = self.method.outer.steps
+        steps = leading_size(batches, self.layout) if jax.tree.leaves(batches) else 0
+        if steps != takes:
             raise ConfigurationError(
-                f"the end of a round takes {outer.steps} steps, got batches of {steps}"
+                f"the end of a round takes {takes} steps, got batches of {steps}"
             )
+        if steps:
+            self._check_batches(batches)
         self.check(state)
         return self._dispatched(state, self._at_end(batches))
 
@@ -247,7 +250,7 @@ class RoundFn:
         """
         self.check(state)
         ending, lower = self.method.outer.steps, self._programs.lower
-        sizes = Counter(self.chunks(self._steps_of(batches) - ending))
+        sizes = Counter(self.chunks(self._check_batches(batches) - ending))
         lowered = [
             (times, lower(size // self.method.inner.steps, state, batches, size))
             for size, times in sizes.items()
@@ -288,7 +291,8 @@ class RoundFn:
             constant = self.method.period.constant
             check_period(self.method, steps, None if constant else self._known.step_of(state))
 
-    def _steps_of(self, batches: Tree) -> int:
+    def _check_batches(self, batches: Tree) -> int:
+        """The steps of batches that fit the layout, the inner stage and the pool."""
         steps = steps_of(batches, self.method, self.layout)
         if self._examples is not None:
             check_indices(batches, self._examples)

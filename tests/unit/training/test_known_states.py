@@ -83,6 +83,12 @@ def test_a_donated_state_on_two_devices_is_an_error_and_no_crash():
     assert done.returncode == 1 and "ConfigurationError: this state was given" in done.stderr
 
 
+def test_an_end_that_takes_no_steps_is_given_none(used):
+    round_fn, _, state = used
+    with refused("takes 0 steps, got batches of 2"):
+        round_fn.end_round(state, ONES)
+
+
 def test_a_refused_round_leaves_the_state_as_it_is():
     round_fn = round_fn_of()
     state = start(round_fn)
