@@ -99,7 +99,7 @@ def run(
       ConfigurationError: see `schedule` and `dispatches`; `save_every` is not an integer ≥ 0, the
         state does not belong to the round function, or `batches` gives other steps than asked for.
 
-    >>> import jaxlocal, optax
+    >>> import jax, jaxlocal, optax
     >>> grad_fn = jaxlocal.gradients(lambda params, batch, key: (params - batch) ** 2)
     >>> method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.25), period=4)
     >>> round_fn = jaxlocal.RoundFn(method, jaxlocal.Layout(workers_per_hub=2))
