@@ -69,8 +69,7 @@ def evaluate(
     """
     key = stream_key(state.key, GRADIENT, state.step, worker)
     examples = fetch(context.data, batch)
-    at = lambda params: grad_fn(params, model_state, examples, key)
-    returned = at(params)
+    returned = grad_fn(params, model_state, examples, key)
     if not isinstance(returned, tuple | list) or len(returned) != 3:
         raise ConfigurationError(
             f"grad_fn must return (gradients, model_state, metrics), got {type(returned).__name__}"
@@ -79,6 +78,8 @@ def evaluate(
     check_same("the gradients", "the parameters", params, grads, precision=False)
     check_same("the model state after a step", "the one before", model_state, after)
     check_metrics(metrics)
+
+    at = lambda params: grad_fn(params, model_state, examples, key)
 
     def value_fn(params, step=None, grad_fn=None, obj_fn=None):
         """The loss. A line search of optax passes on what it does not take itself."""
