@@ -79,7 +79,7 @@ class _Signals:
 
     def _act(self, number: int) -> None:
         again, self.asked = self.asked, self.asked or number
-        if again or not (self.patient or self.raises):
+        if again or not (self.patient or self.raises or self.raised):
             self.end(number)
         elif self.patient and os.isatty(2):
             os.write(2, NOTED)

@@ -63,13 +63,13 @@ def _pool(configs: list[Config], jobs: int) -> Iterator[Callable]:
         try:
             yield pool.map
         except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if not isinstance(error, Interrupted):
-                raise
-            for process in multiprocessing.active_children():
-                process.terminate()
-            pool.shutdown()
-            raise Stopped(f"{error}; {RESUMING}", error.status) from None
+            if isinstance(error, Interrupted):
+                for process in multiprocessing.active_children():
+                    process.terminate()
+            pool.shutdown(cancel_futures=True)  # which waits for the runs that are under way
+            if isinstance(error, Interrupted):
+                raise Stopped(f"{error}; {RESUMING}", error.status) from None
+            raise
 
 
 def _begin(configs: list[Config], jobs: int) -> None:

@@ -85,6 +85,7 @@ with stopping.raising():
         time.sleep(60)
     except stopping.Interrupted as error:
         print(error, error.status, flush=True)
+time.sleep(0.1)
 print("cleaned")
 """
     status, out, error = send(signal.SIGTERM, script)
