@@ -26,6 +26,7 @@ from jaxlocal import ConfigurationError
 
 PATIENCE = 60.0  # seconds that processes wait for each other at the start
 NOTICE = 5.0  # seconds within which a process learns that another one has ended
+MOST_PROCESSES = 1 << 16
 BY_HAND = ("coordinator_address", "process_count", "process_id")
 OWN = ("--data_dir", "--stream_workers")  # flags that may differ between processes
 
@@ -60,6 +61,8 @@ def find_group(config: Config) -> Group | None:
     host, port = _address(str(config.coordinator_address))
     if count < 1:
         raise ConfigurationError(f"--process_count must be at least 1, got {count}")
+    if count > MOST_PROCESSES:
+        raise ConfigurationError(f"--process_count must be at most {MOST_PROCESSES}, got {count}")
     if not 0 <= number < count:
         raise ConfigurationError(
             f"--process_id must be from 0 to {count - 1} with --process_count={count}, got {number}"

@@ -4,6 +4,7 @@ is as that of a single run."""
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 from processes import ROOT
 from short_runs import saved_steps, without_time
 
-from experiments.running.recording import read_metrics
+from experiments.running.metrics import METRICS, read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -60,3 +61,17 @@ def test_of_two_runs_in_one_folder_one_runs(times, tmp_path):
                 assert not error
         assert left(folder) == whole
     assert refused >= PAIRS * times // 2  # the others came when the first had ended
+
+
+def test_a_suspended_run_holds_its_folder_and_a_killed_one_does_not(tmp_path):
+    folder = tmp_path / "run"
+    first = start(folder)
+    while not (folder / METRICS).exists():
+        time.sleep(0.02)
+    first.send_signal(signal.SIGSTOP)
+    out, error = start(folder).communicate(timeout=300)
+    assert REFUSED.fullmatch(error) and f"process {first.pid} on" in error and not out
+    first.kill()
+    again = start(folder)  # at once
+    first.communicate()
+    assert again.communicate(timeout=300)[1] == "" and again.returncode == 0

@@ -175,6 +175,15 @@ def test_a_mistake_is_one_sentence_before_anything_runs(changes, words):
         (["--method=cser", "--seeds=2", "--reset_compressor=powersgd:999"], "999"),
         (["--method=mll_sgd", "--local_steps=16", "--steps=100"], "96 or 112"),
         (["--mesh=3x1"], "1 hubs do not divide over 3 devices"),
+        (["--mesh=axb"], "--mesh must be HUBSxWORKERS"),
+        (["--rates=abc"], "unknown rates 'abc'"),
+        (["--partition=iid:3"], "iid"),
+        (["--seed=-1"], "--seed must be at least 0, got -1"),
+        (["--steps=1e6"], "'1e6'"),
+        (
+            ["--coordinator_address=here:1", "--process_id=0", f"--process_count={10**12}"],
+            "--process_count must be at most 65536, got 1000000000000",
+        ),
     ],
 )
 def test_a_mistake_ends_with_status_two_and_leaves_nothing(flags, words, tmp_path):
