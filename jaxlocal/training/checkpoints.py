@@ -33,6 +33,7 @@ from jaxlocal.training.manifest import (
     Manifest,
     changed,
     check_read,
+    check_whole,
     difference,
     exact,
     manifest_of,
@@ -197,6 +198,7 @@ class Checkpoints:
         folder, problem = self.folder / str(step), ""
         with quietly():
             try:
+                check_whole(folder)
                 manifest, notes = (self._json.restore(folder / x) for x in ("manifest", "notes"))
                 check_read(manifest, notes, step)
                 _check_same(folder, manifest, shapes)

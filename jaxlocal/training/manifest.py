@@ -4,6 +4,7 @@ It is a JSON item next to the state and the notes, and holds the step, dtype, sh
 every leaf, the digest of the notes and its own.
 """
 
+from pathlib import Path
 from typing import Any
 
 from jaxlocal.errors import ConfigurationError
@@ -27,6 +28,19 @@ def manifest_of(state: TrainState, notes: dict[str, Any]) -> Manifest:
         "notes": digest(notes),
     }
     return manifest | {"own": digest(manifest)}
+
+
+def check_whole(folder: Path) -> None:
+    """Check that a checkpoint has its items.
+
+    Raises:
+      Damaged: one is missing, as all checkpoints of earlier versions lack the manifest.
+    """
+    if not (folder / "manifest").exists():
+        raise Damaged("it has no digests, as those of earlier versions")
+    for item in ("state", "state/_METADATA", "notes"):
+        if not (folder / item).exists():
+            raise Damaged(f"it has no {item}")
 
 
 def check_read(manifest: Any, notes: Any, step: int) -> None:

@@ -179,11 +179,15 @@ DAMAGES = {
     "truncated notes": (truncate, "notes/metadata", "Unterminated string"),
     "edited notes": (edit, "notes/metadata", "its notes have changed since it was saved"),
     "edited digests": (edit, "manifest/metadata", "its manifest has changed since it was saved"),
-    "no tree": (remove, "state/_METADATA", "tree has"),
-    "no state": (remove, "state", "state"),
-    "no notes": (remove, "notes", "notes"),
-    "no digests": (remove, "manifest", "manifest"),
-    "an empty folder": (lambda path: [remove(one) for one in path.iterdir()], ".", "manifest"),
+    "no tree": (remove, "state/_METADATA", "it has no state/_METADATA"),
+    "no state": (remove, "state", "it has no state)"),
+    "no notes": (remove, "notes", "it has no notes"),
+    "no digests": (remove, "manifest", "it has no digests"),
+    "an empty folder": (
+        lambda path: [remove(one) for one in path.iterdir()],
+        ".",
+        "it has no digests",
+    ),
 }
 
 
