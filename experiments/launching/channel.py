@@ -86,8 +86,8 @@ class Channel:
     @property
     def ended(self) -> bool:
         """Whether the other side has closed the connection; no other thread may be receiving."""
-        self._reader.settimeout(0)
         try:
+            self._reader.settimeout(0)
             return not self._reader.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False

@@ -103,14 +103,15 @@ class Door:
         until = min(self._until, time.monotonic() + BEAT)
         try:
             channel = Channel(connection, self._secret.value, False, until)
-            message = channel.receive(until)
+            process = _process(channel.receive(until), channel)
             channel.send({})
-            self._known.put(_process(message, channel))
         except (OSError, ValueError):
             self._refused.append(address.removeprefix("::ffff:"))  # IPv4 as IPv6
             close(connection)
-        finally:
             self._unknown.discard(connection)
+        else:
+            self._unknown.discard(connection)  # before it is known: what is unknown is dropped
+            self._known.put(process)
 
 
 def _process(message: dict[str, Any], channel: Channel) -> Joined:

@@ -12,7 +12,7 @@ import strangers
 from processes import free_port
 
 from experiments.launching.channel import Channel
-from experiments.launching.door import listed
+from experiments.launching.door import Door, listed, listening
 from experiments.launching.link import Place
 from experiments.launching.meeting import meet
 from experiments.launching.secret import Secret
@@ -207,3 +207,23 @@ def test_connections_beyond_a_number_displace_each_other(monkeypatch, pool):
     assert [come(pool, port, 1).result(20), first.result(20)] == ["", ""]
     for one in silent:
         one.close()
+
+
+class SlowSet(set):
+    """A set from which nothing goes at once."""
+
+    def discard(self, one):
+        time.sleep(0.1)
+        super().discard(one)
+
+
+def test_a_process_is_not_dropped_while_it_becomes_known():
+    with listening("127.0.0.1", 0) as listener, ThreadPoolExecutor(1) as other:
+        port = listener.getsockname()[1]
+        door = Door(listener, SECRET, time.monotonic() + 20)
+        door._unknown = SlowSet()
+        entering = other.submit(enter, port)
+        (process,) = door.wait_for(1)
+        assert not process.channel.ended
+        process.channel.close()
+        entering.result().close()
