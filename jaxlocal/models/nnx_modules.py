@@ -11,6 +11,7 @@ from flax import linen, nnx
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model, keywords_taken
+from jaxlocal.models.jaxprs import depends, origin
 from jaxlocal.models.module_attributes import check_nothing_hidden, check_unchanged, numbers_of
 from jaxlocal.models.random_streams import check_nothing_drawn, counts_of, stream_keys
 from jaxlocal.parallel.leaves import is_key
@@ -86,18 +87,16 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         params: Tree, model_state: Tree, inputs: Any, key: jax.Array | None, train: bool
     ) -> tuple[Any, Tree]:
         plan = blueprint()
-        module = _filled(plan, params, model_state, key)
-        if train:
-            module.train()
-        else:
-            module.eval()
+        module = _filled(plan, params, model_state, key, train)
         constants = _paths(plan.constants)
         before, numbers = _split(module, constants), numbers_of(module)
         counts = counts_of(before.transient)
         outputs = module(inputs)
         after = _split(module, constants)
         check_unchanged(numbers, numbers_of(module))
-        check_unchanged(_by_name(before.constants), _by_name(after.constants))
+        if not _are_same(before.constants, after.constants):  # passed on by nnx.jit, or changed
+            given = params, model_state, inputs, key, train
+            _check_kept(lambda arrays: _arrays_after(plan._replace(constants=arrays), *given), plan)
         if train and key is None:
             check_nothing_drawn(counts, counts_of(after.transient))
         return outputs, _as_dict(after.state, known=_paths(plan.state))
@@ -170,8 +169,8 @@ def _blueprint(make_module: Callable[[nnx.Rngs], nnx.Module]) -> _Blueprint:
         return tuple(states)
 
     traced, shapes = jax.make_jaxpr(parts, return_shape=True)(jax.random.key(0))
-    depends = jax.tree.unflatten(jax.tree.structure(shapes), _depends(traced.jaxpr))
-    drawn = {path for path, on_key in _leaves(depends[-1]) if on_key is True}
+    on_key = jax.tree.unflatten(jax.tree.structure(shapes), depends(traced.jaxpr))
+    drawn = {path for path, is_drawn in _leaves(on_key[-1]) if is_drawn is True}
     plain = {path for path, leaf in _leaves(shapes[-1]) if not isinstance(leaf, nnx.Variable)}
     _check_no_key({path: leaf for path, leaf in _leaves(shapes[-1]) if path in drawn & plain})
     params, transient, _, state = shapes
@@ -191,16 +190,6 @@ def _check_no_key(drawn: dict[Path, Any]) -> None:
             )
 
 
-def _depends(jaxpr: Any) -> list[bool]:
-    """Whether each output of a program depends on its inputs."""
-    dependent = set(jaxpr.invars)
-    known = lambda variable: not hasattr(variable, "val") and variable in dependent
-    for equation in jaxpr.eqns:
-        if any(map(known, equation.invars)):
-            dependent.update(equation.outvars)
-    return [known(variable) for variable in jaxpr.outvars]
-
-
 def _computed(constants: Callable[[jax.Array], State]) -> State:
     """The plain arrays of a module that do not depend on its key."""
     with jax.ensure_compile_time_eval():  # also where the first use is inside a transformation
@@ -217,11 +206,37 @@ def _computed(constants: Callable[[jax.Array], State]) -> State:
     return values
 
 
-def _filled(plan: _Blueprint, params: Tree, model_state: Tree, key: jax.Array | None) -> Any:
-    """The module with these values and its random streams seeded from the key."""
+def _are_same(before: State, after: State) -> bool:
+    arrays = _by_name(after)
+    return all(arrays.get(name) is array for name, array in _by_name(before).items())
+
+
+def _arrays_after(plan: _Blueprint, params: Any, model_state: Any, inputs: Any, *mode: Any) -> Any:
+    """The constants of the module after a call."""
+    module = _filled(plan, params, model_state, *mode)
+    module(inputs)
+    return _split(module, _paths(plan.constants)).constants
+
+
+def _check_kept(call: Callable[[State], State], plan: _Blueprint) -> None:
+    """Raise ConfigurationError where a call gives back other constants than it is given."""
+    traced = jax.make_jaxpr(call)(plan.constants).jaxpr
+    before = dict(zip(_by_name(plan.constants), traced.invars, strict=True))
+    after = [origin(traced, variable) for variable in traced.outvars]
+    check_unchanged(before, dict(zip(before, after, strict=True)))
+
+
+def _filled(
+    plan: _Blueprint, params: Tree, model_state: Tree, key: jax.Array | None, train: bool
+) -> Any:
+    """The module with these values, in this mode, and its random streams seeded from the key."""
     states = _with_values(plan.params, params), _with_values(plan.state, model_state)
     module = nnx.merge(plan.graph, states[0], plan.transient, plan.constants, states[1], copy=True)
     nnx.reseed(module, policy="match_shape", **stream_keys(plan.transient, key))
+    if train:
+        module.train()
+    else:
+        module.eval()
     return module
 
 

@@ -56,7 +56,8 @@ def in_precision(model: Model, dtype: Any) -> Model:
         params: Tree, model_state: Tree, inputs: jax.Array, key: jax.Array | None, train: bool
     ) -> tuple[jax.Array, Tree]:
         low = _cast(params, dtype), model_state, _cast(inputs, dtype)
-        outputs, state = model.apply(*low, key, train)
+        with jax.numpy_dtype_promotion("standard"):  # normalisations compute in float32
+            outputs, state = model.apply(*low, key, train)
         state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), state, model_state)
         return _cast(outputs, jnp.float32), state
 

@@ -31,7 +31,7 @@ class Attention(nnx.Module):
         queries, keys, values = parts
         scores = queries @ keys.swapaxes(-1, -2) / math.sqrt(queries.shape[-1])
         scores = scores.astype(wide(scores.dtype))
-        past = jnp.tri(length, dtype=bool)
+        past = jnp.tri(length, dtype=bool)[None, None]
         shares = jax.nn.softmax(jnp.where(past, scores, -jnp.inf)).astype(values.dtype)
         mixed = (shares @ values).swapaxes(1, 2)
         return self.out(mixed.reshape(batch, length, width))
@@ -83,7 +83,7 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         positions = self.positions[...][: tokens.shape[1]]
-        values = self.dropout(self.tokens[...][tokens] + positions)
+        values = self.dropout(self.tokens[...][tokens] + positions[None])
         for block in self.blocks:
             values = block(values)
         return self.logits(self.norm(values))

@@ -133,6 +133,25 @@ def test_a_recurrent_module_is_evaluated_without_a_key():
     assert jax.eval_shape(evaluated, KEY).shape == (1, 8, 3)
 
 
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.remat])
+@pytest.mark.parametrize("over", [lambda fn: fn, jax.jit, jax.eval_shape], ids=str)
+def test_a_call_may_pass_arrays_through_transformations_of_flax(transform, over):
+    class Passed(nnx.Module):
+        def __init__(self, rngs):
+            self.masked = Masked(rngs)
+
+        def __call__(self, inputs):
+            return transform(lambda module, inputs: module(inputs))(self.masked, inputs)
+
+    model = from_nnx(Passed)
+    if over is jax.eval_shape:
+        assert jax.eval_shape(lambda key: model.apply(*model.init(key), INPUTS, key, True), KEY)
+        return
+    outputs, _ = over(lambda key: model.apply(*model.init(key), INPUTS, None, False))(KEY)
+    module = Masked(nnx.Rngs(KEY))
+    np.testing.assert_allclose(outputs, module(INPUTS), rtol=1e-5, atol=1e-6)
+
+
 class Sum(nnx.Module):
     """A module whose call does what `effect` does."""
 
@@ -161,6 +180,8 @@ def test_a_call_that_changes_what_is_no_variable_is_an_error(effect, name):
     model = from_nnx(lambda rngs: Sum(effect))
     with pytest.raises(ConfigurationError, match=f"changes its attribute {name}, .* nnx.Variable"):
         model.apply({}, {}, INPUTS, None, False)
+    with pytest.raises(ConfigurationError, match=f"changes its attribute {name}"):
+        jax.eval_shape(lambda inputs: model.apply({}, {}, inputs, None, False), INPUTS)
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
