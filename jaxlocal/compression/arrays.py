@@ -1,12 +1,13 @@
 """Helpers on arrays and trees for compressors: sizes in bits, dtypes, flattening, packing."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxlocal.types import Leaf, Tree
 
@@ -23,13 +24,14 @@ def is_floating(x: Leaf) -> bool:
 
 def wide(*dtypes: Any) -> Any:
     """The dtype to compute in: the promotion of the given dtypes and float32."""
-    return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
 
 
 def add(onto: Leaf, x: Leaf, scale: Any) -> Leaf:
     """onto + scale · x, in the dtype of onto."""
     dtype = wide(onto.dtype, x.dtype)
-    return (onto.astype(dtype) + scale * x.astype(dtype)).astype(onto.dtype)
+    return (onto.astype(dtype) + jnp.asarray(scale, dtype) * x.astype(dtype)).astype(onto.dtype)
 
 
 def rows(x: Leaf, length: int) -> Leaf:
@@ -43,9 +45,15 @@ def rows(x: Leaf, length: int) -> Leaf:
     return jnp.pad(x, (0, count * length - x.size)).reshape(count, length)
 
 
+def common_dtype(leaves: Sequence[Leaf]) -> Any:
+    """The dtype to which arrays promote."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, (x.dtype for x in leaves))
+
+
 def flat(leaves: Sequence[Leaf]) -> Leaf:
     """Concatenate arrays into one vector, in the dtype to which they promote."""
-    dtype = jnp.result_type(*leaves)
+    dtype = common_dtype(leaves)
     vectors = [jnp.ravel(x).astype(dtype) for x in leaves]
     return vectors[0] if len(vectors) == 1 else jnp.concatenate(vectors)
 
@@ -57,6 +65,24 @@ def split(vector: Leaf, like: Sequence[Leaf]) -> list[Leaf]:
     return [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, like, strict=True)]
 
 
+def block(x: Leaf, at: Leaf, length: int) -> Leaf:
+    """Take consecutive values of a vector from a place on.
+
+    >>> block(jnp.arange(5), jnp.int32(2), 3)
+    Array([2, 3, 4], dtype=int32)
+    """
+    return _take(length)(x, at)
+
+
+def with_block(x: Leaf, values: Leaf, at: Leaf) -> Leaf:
+    """Replace consecutive values of a vector from a place on.
+
+    >>> with_block(jnp.arange(5), jnp.array([8, 9]), jnp.int32(2))
+    Array([0, 1, 8, 9, 4], dtype=int32)
+    """
+    return _put(x, values, at)
+
+
 def random_words(key: Leaf, counts: Sequence[int]) -> list[Leaf]:
     """Draw one vector of random words, uint32, for each count.
 
@@ -66,7 +92,10 @@ def random_words(key: Leaf, counts: Sequence[int]) -> list[Leaf]:
     if not sum(counts):
         return [jnp.zeros(0, jnp.uint32) for _ in counts]
     words = jax.random.bits(key, (sum(counts),), jnp.uint32)
-    return jnp.split(words, np.cumsum(counts)[:-1])
+    cut = lambda words: jnp.split(words, np.cumsum(counts)[:-1])
+    # XLA compiles what it does with equal tensors once, unless it fuses the cuts into it, each of
+    # which is at another place. It does not fuse the results of a condition.
+    return lax.cond(words[0] > 0, cut, cut, words)
 
 
 def pack(values: Leaf, bits: int) -> Leaf:
@@ -76,7 +105,7 @@ def pack(values: Leaf, bits: int) -> Leaf:
     Array([108], dtype=uint8)
     """
     places = jnp.arange(bits - 1, -1, -1, dtype=jnp.uint8)
-    return jnp.packbits((values[:, None] >> places) & 1)
+    return jnp.packbits((values[:, None] >> places[None]) & 1)
 
 
 def unpack(packed: Leaf, bits: int, count: int) -> Leaf:
@@ -87,4 +116,35 @@ def unpack(packed: Leaf, bits: int, count: int) -> Leaf:
     """
     digits = jnp.unpackbits(packed, count=count * bits).reshape(count, bits)
     places = jnp.arange(bits - 1, -1, -1, dtype=jnp.uint8)
-    return (digits << places).sum(axis=1, dtype=jnp.uint8)
+    return (digits << places[None]).sum(axis=1, dtype=jnp.uint8)
+
+
+def _batched_as_slices(fn: Callable[..., Leaf]) -> Callable[..., Leaf]:
+    """Make fn(*arrays, at), of the last dimension of arrays, stay a slice when it is batched.
+
+    JAX makes gathers and scatters of slices at a common place, which take much longer to compile.
+    """
+    batched = jax.custom_batching.custom_vmap(fn)
+
+    @batched.def_vmap
+    def rule(size, are_batched, *arguments):
+        *arrays, at = arguments
+        if are_batched[-1]:
+            axes = tuple(0 if batch else None for batch in are_batched)
+            return jax.vmap(fn, axes)(*arguments), True
+        pairs = zip(arrays, are_batched[:-1], strict=True)
+        arrays = [x if batch else jnp.broadcast_to(x[None], (size, *x.shape)) for x, batch in pairs]
+        return batched(*arrays, at), True
+
+    return batched
+
+
+@functools.cache
+def _take(length: int) -> Callable[[Leaf, Leaf], Leaf]:
+    take = lambda x, at: lax.dynamic_slice_in_dim(x, at, length, x.ndim - 1)
+    return _batched_as_slices(take)
+
+
+_put = _batched_as_slices(
+    lambda x, block, at: lax.dynamic_update_slice_in_dim(x, block, at, x.ndim - 1)
+)

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlocal.compression.arrays import add, flat, is_floating, random_words, split, tree_bits
+from jaxlocal.compression.arrays import (
+    add,
+    common_dtype,
+    flat,
+    is_floating,
+    random_words,
+    split,
+    tree_bits,
+)
 from jaxlocal.types import Compressor, Leaf, Tree
 
 
@@ -211,11 +219,14 @@ def _delta(codec: Codec, like: Tree) -> float:
     return min((selection.delta(n) * coder.delta(selection.kept(n)) for n in sizes), default=1.0)
 
 
+# Compiled by itself, it is traced once for all vectors of one size.
+@functools.partial(jax.jit, static_argnums=0)
 def _encode_vector(codec: Codec, x: Leaf, mask: Leaf, noise: Leaf) -> VectorPayload:
     values, index = codec.selection.encode(x, mask)
     return VectorPayload(codec.coder.encode(values, noise), index)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _add_vector(
     codec: Codec, payload: VectorPayload, mask: Leaf, onto: list[Leaf], scale: Any
 ) -> list[Leaf]:
@@ -230,7 +241,7 @@ def _compresses(codec: Codec, part: Sequence[Leaf]) -> bool:
     n = sum(x.size for x in part)
     if not n or not all(map(is_floating, part)):
         return False
-    return _bits(codec, n, jnp.result_type(*part)) < tree_bits(part)
+    return _bits(codec, n, common_dtype(part)) < tree_bits(part)
 
 
 @functools.lru_cache(maxsize=1024)

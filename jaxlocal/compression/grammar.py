@@ -1,5 +1,6 @@
 """The grammar of spec strings such as `top_k:64:tensor`, and what a spec string builds."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -35,13 +36,14 @@ def build(kind: str, spec: str, table: Mapping[str, Entry], **options: Any) -> A
       What the entry's `make` returns.
 
     Raises:
-      ConfigurationError: an unknown name, or an argument that is missing, superfluous or
-        unreadable.
+      ConfigurationError: not a string, an unknown name, or an argument that is missing,
+        superfluous or unreadable.
 
     >>> table = {"pair": Entry(lambda a, b=0: (a, b), (Argument("an integer", int, "3"),) * 2)}
     >>> build("thing", "pair:1:2", table)
     (1, 2)
     """
+    check_text(kind, spec)
     name, *texts = spec.split(":")
     make, arguments = lookup(kind, name, table)
     needed = [a for a in arguments if not a.optional]
@@ -56,8 +58,16 @@ def build(kind: str, spec: str, table: Mapping[str, Entry], **options: Any) -> A
     return make(*values, **options)
 
 
+def check_text(kind: str, spec: Any) -> None:
+    """Raise ConfigurationError where a spec string is not a string."""
+    if not isinstance(spec, str):
+        raise ConfigurationError(f"the spec string of a {kind} must be a string, got {spec!r}")
+
+
 def _read(spec: str, name: str, argument: Argument, text: str) -> Any:
     try:
+        if re.search(r"[\s_]|[^\x00-\x7f]", text):  # in which Python's numbers are written too
+            raise ValueError(text)
         return argument.read(text)
     except ValueError:
         raise ConfigurationError(

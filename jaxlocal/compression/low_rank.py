@@ -21,9 +21,10 @@ def powersgd(rank: int) -> Compressor:
 
     A tensor of two dimensions or more is a matrix M [n, m], where m is its last dimension. A tensor
     that P [n, r] and R [m, r] would not make smaller is sent uncompressed, in the second message. Q
-    starts Gaussian, the same on all workers and in all runs; a column of Q in which the average of
-    R is zero is drawn again. C is linear in M once P is known, so that the average of payloads is
-    the payload of the average.
+    starts Gaussian, the same on all workers and in all runs. A column of P is zero if it depends on
+    those before it up to rounding, as where the matrix has a lower rank than r. R is zero there
+    too, and the column of Q is drawn again. C is linear in M once P is known, so that the average
+    of payloads is the payload of the average.
 
     δ = r / min(n, m) for a first message, in expectation over Q, if all workers have the same M.
     Proof: with M = U Σ Vᵀ, the share of the i-th singular direction that is kept is the leverage of
@@ -79,8 +80,41 @@ def powersgd(rank: int) -> Compressor:
 
 
 def _settle(average: Tree) -> Tree:
-    # Householder's Q is orthonormal whatever the rank, 0 included.
-    return jax.tree.map(lambda left: jnp.linalg.qr(left)[0], average)
+    return jax.tree.map(_basis, average)
+
+
+@jax.jit  # traced once for all matrices of one shape
+def _basis(columns: Leaf) -> Leaf:
+    """Orthonormalise columns, [n, r] → [n, r], to zero where one depends on those before it.
+
+    In exact arithmetic nothing would be left of such a column. What is left is rounding, which
+    differs from device to device, and its direction must not be sent as if it meant anything.
+    """
+    basis, triangle = jnp.linalg.qr(columns)
+    rotation, independent = _gram_schmidt(triangle)
+    return jnp.where(independent.all(), basis, _dot(basis, rotation))
+
+
+def _gram_schmidt(columns: Leaf) -> tuple[Leaf, Leaf]:
+    """Orthonormalise columns [r, r] in turn, those that depend on the ones before to zero; also
+    which of them do not.
+
+    A column depends on others if at most √ε of its norm is left, ε of its square: the others then
+    hold all of its square up to rounding. They are taken out twice, and are orthogonal after that.
+    """
+    largest = jnp.abs(columns).max(axis=0, keepdims=True)  # squares of small values would vanish
+    columns = columns / jnp.where(largest == 0, 1, largest)
+    least = math.sqrt(jnp.finfo(columns.dtype).eps)
+
+    def step(basis, column):
+        left = column - _dot(basis, _dot(basis.T, column))
+        left = left - _dot(basis, _dot(basis.T, left))
+        norm = jnp.linalg.norm(left)
+        dependent = norm <= least * jnp.linalg.norm(column)  # nan is not, and stays
+        unit = jnp.where(dependent, 0, left / jnp.where(dependent, 1, norm))
+        return jnp.concatenate([basis[:, 1:], unit[:, None]], axis=1), ~dependent
+
+    return lax.scan(step, jnp.zeros_like(columns), columns.T)
 
 
 def _encode_right(tree: Tree, known: Tree, key: Leaf) -> Tree:
@@ -95,7 +129,7 @@ def _remember(memory: Tree, payload: Tree, key: Leaf) -> Tree:
 
     def one(number, right):
         fresh = jax.random.normal(jax.random.fold_in(key, number), right.shape, right.dtype)
-        return jnp.where((right != 0).any(axis=0), right, fresh)
+        return jnp.where((right != 0).any(axis=0, keepdims=True), right, fresh)
 
     return [r if r is None else one(i, r) for i, r in enumerate(payload["right"])]
 

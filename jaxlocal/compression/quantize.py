@@ -185,9 +185,10 @@ def _sign() -> Coder:
 def _two_bit() -> Coder:
     def encode(x, words):
         x = x.astype(wide(x.dtype))
-        bins = _bins(x) if x.size > 4 else jnp.arange(x.size)
-        inside = bins == jnp.arange(4)[:, None]
-        levels = jnp.where(inside, x, 0).sum(axis=1) / jnp.maximum(inside.sum(axis=1), 1)
+        bins = _bins(x) if x.size > 4 else jnp.arange(x.size, dtype=x.dtype)
+        inside = bins[None] == jnp.arange(4, dtype=x.dtype)[:, None]
+        counts = jnp.maximum(inside.sum(axis=1), 1).astype(x.dtype)
+        levels = jnp.where(inside, x[None], 0).sum(axis=1) / counts
         return {"bins": pack(bins.astype(jnp.uint8), 2), "levels": levels}
 
     def decode(payload, k):
@@ -217,9 +218,9 @@ def _qsgd(bits: int) -> Coder:
         norm = _norms(buckets)
         exact = levels * (jnp.abs(buckets) / jnp.where(norm > 0, norm, 1)[:, None])
         exact = exact.reshape(-1)[: x.size]
-        chance = _chances(words)[: x.size]
+        chance = _chances(words)[: x.size].astype(exact.dtype)
         below = jnp.floor(exact)
-        level = jnp.minimum(below + (chance < exact - below), levels)
+        level = jnp.minimum(below + (chance < exact - below).astype(below.dtype), levels)
         signed = jnp.where(x < 0, -level, level) + levels
         return {"levels": pack(signed.astype(jnp.uint8), bits), "norm": norm}
 

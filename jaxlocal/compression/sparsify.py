@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlocal.compression.arrays import is_floating, rows
+from jaxlocal.compression.arrays import block, is_floating, rows, with_block
 from jaxlocal.compression.codec import UNCODED, Codec, Selection, compressor, groups
 from jaxlocal.compression.quantize import coder
 from jaxlocal.errors import ConfigurationError, unknown
@@ -60,12 +60,11 @@ def grbs(ratio: float, values: str | None = None) -> Compressor:
         return jnp.minimum(words[0] % blocks(n) * kept(n), n - kept(n))
 
     def encode(x, words):
-        return lax.dynamic_slice_in_dim(x, start(x.size, words), kept(x.size)), ()
+        return block(x, start(x.size, words), kept(x.size)), ()
 
     def update(x, index, words, change):
         at = start(x.size, words)
-        values = change(lax.dynamic_slice_in_dim(x, at, kept(x.size)))
-        return lax.dynamic_update_slice_in_dim(x, values, at, 0)
+        return with_block(x, change(block(x, at, kept(x.size))), at)
 
     selection = Selection(kept, lambda n: 1, encode, update, delta=lambda n: 1 / blocks(n))
     return _sparsifier("grbs", ratio, values, selection)
@@ -99,7 +98,8 @@ def random_k(ratio: float, values: str | None = None) -> Compressor:
     def position(n, words):
         length, longer = divmod(n, kept(n))  # the first `longer` runs have one value more
         run = jnp.arange(kept(n), dtype=jnp.uint32)
-        return run * length + jnp.minimum(run, longer) + words % (length + (run < longer))
+        own = length + (run < longer).astype(jnp.uint32)
+        return run * length + jnp.minimum(run, longer) + words % own
 
     def encode(x, words):
         return _at(x, position(x.size, words)), ()
@@ -161,7 +161,7 @@ def top_k(ratio: float, granularity: str = "chunk", values: str | None = None) -
 
     def update(x, index, words, change):
         first = length(x.size) * jnp.arange(index.shape[0], dtype=jnp.uint32)
-        return _update(x, (first[:, None] + index).reshape(-1), change)
+        return _update(x, (first[:, None] + index.astype(first.dtype)).reshape(-1), change)
 
     def delta(n):
         return per_chunk(n) / length(n)

@@ -1,7 +1,7 @@
 """Compressors by their spec strings, such as `top_k:64+int8`."""
 
 from jaxlocal.compression.codec import identity, zero
-from jaxlocal.compression.grammar import Argument, Entry, build
+from jaxlocal.compression.grammar import Argument, Entry, build, check_text
 from jaxlocal.compression.low_rank import powersgd
 from jaxlocal.compression.quantize import BITS, bfloat16, int8, qsgd, sign, two_bit
 from jaxlocal.compression.sparsify import grbs, random_k, top_k
@@ -47,11 +47,13 @@ def parse(spec: str) -> Compressor:
       The compressor, whose `name` is the spec string in its shortest form.
 
     Raises:
-      ConfigurationError: an unknown name, or an argument that is missing, superfluous or wrong.
+      ConfigurationError: not a string, an unknown name, or an argument that is missing, superfluous
+        or wrong.
 
     >>> parse("top_k:64+int8").ratio
     256.0
     """
+    check_text("compressor", spec)
     base, plus, values = spec.partition("+")
     if not plus:
         return build("compressor", spec, COMPRESSORS)
