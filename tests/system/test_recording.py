@@ -1,7 +1,6 @@
 """The files of a run's folder: damaged ones are told apart from incomplete ones, and a full disk
 names the file that it was."""
 
-import dataclasses
 import errno
 import io
 import json
@@ -12,11 +11,10 @@ from short_runs import SMALL
 
 from experiments.comparing.compare import compare
 from experiments.launching.statuses import FAILED, Failure, explained
-from experiments.running import recording, reporting
+from experiments.running import recording
 from experiments.running.metrics import METRICS, SUMMARY, read_metrics, read_summary
 from experiments.running.recording import FLAGS, Recorder, check_same_run
 from experiments.running.tensorboard import Board
-from experiments.running.training import train
 from jaxlocal import ConfigurationError
 
 LINE = {
@@ -153,11 +151,3 @@ def test_a_full_disk_names_the_other_files(recorder, monkeypatch):
     monkeypatch.setattr(recording.os, "replace", full)
     check_names(folder / SUMMARY, lambda: recorder.finish({"ended": "finished"}))
     check_names(folder / FLAGS, lambda: recording.claim(folder, SMALL))
-
-
-def test_a_full_disk_names_the_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(reporting, "plot_curves", full)
-    config = dataclasses.replace(SMALL, workdir=str(tmp_path))
-    check_names(tmp_path / "curves.png", lambda: train(config))
-    monkeypatch.undo()
-    assert train(config) == 0  # the run had ended, and is reported now

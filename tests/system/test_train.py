@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 
@@ -12,7 +13,7 @@ import pytest
 from short_runs import SMALL, run, without_time
 
 from experiments.building.job import build_job, make_round_fn
-from experiments.launching.statuses import FAILED, INTERRUPTED
+from experiments.launching.statuses import FAILED, INTERRUPTED, Failure
 from experiments.running.locking import LOCK, locked
 from experiments.running.measuring import Measure
 from experiments.running.recording import (
@@ -248,3 +249,15 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     monkeypatch.setattr("fcntl.flock", no_locks)
     with pytest.warns(UserWarning, match="cannot be locked .No locks available.*no second run"):
         assert run(SMALL, tmp_path / "run")[0] == 0
+
+
+def test_a_picture_that_cannot_be_written_is_named(small, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shutil.copytree(small[0], tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr("experiments.running.reporting.plot_curves", full)
+        with pytest.raises(Failure, match="curves.png could not be written: No space left"):
+            run(SMALL, tmp_path / "run")
+    assert run(SMALL, tmp_path / "run") == small[1]
