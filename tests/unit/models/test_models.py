@@ -122,7 +122,12 @@ def convolve(image, kernel, stride, pad):
 
 
 def dense(inputs, layer):
-    return inputs @ layer["kernel"] + layer["bias"]
+    return inputs @ layer["kernel"] + layer["bias"][None]
+
+
+def wide(channels):
+    """Values of the channels, for images."""
+    return channels[None, None, None]
 
 
 @pytest.mark.parametrize("shape", [(28, 28, 1), (7, 5, 3), (4, 4, 1)])
@@ -133,7 +138,7 @@ def test_mll_cnn_is_that_of_the_paper(shape):
     params = drawn(model)
     hidden = inputs
     for name in ("first", "second"):
-        hidden = convolve(hidden, params[name]["kernel"], 1, 2) + params[name]["bias"]
+        hidden = convolve(hidden, params[name]["kernel"], 1, 2) + wide(params[name]["bias"])
         hidden = nnx.max_pool(nnx.relu(hidden), (2, 2), (2, 2))
     hidden = nnx.relu(dense(hidden.reshape(2, -1), params["hidden"]))
     expected = dense(hidden, params["logits"])
@@ -174,7 +179,8 @@ def group_norm(groups):
         split = images.reshape(batch, height, width, groups, channels // groups)
         centred = split - split.mean((1, 2, 4), keepdims=True)
         deviation = jnp.sqrt((centred**2).mean((1, 2, 4), keepdims=True) + 1e-6)
-        return (centred / deviation).reshape(images.shape) * layer["scale"] + layer["bias"]
+        normed = (centred / deviation).reshape(images.shape)
+        return normed * wide(layer["scale"]) + wide(layer["bias"])
 
     return norm
 
@@ -186,7 +192,8 @@ def batch_norm(train):
         mean, var = running["mean"], running["var"]
         if train:
             mean, var = images.mean((0, 1, 2)), images.var((0, 1, 2))
-        return (images - mean) / jnp.sqrt(var + 1e-5) * layer["scale"] + layer["bias"]
+        normed = (images - wide(mean)) / wide(jnp.sqrt(var + 1e-5))
+        return normed * wide(layer["scale"]) + wide(layer["bias"])
 
     return norm
 
