@@ -155,7 +155,7 @@ def power(
         rate = rate_at.peak(start)
         steps = steps_at(rate, remaining)
         # The rate may rise again while the round lasts: at a restart, or after a flat start.
-        while (above := rate_at.first_above(rate, step, step + steps)) is not None:
+        while (above := rate_at.first_above(rate, start, step + steps)) is not None:
             rate = rate_at.peak(above)
             if steps_at(rate, remaining) <= (before := above - step):
                 return max(before - before % multiple, steps_at(rate, remaining))

@@ -88,6 +88,15 @@ def test_in_a_warm_up_a_rule_takes_the_peak():
         assert rule.length(60, 1000) > 12
 
 
+def test_a_warm_up_that_ends_above_the_rate_after_it():
+    # As in "cosine_step", whose powers of two begin below the peak.
+    schedule = lambda step: jnp.where(step < 10, 0.08 * step / 10, 0.05)
+    rule = periods.qsr(schedule, coefficient=0.1, base=1, warmup_steps=10)
+    assert [rule.length(step, 1000) for step in (0, 5, 9, 10, 11)] == [4] * 5
+    seen = periods.qsr(schedule, coefficient=0.1, base=1)  # its peak is 0.072
+    assert [seen.length(step, 1000) for step in (0, 5, 9, 10)] == [1, 1, 1, 4]
+
+
 @pytest.mark.parametrize(
     ("schedule", "peak_steps"),
     [
