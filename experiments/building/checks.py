@@ -21,7 +21,7 @@ LEAST = {
 }
 # The most of each, beyond which planning alone would take minutes or the memory of the machine.
 MOST = {
-    **{"steps": 10_000_000, "rounds": 100_000},
+    **{"steps": 10_000_000, "rounds": 1_000_000},
     **dict.fromkeys(("local_steps", "hub_period", "warmup_steps", "switch_step"), 2**31 - 1),
     **dict.fromkeys(("eval_every", "checkpoint_every", "keep", "delay_steps"), 2**31 - 1),
     **dict.fromkeys(("train_eval_examples", "test_eval_examples"), 2**31 - 1),

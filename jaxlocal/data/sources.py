@@ -92,7 +92,10 @@ class Dataset(NamedTuple):
         values = inputs.astype(np.float32)
         if inputs.dtype == np.uint8:
             values = values / np.float32(255)
-        return (values - np.asarray(self.mean, np.float32)) / np.asarray(self.scale, np.float32)
+        by_channel = lambda x: np.asarray(x, np.float32).reshape(
+            (1,) * (values.ndim - np.ndim(x)) + np.shape(x)
+        )
+        return (values - by_channel(self.mean)) / by_channel(self.scale)
 
 
 class _Request(NamedTuple):
