@@ -6,7 +6,8 @@ Suite `speed` times rounds of jaxlocal and of other ways to train as many worker
 process and in alternation: for each workload the seconds of a round, and how many times as fast
 jaxlocal is. Suite `compression` times a partial synchronisation with each compressor and the
 gradient of one step, in the same run and in alternation, and counts the peak memory of methods
-above that of Local SGD. Suite `scaling` times a step on more and more virtual devices and
+above that of Local SGD. Suite `compilation` measures how long rounds with each compressor compile.
+Suite `scaling` times a step on more and more virtual devices and
 processes, and over a link that is slowed down on purpose, next to the prediction of the cost model.
 Each suite prints tables and writes its figures as JSON.
 """
@@ -18,6 +19,7 @@ from absl import flags
 from absl.flags import FLAGS
 from rich.console import Console
 
+from experiments.benchmarks.compilation import suite as compilation
 from experiments.benchmarks.compression import suite as compression
 from experiments.benchmarks.report import check_output, write_figures
 from experiments.benchmarks.scaling import suite as scaling
@@ -51,6 +53,10 @@ def _compression(console: Console) -> dict[str, Any]:
     return compression.run(compression.Options(**values), FLAGS.wait_idle, console)
 
 
+def _compilation(console: Console) -> dict[str, Any]:
+    return compilation.run(FLAGS.compressors, FLAGS.tensors, FLAGS.wait_idle, console)
+
+
 def _scaling(console: Console) -> dict[str, Any]:
     workloads = _chosen_workloads(["mlp"])
     options = (FLAGS.repeats, FLAGS.limit, FLAGS.link_mbps, FLAGS.link_ms)
@@ -60,6 +66,7 @@ def _scaling(console: Console) -> dict[str, Any]:
 SUITES: dict[str, Callable[[Console], dict[str, Any]]] = {
     "speed": _speed,
     "compression": _compression,
+    "compilation": _compilation,
     "scaling": _scaling,
 }
 
@@ -110,8 +117,9 @@ def _define_compression() -> None:
         "workers", 4, "Compression: workers of the methods whose memory is counted.", lower_bound=1
     )
     flags.DEFINE_list(
-        "compressors", list(compression.COMPRESSORS), "Compression: compressors that are timed."
+        "compressors", list(compression.COMPRESSORS), "Compression, compilation: compressors."
     )
+    flags.DEFINE_integer("tensors", 300, "Compilation: tensors of the model.", lower_bound=1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The suite `compilation` of `experiments.benchmark`: how long compressed methods compile."""
