@@ -56,7 +56,7 @@ def run(
     seconds = {"local_sgd": _compile_seconds(plain, params)}
     for spec in compressors:
         qsparse = jaxlocal.qsparse_local_sgd(grad_fn, optimizer, compressor=spec, period=STEPS)
-        both = {"gradient_compressor": spec, "reset_compressor": spec}
+        both: dict[str, Any] = {"gradient_compressor": spec, "reset_compressor": spec}
         cser = jaxlocal.cser(grad_fn, optimizer, **both, period=STEPS)
         seconds[f"qsparse_local_sgd {spec}"] = _compile_seconds(qsparse, params)
         seconds[f"cser {spec}"] = _compile_seconds(cser, params)
