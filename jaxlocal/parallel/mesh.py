@@ -192,22 +192,24 @@ class jit_on:
         self._mesh, self._jitted = mesh, jax.jit(fn, **options)
 
     def __call__(self, *arguments: Any) -> Any:
-        with self._set():
+        with on_mesh(self._mesh):
             return self._jitted(*arguments)
-
-    def lower(self, *arguments: Any) -> Any:
-        """As that of `jax.jit`."""
-        with self._set():
-            return self._jitted.lower(*arguments)
 
     def eval_shape(self, *arguments: Any) -> Any:
         """As that of `jax.jit`."""
-        with self._set():
+        with on_mesh(self._mesh):
             return self._jitted.eval_shape(*arguments)
 
-    def _set(self) -> Any:
-        other = not jax.sharding.get_abstract_mesh().empty
-        return jax.set_mesh(self._mesh) if other else contextlib.nullcontext()
+
+def on_mesh(mesh: Mesh) -> Any:
+    """A context in which programs of a mesh run, whatever mesh the caller has set.
+
+    >>> with on_mesh(make_mesh(Layout(), jax.devices()[:1])):
+    ...     jax.jit(lambda x: 2 * x)(np.ones(2))
+    Array([2., 2.], dtype=float32)
+    """
+    other = not jax.sharding.get_abstract_mesh().empty
+    return jax.set_mesh(mesh) if other else contextlib.nullcontext()
 
 
 def wait_on_cpu_processes(mesh: Mesh, results: Tree) -> Tree:

@@ -23,7 +23,8 @@ from jaxlocal.stages.worker_step import (
     at_rate,
     check_worker,
     choose_worker_map,
-    evaluate,
+    evaluation,
+    inputs_of,
     reported,
     zeros,
 )
@@ -104,7 +105,8 @@ def _gradient(grad_fn, state, context):
     """The gradient of one worker."""
 
     def gradient(params, model_state, batch, worker, rate):
-        at = evaluate(grad_fn, state, context, params, model_state, batch, worker)
+        inputs = inputs_of(state, context, model_state, batch, worker)
+        at = evaluation(grad_fn, state, params, inputs, grad_fn(params, *inputs))
         return vary((at.grads, at.model_state, reported(at.metrics)))
 
     return gradient

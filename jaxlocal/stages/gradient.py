@@ -50,18 +50,16 @@ def gradients(loss: Callable[..., Any], stateful: bool = False, gathered: bool =
         )
     gather = unshard if gathered else lambda tree: tree
 
-    def checked(params, model_state, batch, key):
-        if not stateful:
-            return _scalar(loss(params, batch, key)), (model_state, {})
-        value, (model_state, metrics) = _three(loss(params, model_state, batch, key))
-        check_metrics(metrics, reserved=("loss", "active"))
-        return _scalar(value), (model_state, metrics)
-
     def grad_fn(params, model_state, batch, key):
         params, batch = gather(params), shard_examples(batch)
-        differentiate = jax.value_and_grad(checked, has_aux=True)
-        (value, (model_state, metrics)), grads = differentiate(params, model_state, batch, key)
-        return gather(grads), model_state, {"loss": value, **metrics}
+        given = (params, model_state, batch, key) if stateful else (params, batch, key)
+        try:
+            returned, grads = jax.value_and_grad(loss, has_aux=stateful)(*given)
+        except TypeError:
+            jax.eval_shape(lambda *given: _parts_of_loss(loss(*given), stateful)[0], *given)
+            raise
+        value, after, metrics = _parts_of_loss(returned, stateful)
+        return gather(grads), after if stateful else model_state, {"loss": value, **metrics}
 
     return grad_fn
 
@@ -178,17 +176,21 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def _three(returned: Any) -> Any:
-    """(scalar, (model_state, metrics)), if this is what a loss returned."""
+def _parts_of_loss(returned: Any, stateful: bool) -> tuple[Any, Tree, dict[str, Any]]:
+    """The value, the model state and the metrics, if these are what a loss returned."""
+    if not stateful:
+        return _scalar(returned), {}, {}
     pair = lambda x: isinstance(x, tuple | list) and len(x) == 2
-    if pair(returned) and pair(returned[1]):
-        return returned
-    got = type(returned).__name__
-    if isinstance(returned, tuple | list):
-        got = f"({', '.join(type(x).__name__ for x in returned)})"
-    raise ConfigurationError(
-        f"a loss with stateful=True must return (scalar, (model_state, metrics)), got {got}"
-    )
+    if not (pair(returned) and pair(returned[1])):
+        got = type(returned).__name__
+        if isinstance(returned, tuple | list):
+            got = f"({', '.join(type(x).__name__ for x in returned)})"
+        raise ConfigurationError(
+            f"a loss with stateful=True must return (scalar, (model_state, metrics)), got {got}"
+        )
+    value, (model_state, metrics) = returned
+    check_metrics(metrics, reserved=("loss", "active"))
+    return _scalar(value), model_state, metrics
 
 
 def _is_real_scalar(x: Any) -> bool:

@@ -12,7 +12,8 @@ from jaxlocal.stages.worker_step import (
     at_rate,
     check_worker,
     choose_worker_map,
-    evaluate,
+    evaluation,
+    inputs_of,
     reported,
 )
 from jaxlocal.types import Stage
@@ -54,7 +55,8 @@ def local_step(
 
     def apply(state, memory, batches, context):
         def take(params, opt_state, model_state, batch, worker, rate):
-            at = evaluate(grad_fn, state, context, params, model_state, batch, worker)
+            inputs = inputs_of(state, context, model_state, batch, worker)
+            at = evaluation(grad_fn, state, params, inputs, grad_fn(params, *inputs))
             updates, opt_state = update(at.grads, opt_state, params, **at.extra)
             params = apply_updates(params, updates)
             return vary((params, opt_state, at.model_state, reported(at.metrics)))

@@ -23,7 +23,8 @@ from jaxlocal.stages.worker_step import (
     at_rate,
     check_worker,
     choose_worker_map,
-    evaluate,
+    evaluation,
+    inputs_of,
     reported,
     zeros,
 )
@@ -96,7 +97,8 @@ def _update(grad_fn, update_fn, state, context):
     """The update of one worker's optimizer."""
 
     def take(params, opt_state, model_state, batch, worker, rate):
-        at = evaluate(grad_fn, state, context, params, model_state, batch, worker)
+        inputs = inputs_of(state, context, model_state, batch, worker)
+        at = evaluation(grad_fn, state, params, inputs, grad_fn(params, *inputs))
         updates, opt_state = update_fn(at.grads, opt_state, params, **at.extra)
         return vary((updates, opt_state, at.model_state, reported(at.metrics)))
 

@@ -52,34 +52,35 @@ class Evaluation(NamedTuple):
     extra: dict[str, Any]  # what the worker's optimizer may be given besides
 
 
-def evaluate(
-    grad_fn: GradFn,
-    state: TrainState,
-    context: Context,
-    params: Tree,
-    model_state: Tree,
-    batch: Tree,
-    worker: jax.Array,
+def inputs_of(
+    state: TrainState, context: Context, model_state: Tree, batch: Tree, worker: jax.Array
+) -> tuple[Tree, Tree, jax.Array]:
+    """What `grad_fn` takes after the parameters: model state, examples and key of one worker."""
+    key = stream_key(state.key, GRADIENT, state.step, worker)
+    return model_state, fetch(context.data, batch), key
+
+
+def evaluation(
+    grad_fn: GradFn, state: TrainState, params: Tree, inputs: tuple[Any, ...], returned: Any
 ) -> Evaluation:
-    """The gradient of one worker on its batch at this step.
+    """The gradient of one worker at this step, from what `grad_fn(params, *inputs)` returned.
+
+    A stage calls `grad_fn` itself, so that few frames lie between a round and the loss.
 
     Raises:
       ConfigurationError: gradients that are not like the parameters, a model state that is not like
         the one before, or metrics that are not scalars.
     """
-    key = stream_key(state.key, GRADIENT, state.step, worker)
-    examples = fetch(context.data, batch)
-    returned = grad_fn(params, model_state, examples, key)
     if not isinstance(returned, tuple | list) or len(returned) != 3:
         raise ConfigurationError(
             f"grad_fn must return (gradients, model_state, metrics), got {type(returned).__name__}"
         )
     grads, after, metrics = returned
     check_same("the gradients", "the parameters", params, grads, precision=False)
-    check_same("the model state after a step", "the one before", model_state, after)
+    check_same("the model state after a step", "the one before", inputs[0], after)
     check_metrics(metrics)
 
-    at = lambda params: grad_fn(params, model_state, examples, key)
+    at = lambda params: grad_fn(params, *inputs)
 
     def value_fn(params, step=None, grad_fn=None, obj_fn=None):
         """The loss. A line search of optax passes on what it does not take itself."""

@@ -14,7 +14,7 @@ from jaxlocal.parallel import sharding as placing
 from jaxlocal.parallel.collectives import over_mesh
 from jaxlocal.parallel.layout import AXES, CONTEXT, STACKED
 from jaxlocal.parallel.leaves import path_name
-from jaxlocal.parallel.mesh import jit_on, place, wait_on_cpu_processes
+from jaxlocal.parallel.mesh import jit_on, on_mesh, place, wait_on_cpu_processes
 from jaxlocal.stages.compose import join, repeat
 from jaxlocal.training.state import specs_of
 from jaxlocal.types import Context, Info, Method, Stage, TrainState, Tree
@@ -56,10 +56,12 @@ class Programs:
         shape = lambda x: jax.ShapeDtypeStruct((steps, *x.shape[1:]), x.dtype)
         shapes = jax.tree.map(shape, batches)
         placed = placing.with_shardings(shapes, self._shardings(shapes))
-        return self.get(which, state).lower(state, placed, self._context)
+        with on_mesh(self._mesh):
+            return self.get(which, state).lower(state, placed, self._context)
 
     def get(self, which: int | str, state: TrainState) -> Any:
-        """The program, `program(state, batches, context)`, for states of this form."""
+        """The program, `program(state, batches, context)`, for states of this form, to call in
+        `running`."""
         if which not in self._made:
             outer = which == "outer"
             stage = self._method.outer if outer else repeat(self._method.inner, int(which))
@@ -95,20 +97,22 @@ def _compile_stage(
 
     mapped = over_mesh(run, mesh, (specs, BATCHES, CONTEXT), (specs, INFO))
     if not placing.is_sharded(mesh):
-        return jit_on(mesh, mapped, donate_argnums=0)
+        return jax.jit(mapped, donate_argnums=0)
 
     def constrained(state, batches, context):
         state, info = mapped(state, batches, context)
         return keep_shardings(state), info
 
-    return jit_on(mesh, constrained, donate_argnums=0)
+    return jax.jit(constrained, donate_argnums=0)
 
 
 @contextlib.contextmanager
-def missing_keys_explained(state: TrainState) -> Iterator[None]:
-    """Explain what a loss looks up in vain: mostly, the model state was forgotten."""
+def running(mesh: Mesh, state: TrainState) -> Iterator[None]:
+    """Run programs of a mesh, and explain what a loss looks up in vain: mostly, the model state was
+    forgotten."""
     try:
-        yield
+        with on_mesh(mesh):
+            yield
     except KeyError as error:
         paths = jax.tree_util.tree_leaves_with_path(state.model_state)
         names = ", ".join(sorted({path_name(path[:1]) for path, _ in paths}))

@@ -26,7 +26,7 @@ from jaxlocal.training.checks import (
     steps_of,
 )
 from jaxlocal.training.known_states import KnownStates
-from jaxlocal.training.programs import Programs, concatenate, missing_keys_explained
+from jaxlocal.training.programs import Programs, concatenate, running
 from jaxlocal.training.state import States
 from jaxlocal.types import Collective, Info, MessageBits, Method, TrainState, Tree
 
@@ -277,7 +277,7 @@ class RoundFn:
         infos = []
         for which, batches, steps in pieces:
             program, placed = self._programs.get(which, state), self._programs.place(batches)
-            with missing_keys_explained(state):
+            with running(self.mesh, state):
                 done = program(state, placed, self.context)
             self._known.follow(state, done[0], steps)
             state, info = wait_on_cpu_processes(self.mesh, done)

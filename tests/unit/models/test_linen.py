@@ -229,7 +229,7 @@ class Many(linen.Module):
         return hidden, hidden * table.value[None] + shift
 
 
-@pytest.mark.parametrize("like", [np.zeros, jnp.zeros, jax.ShapeDtypeStruct], ids=str)
+@pytest.mark.parametrize("like", [np.zeros, jnp.zeros, jax.ShapeDtypeStruct])
 def test_inputs_may_be_a_tree_and_sown_collections_are_not_part_of_the_model_state(like):
     shapes = {"image": like((2, 5), jnp.float32), "bias": like((2, 3), jnp.float32)}
     model = from_linen(Many(), shapes)
@@ -257,7 +257,7 @@ class Pair(linen.Module):
         (linen.Dense(2), [[1.0, 2.0]], "example inputs must be arrays, .* got float"),
         (linen.Dense(2), np.array(["a"]), "example inputs must be arrays, .* got <U1"),
     ],
-    ids=str,
+    ids=["class", "nnx", "no call", "two inputs", "shape", "list", "text"],
 )
 def test_what_is_no_module_or_no_input_is_an_error(module, inputs, sentence):
     with pytest.raises(ConfigurationError, match=sentence):

@@ -134,7 +134,7 @@ def test_a_recurrent_module_is_evaluated_without_a_key():
 
 
 @pytest.mark.parametrize("transform", [nnx.jit, nnx.remat])
-@pytest.mark.parametrize("over", [lambda fn: fn, jax.jit, jax.eval_shape], ids=str)
+@pytest.mark.parametrize("over", [lambda fn: fn, jax.jit, jax.eval_shape])
 def test_a_call_may_pass_arrays_through_transformations_of_flax(transform, over):
     class Passed(nnx.Module):
         def __init__(self, rngs):
@@ -248,14 +248,13 @@ def test_what_is_drawn_in_training_needs_a_key():
         (None, "None cannot be called as make_module"),
         (lambda: None, r"cannot be called as make_module\(rngs\): too many positional"),
     ],
-    ids=str,
 )
 def test_what_makes_no_module_is_an_error_when_the_model_is_made(made, sentence):
     with pytest.raises(ConfigurationError, match=sentence):
         from_nnx(made)
 
 
-@pytest.mark.parametrize("made", ["module", jnp.ones(3), linen.Dense(2), nnx.Rngs(0)], ids=str)
+@pytest.mark.parametrize("made", ["module", jnp.ones(3), linen.Dense(2), nnx.Rngs(0)])
 def test_what_is_no_module_is_an_error_when_it_is_built(made):
     with pytest.raises(ConfigurationError, match="must give an NNX module|is a Flax Linen module"):
         from_nnx(lambda rngs: made).init(KEY)

@@ -35,7 +35,7 @@ def next_tokens(params, batch, key):
 
 
 def perceptron(params, batch, key):
-    hidden = jax.nn.relu(batch @ params["first"] + params["bias"])
+    hidden = jax.nn.relu(batch @ params["first"] + params["bias"][None])
     return jnp.square(hidden @ params["second"] - 1).mean()
 
 
@@ -240,7 +240,7 @@ def test_a_checkpoint_resumes_on_any_mesh(tmp_path):
 
 
 def outputs(params, model_state, batch):
-    return {"output": (batch["x"] @ params["first"] + model_state["shift"]).sum(-1)}
+    return {"output": (batch["x"] @ params["first"] + model_state["shift"][None]).sum(-1)}
 
 
 @functools.cache
@@ -306,7 +306,7 @@ def test_rules_that_do_not_fit_are_refused():
 def test_a_loss_may_gather_its_parameters_itself():
     def loss(params, batch, key):
         first, second = (sharding.unshard(params[name]) for name in ("first", "second"))
-        return jnp.square(jax.nn.relu(batch @ first + params["bias"]) @ second - 1).mean()
+        return jnp.square(jax.nn.relu(batch @ first + params["bias"][None]) @ second - 1).mean()
 
     method = jaxlocal.local_sgd(
         jaxlocal.gradients(loss, gathered=False), optax.sgd(0.1, 0.9), period=4
