@@ -5,6 +5,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 
 import fast_compilation
 import jax
@@ -53,6 +54,19 @@ def pytest_runtest_protocol(item):
     with fast_compilation.disabled() if optimized else contextlib.nullcontext():
         return (yield)
 
+
+# A link to other processes that a test has left open ends its process when it falls silent, which
+# here runs the other tests.
+_exit = os._exit
+
+
+def _exit_from_main_thread(status):
+    if threading.current_thread() is threading.main_thread():
+        _exit(status)
+    threading.Event().wait()
+
+
+os._exit = _exit_from_main_thread
 
 # Compilation makes the first example slow, whatever the property; CI looks at the same ones always.
 settings.register_profile(
