@@ -12,6 +12,7 @@ import registry
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from registry import METHODS, OPTIMIZERS
+from saved_states import as_numbers
 
 import jaxlocal
 from jaxlocal import Layout, RoundFn
@@ -53,13 +54,6 @@ def described(state: TrainState):
 
 def start(entry: registry.Entry, round_fn: RoundFn, seed: int = 0) -> TrainState:
     return round_fn.init(entry.params(), jax.random.key(seed), registry.model_state())
-
-
-def as_numbers(tree):
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.tree.map(
-        lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x).copy(), tree
-    )
 
 
 def assert_same_bits(one, other):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from saved_states import as_numbers, shapes_of
 
 from jaxlocal import ConfigurationError
 from jaxlocal.training.checkpoints import Checkpoints
@@ -35,9 +36,7 @@ def state_at(step):
 
 def bits(tree):
     """The bytes of all leaves."""
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    raw = lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x).tobytes()
-    return [raw(leaf) for leaf in jax.tree.leaves(tree)]
+    return [leaf.tobytes() for leaf in jax.tree.leaves(as_numbers(tree))]
 
 
 def notes_at(step):
@@ -76,17 +75,12 @@ def delete(file, choose):
     file.unlink()
 
 
-def shapes():
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    return jax.tree.map(shape, state_at(STEPS[-1]))
-
-
 def outcome(folder):
     """Restore from a folder whose newest checkpoint is damaged, and check what is restored; returns
     its step."""
     with warnings.catch_warnings(record=True) as caught, Checkpoints(folder) as checkpoints:
         warnings.simplefilter("always")
-        state, notes = checkpoints.restore(shapes())
+        state, notes = checkpoints.restore(shapes_of(state_at(STEPS[-1])))
     step, dtypes = int(state.step), lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
     assert bits(state) == bits(state_at(step)), "another state, without a word"
     assert notes == notes_at(step)
@@ -130,4 +124,4 @@ def test_damage_of_all_checkpoints_is_an_error(saved, tmp_path, times):
     for step in map(str, STEPS):
         flip(tmp_path / "copy" / step / "notes" / "metadata", choose)
     with Checkpoints(tmp_path / "copy") as checkpoints, pytest.raises(ConfigurationError):
-        checkpoints.restore(shapes())
+        checkpoints.restore(shapes_of(state_at(STEPS[-1])))
