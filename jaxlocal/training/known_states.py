@@ -37,6 +37,7 @@ class KnownStates:
         _check_type(state)
         leaves, structure = jax.tree.flatten(state)
         _check_usable(leaves)
+        _check_distinct(leaves, state)
         self._check_devices(state.step)
         form = _form(leaves, structure)
         if form not in self._forms:
@@ -115,12 +116,33 @@ def check_not_donated(tree: Tree) -> None:
 
 
 def _check_usable(leaves: list[Any]) -> None:
-    arrays = [kind for kind in set(map(type, leaves)) if _can_be_deleted(kind)]
-    if any(type(x) in arrays and x.is_deleted() for x in leaves):
+    if any(x.is_deleted() for x in _on_devices(leaves)):
         raise ConfigurationError(
             "this state was given to the round function before, which donates it: use the state "
             "that it returned"
         )
+
+
+def _check_distinct(leaves: list[Any], state: TrainState) -> None:
+    """Raise ConfigurationError where two leaves are one array: donating it twice may end the
+    process."""
+    arrays = _on_devices(leaves)
+    if len(set(map(id, arrays))) == len(arrays):
+        return
+    first: dict[int, str] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        name = path_name(path)
+        if _can_be_deleted(type(x)) and first.setdefault(id(x), name) != name:
+            raise ConfigurationError(
+                f"{first[id(x)]} and {name} of this state are one array, which a round cannot "
+                f"donate twice: make one of them a copy, by jax.numpy.copy"
+            )
+
+
+def _on_devices(leaves: list[Any]) -> list[Any]:
+    """The leaves that are arrays of JAX, and no tracers."""
+    kinds = {kind for kind in set(map(type, leaves)) if _can_be_deleted(kind)}
+    return [x for x in leaves if type(x) in kinds]
 
 
 def _can_be_deleted(kind: type) -> bool:

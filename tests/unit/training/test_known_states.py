@@ -63,6 +63,22 @@ def test_a_donated_state_is_refused_wherever_it_is_used(used, use):
         USES[use](round_fn, after._replace(params={**after.params, "w": state.params["w"]}))
 
 
+def test_one_array_in_two_leaves_is_refused_with_both_names(used):
+    """JAX ends the process where it is donated twice on two devices."""
+    round_fn, _, state = used
+    shared = state._replace(params={**state.params, "w": state.params["b"]})
+    for use in ("a round", "steps", "an end", "a run"):
+        with refused("^params/b and params/w of this state are one array, which .* by jax.numpy.c"):
+            USES[use](round_fn, shared)
+    adam = round_fn_of(optimizer=optax.adam(0.1), devices=2)
+    state = start(adam)
+    moments = state.opt_state[0]
+    reset = lambda nu: state._replace(opt_state=(moments._replace(nu=nu), *state.opt_state[1:]))
+    with refused("opt_state/0/mu/b and opt_state/0/nu/b of this state are one array"):
+        adam(reset(moments.mu), ONES)
+    adam(reset(jax.tree.map(jnp.copy, moments.mu)), ONES)
+
+
 ENDS_THE_PROCESS = """
 import jax, jax.numpy as jnp, jaxlocal, optax
 jax.config.update("jax_num_cpu_devices", 2)
