@@ -1,6 +1,7 @@
 """Periods that do not depend on the learning rate."""
 
 import numbers
+from typing import Any
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Period
@@ -63,14 +64,15 @@ def swap(switch_step: int) -> Period:
     )
 
 
-def at_least_one(what: str, steps: int) -> None:
+def at_least_one(what: str, steps: Any) -> None:
     """Raise ConfigurationError where a number of steps is not an integer of at least 1."""
-    if not isinstance(steps, numbers.Integral) or steps < 1:
-        raise ConfigurationError(f"{what} must be an integer of at least 1 step, got {steps}")
+    if not isinstance(steps, numbers.Integral) or isinstance(steps, bool) or steps < 1:
+        raise ConfigurationError(f"{what} must be an integer of at least 1 step, got {steps!r}")
 
 
-def _check_switch(switch_step: int) -> None:
-    if switch_step < 0:
+def _check_switch(switch_step: Any) -> None:
+    integer = isinstance(switch_step, numbers.Integral) and not isinstance(switch_step, bool)
+    if not integer or switch_step < 0:
         raise ConfigurationError(
-            f"the switch to local steps must be at a step ≥ 0, got {switch_step}"
+            f"the switch to local steps must be at an integer step ≥ 0, got {switch_step!r}"
         )

@@ -7,8 +7,10 @@ import optax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.periods.fixed import at_least_one
-from jaxlocal.periods.schedules import rates
+from jaxlocal.periods.schedules import is_real, rates
 from jaxlocal.types import Period
+
+_HIGHEST = 16  # the exponent up to which the power of any number of steps is finite
 
 
 def qsr(
@@ -171,13 +173,15 @@ def _check_power(
     coefficient: float, base: int, exponent: int, warmup_steps: int, multiple: int
 ) -> None:
     at_least_one("H_base", base)
-    if not (np.isfinite(coefficient) and coefficient >= 0):
+    if not (is_real(coefficient) and np.isfinite(coefficient) and coefficient >= 0):
         raise ConfigurationError(
-            f"the period's coefficient must be a number ≥ 0, got {coefficient:g}"
+            f"the period's coefficient must be a number ≥ 0, got {coefficient!r}"
         )
     at_least_one("the period's multiple", multiple)
-    if exponent < 1:
-        raise ConfigurationError(f"the period's exponent must be at least 1, got {exponent}")
+    if not (is_real(exponent) and 1 <= exponent <= _HIGHEST):  # no NaN either
+        raise ConfigurationError(
+            f"the period's exponent must be a number from 1 to {_HIGHEST}, got {exponent!r}"
+        )
     if not isinstance(warmup_steps, numbers.Integral) or warmup_steps < 0:
         raise ConfigurationError(f"a warm-up must be an integer of ≥ 0 steps, got {warmup_steps}")
     if base % multiple:

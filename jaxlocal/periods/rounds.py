@@ -1,6 +1,7 @@
 """The rounds that a period makes of a run."""
 
 import numbers
+import operator
 from collections.abc import Iterator
 
 import numpy as np
@@ -78,7 +79,7 @@ def split(period: Period | int, parts: int) -> Period:
         return whole
 
     def length(step: int, remaining: int) -> int:
-        steps = whole.length(step, parts * remaining)
+        steps = length_at(whole, step, parts * remaining)
         if steps % parts:
             raise ConfigurationError(
                 f"a period of {steps} steps does not divide into {parts} rounds"
@@ -87,6 +88,28 @@ def split(period: Period | int, parts: int) -> Period:
 
     description = f"{whole.description}, in {parts} rounds"
     return whole._replace(length=length, description=description)
+
+
+def length_at(period: Period, step: int, remaining: int) -> int:
+    """H of the round that a rule begins at a step: an int, at most the steps that remain.
+
+    Raises:
+      ConfigurationError: the rule gives something else than an integer of at least 1.
+
+    >>> length_at(Period(lambda step, remaining: 4, "a rule"), step=8, remaining=3)
+    3
+    """
+    given = period.length(step, remaining)
+    try:
+        steps = 0 if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        steps = 0
+    if steps < 1:
+        raise ConfigurationError(
+            f"the period of the method ({period.description}) must give an integer of at least 1 "
+            f"step, got {given!r} at step {step}"
+        )
+    return min(steps, remaining)
 
 
 def lengths(period: Period, total_steps: int) -> Iterator[int]:
@@ -101,5 +124,5 @@ def lengths(period: Period, total_steps: int) -> Iterator[int]:
     """
     step = 0
     while step < total_steps:
-        yield (steps := period.length(step, total_steps - step))
+        yield (steps := length_at(period, step, total_steps - step))
         step += steps

@@ -1,11 +1,16 @@
 """Learning-rate schedules as the host reads them: exact, and looked ahead of."""
 
 import functools
+import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from jaxlocal.errors import ConfigurationError
+from jaxlocal.parallel.leaves import describe, dtype_of
 
 _BLOCK = 4096  # steps of a schedule that are evaluated at once
 _AHEAD = 256  # blocks, about a million steps, that are searched for the end of a rise or the next
@@ -25,8 +30,9 @@ class Rates:
     """
 
     def __init__(self, learning_rate: optax.ScalarOrSchedule) -> None:
+        check_rate(learning_rate)
         self._number = None if callable(learning_rate) else float(learning_rate)
-        self._many = jax.jit(jax.vmap(lambda step: jnp.asarray(learning_rate(step), jnp.float64)))
+        self._many = jax.jit(jax.vmap(lambda step: _number(learning_rate(step))))
         self._block = functools.cache(self._evaluated)
         self._peaks = functools.cache(self._peaks_of)
 
@@ -59,8 +65,15 @@ class Rates:
         cpu = jax.local_devices(backend="cpu")[0]
         # A schedule that keeps to strict promotion in float32 need not do so in float64.
         standard = jax.numpy_dtype_promotion("standard")
-        with jax.enable_x64(True), jax.default_device(cpu), standard:
-            return np.asarray(self._many(np.arange(_BLOCK, dtype=np.int64) + block * _BLOCK))
+        steps = np.arange(_BLOCK, dtype=np.int64) + block * _BLOCK
+        try:
+            with jax.enable_x64(True), jax.default_device(cpu), standard:
+                return np.asarray(self._many(steps))
+        except jax.errors.JAXTypeError as error:  # it branches on the step, for instance
+            raise ConfigurationError(
+                "a schedule must be a function of the step that jax.jit can compile, as those of "
+                f"optax are, with jnp.where for if: {str(error).splitlines()[0]}"
+            ) from error
 
     def _peaks_of(self, block: int) -> np.ndarray:
         """The peaks of all steps of a block."""
@@ -81,6 +94,47 @@ class Rates:
                 return rates[falls[0] - 1] if falls[0] else last
             last = rates[-1]
         return last
+
+
+def check_rate(learning_rate: Any) -> None:
+    """Raise ConfigurationError where this is neither a number nor a function of the step.
+
+    >>> check_rate("0.1")
+    Traceback (most recent call last):
+    ...
+    jaxlocal.errors.ConfigurationError: a learning rate must be a number or a function of the step,
+    got '0.1'
+    """
+    takes_a_step = callable(learning_rate)
+    if takes_a_step:
+        try:
+            inspect.signature(learning_rate).bind(0)
+        except TypeError:
+            takes_a_step = False
+        except ValueError:  # no signature, as some functions written in C
+            pass
+    if not takes_a_step and not is_real(learning_rate):
+        raise ConfigurationError(
+            f"a learning rate must be a number or a function of the step, got {learning_rate!r}"
+        )
+
+
+def _number(rate: Any) -> jax.Array:
+    """What a schedule gives at a step, float64 []."""
+    if not is_real(rate):
+        raise ConfigurationError(f"a schedule must give a number at a step, got {describe(rate)}")
+    return jnp.asarray(rate, jnp.float64)
+
+
+def is_real(x: Any) -> bool:
+    """Whether something is one real number, or an array of JAX that holds one.
+
+    >>> is_real(0.1), is_real(jnp.int32(3)), is_real("0.1"), is_real(True), is_real(np.ones(2))
+    (True, True, False, False, False)
+    """
+    dtype = dtype_of(x)
+    real = dtype is not None and jnp.issubdtype(dtype, np.number)
+    return real and not jnp.issubdtype(dtype, np.complexfloating) and jnp.shape(x) == ()
 
 
 def rates(learning_rate: optax.ScalarOrSchedule) -> Rates:

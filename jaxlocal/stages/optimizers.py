@@ -1,15 +1,14 @@
 """Optimizers whose learning rate follows the step of the run."""
 
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxlocal.errors import ConfigurationError
+from jaxlocal.periods.schedules import check_rate
 from jaxlocal.types import Tree
 
 
@@ -31,7 +30,7 @@ def scale_by_step(schedule: optax.ScalarOrSchedule) -> optax.GradientTransformat
     >>> round(float(updates), 3)
     -0.05
     """
-    _check_rate(schedule)
+    check_rate(schedule)
 
     def update(updates, state, params=None, *, step, **others):
         rate = schedule(step) if callable(schedule) else schedule
@@ -75,7 +74,7 @@ def scheduled(
     >>> period.length(0, 200), period.length(100, 100)
     (4, 16)
     """
-    _check_rate(learning_rate)
+    check_rate(learning_rate)
     if not callable(make):
         raise ConfigurationError(
             f"scheduled takes a function that makes an optimizer, such as optax.sgd, got {make!r}"
@@ -91,14 +90,6 @@ def scheduled(
     optimizer = ScheduledOptimizer(init, update)
     optimizer.learning_rate = learning_rate
     return optimizer
-
-
-def _check_rate(learning_rate: Any) -> None:
-    number = isinstance(learning_rate, numbers.Real | np.ndarray | jax.Array)
-    if not callable(learning_rate) and not (number and np.shape(learning_rate) == ()):
-        raise ConfigurationError(
-            f"a learning rate must be a number or a function of the step, got {learning_rate!r}"
-        )
 
 
 def fed_adam(

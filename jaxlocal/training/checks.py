@@ -9,6 +9,7 @@ import numpy as np
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.layout import Layout
 from jaxlocal.parallel.leaves import is_key, path_name
+from jaxlocal.periods.rounds import length_at
 from jaxlocal.types import Method, Period, Tree
 
 MOST_STEPS = 2**31 - 1  # what `state.step`, an int32, counts to
@@ -73,7 +74,7 @@ def check_period(method: Method, steps: int, step: int | None) -> None:
             f"known inside jax.jit; give length={steps} for a round of these {_counted(steps)}"
         )
     remaining = MOST_STEPS - start  # as `schedule` has it for a run that is long enough
-    length, at = period.length(start, remaining), "" if step is None else f" at step {step}"
+    length, at = length_at(period, start, remaining), "" if step is None else f" at step {step}"
     if length >= remaining:
         raise ConfigurationError(
             f"the period of the method ({period.description}) lasts from step {start} until the "

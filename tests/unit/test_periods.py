@@ -225,37 +225,3 @@ def test_descriptions_state_the_rule():
     )
     assert "until step 7, then 3" in periods.post_local(7, 3).description
     assert "until step 7, then one" in periods.swap(7).description
-
-
-def test_rules_that_make_no_sense_are_refused():
-    with refused("a period must be an integer of at least 1 step, got 0"):
-        periods.constant(0)
-    with refused("a period must be an integer of at least 1 step, got -2"):
-        periods.post_local(3, -2)
-    with refused("a period must be an integer of at least 1 step, got 2.5"):
-        periods.constant(2.5)
-    with refused("H_base must be an integer of at least 1 step, got 0"):
-        periods.qsr(0.1, coefficient=0.2, base=0)
-    for wrong in (-0.5, float("nan"), float("inf")):
-        with refused(f"the period's coefficient must be a number ≥ 0, got {wrong:g}"):
-            periods.linear(0.1, coefficient=wrong, base=4)
-    for wrong in (-1, 2.5):
-        with refused(f"a warm-up must be an integer of ≥ 0 steps, got {wrong}"):
-            periods.qsr(0.1, coefficient=0.2, base=4, warmup_steps=wrong)
-    with refused("H_base = 6 steps is not a multiple of 4 steps"):
-        periods.cubic(0.1, coefficient=0.2, base=6, multiple=4)
-    for make in (lambda: periods.post_local(-1, 4), lambda: periods.swap(-1)):
-        with refused("the switch to local steps must be at a step ≥ 0, got -1"):
-            make()
-
-
-@pytest.mark.parametrize("rate", [-0.1, float("nan")])
-def test_a_rule_refuses_a_rate_that_is_no_rate(rate):
-    with pytest.raises(ConfigurationError, match=r"learning rate must be ≥ 0.*step 0"):
-        list(lengths(periods.qsr(lambda step: rate + 0 * step, coefficient=0.1, base=4), 10))
-
-
-@pytest.mark.parametrize("options", [{"multiple": 0}, {"exponent": 0}])
-def test_a_rule_refuses_an_empty_multiple_and_a_flat_exponent(options):
-    with pytest.raises(ConfigurationError, match="got 0"):
-        periods.power(0.1, coefficient=0.1, base=4, **{"exponent": 2, **options})

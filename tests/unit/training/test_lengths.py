@@ -155,7 +155,7 @@ def test_inside_jit_constant_periods_are_checked_and_rules_need_a_length():
         (2**31, "at most 2147483647 steps.*got 2147483648"),
         (10**30, "at most 2147483647 steps"),
         (8.0, "an integer of at least 1 step, got 8.0"),
-        ("8", "an integer of at least 1 step, got 8"),
+        ("8", "an integer of at least 1 step, got '8'"),
     ],
 )
 def test_a_run_of_more_steps_than_an_int32_counts_is_refused_at_once(steps, message):
