@@ -8,7 +8,6 @@ digests is saved with it, so that a damaged checkpoint is never taken for a good
 """
 
 import gc
-import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,11 +23,14 @@ from jaxlocal.training.disk import (
     advice,
     agreed,
     cause,
+    free_path,
     local_folder,
+    of_machine,
     quietly,
     require,
 )
 from jaxlocal.training.export import export
+from jaxlocal.training.known_states import check_not_donated
 from jaxlocal.training.manifest import (
     Manifest,
     changed,
@@ -95,9 +97,10 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.folder, options=options, item_handlers=handlers
             )
-        except OSError as error:
+        except Exception as error:  # also what Orbax raises at a file that it cannot parse
+            why = getattr(error, "strerror", None) or cause(error)
             raise ConfigurationError(
-                f"checkpoints cannot be kept in {self.folder}: {error.strerror}"
+                f"checkpoints cannot be kept in {self.folder}: {why}"
             ) from None
         self._args = ocp.args
 
@@ -129,10 +132,11 @@ class Checkpoints:
           notes: values to save with it, which JSON can hold.
 
         Raises:
-          ConfigurationError: there is a checkpoint of this step already, or a leaf or a note cannot
-            be saved so that the same is restored.
+          ConfigurationError: there is a checkpoint of this step already, the state was donated, or
+            a leaf or a note cannot be saved so that the same is restored.
           SavingError: this checkpoint or the one before it could not be written.
         """
+        check_not_donated(state)
         if int(state.step) in self.steps:
             raise ConfigurationError(
                 f"there is a checkpoint of step {int(state.step)} in {self.folder} already"
@@ -172,7 +176,8 @@ class Checkpoints:
 
         Raises:
           ConfigurationError: there is no checkpoint, all of them are damaged, or the newest one
-            that is not belongs to another run.
+            that is not belongs to another run, or cannot be read with this user's permissions or
+            this machine's memory.
         """
         self.wait()
         self._manager.reload()
@@ -195,25 +200,33 @@ class Checkpoints:
         self, step: int, shapes: TrainState
     ) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
         """A state and its notes, or on all processes None and what is wrong with them."""
-        folder, problem = self.folder / str(step), ""
+        folder, problem, here = self.folder / str(step), "", ""
         with quietly():
             try:
-                check_whole(folder)
-                manifest, notes = (self._json.restore(folder / x) for x in ("manifest", "notes"))
-                check_read(manifest, notes, step)
-                _check_same(folder, manifest, shapes)
-                state = self._read_state(folder / "state", shapes)
+                manifest, notes, state = self._items(folder, step, shapes)
             except ConfigurationError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise their own classes
                 problem = cause(error)
+                here = problem if of_machine(error) else ""
             if problem:
                 gc.collect()  # what is left of the tasks that read
-        if problem := agreed(problem):
-            return None, problem
-        if problem := changed(manifest, state):
+        if here := agreed(here):
+            raise ConfigurationError(
+                f"the checkpoint {folder} cannot be read here ({here}); it is left as it is"
+            )
+        if problem := agreed(problem) or changed(manifest, state):
             return None, problem
         return (state, notes), ""
+
+    def _items(
+        self, folder: Path, step: int, shapes: TrainState
+    ) -> tuple[Manifest, dict[str, Any], TrainState]:
+        check_whole(folder)
+        manifest, notes = (self._json.restore(folder / item) for item in ("manifest", "notes"))
+        check_read(manifest, notes, step)
+        _check_same(folder, manifest, shapes)
+        return manifest, notes, self._read_state(folder / "state", shapes)
 
     def _read_state(self, folder: Path, shapes: TrainState) -> TrainState:
         arguments = self._args.StandardRestore(_without_empty(shapes))
@@ -225,7 +238,7 @@ class Checkpoints:
         """Rename the folders of damaged checkpoints, so that they are not counted any more."""
         for step, problem in damaged.items():
             folder, failed = self.folder / str(step), ""
-            aside = _free(folder.with_name(f"{step}.damaged"))
+            aside = free_path(folder.with_name(f"{step}.damaged"))
             if jax.process_index() == 0:
                 try:
                     folder.rename(aside)
@@ -281,9 +294,3 @@ def _without_empty(tree: TrainState) -> TrainState:
 
 def _empty(shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.empty(shape.shape, shape.dtype, device=shape.sharding)
-
-
-def _free(path: Path) -> Path:
-    """The path, or with a number the first that does not exist."""
-    paths = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(one for one in itertools.chain([path], paths) if not one.exists())

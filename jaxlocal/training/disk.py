@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib.util
+import itertools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,6 +26,14 @@ _ADVICE = {
     "Permission denied": "allow writing there, then try again",
     "Read-only file system": "allow writing there, then try again",
 }
+
+# What an error says that is about the machine, and not about what was to be read.
+_OF_MACHINE = (
+    "Permission denied",
+    "Too many open files",
+    "Cannot allocate memory",
+    "out of memory",
+)
 
 
 class SavingError(RuntimeError):
@@ -50,10 +60,15 @@ def local_folder(folder: str | Path) -> Path:
     return Path(folder).expanduser().absolute()
 
 
+def free_path(path: Path) -> Path:
+    """The path, or with a number the first that is free; one of a link to nothing is not."""
+    paths = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([path], paths) if not os.path.lexists(one))
+
+
 def cause(error: BaseException) -> str:
     """The root cause of an error in one line; of a long text, the end, where TensorStore has it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = _root(error)
     text = " ".join(str(error).split()).split(" [tensorstore_spec")[0]
     return ("…" + text[-160:] if len(text) > 160 else text) or type(error).__name__
 
@@ -66,6 +81,24 @@ def advice(error: BaseException) -> str:
     """
     text: str = cause(error)
     return next((f"; {helps}" for said, helps in _ADVICE.items() if said in text), "")
+
+
+def of_machine(error: BaseException) -> bool:
+    """Whether an error of reading says nothing about what was to be read: another user or a machine
+    with more memory may read it.
+
+    >>> of_machine(OSError(13, "Permission denied")), of_machine(ValueError("line 1 column 1"))
+    (True, False)
+    """
+    error = _root(error)
+    text = str(error).replace("Out of memory", "out of memory")  # as jaxlib writes it
+    return isinstance(error, MemoryError) or any(said in text for said in _OF_MACHINE)
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def agreed(problem: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.leaves import is_key, path_name
 from jaxlocal.training.disk import SavingError, advice, agreed, cause, local_folder, require
+from jaxlocal.training.known_states import check_not_donated
 from jaxlocal.training.names import named_leaves, on_host
 from jaxlocal.types import Tree
 
@@ -36,7 +37,8 @@ def export(folder: str | Path, params: Tree, model_state: Tree) -> list[Path]:
       The two paths.
 
     Raises:
-      ConfigurationError: a leaf that one of the formats cannot hold, or two with one name.
+      ConfigurationError: a leaf that was donated, or that one of the formats cannot hold, or two
+        with one name.
       SavingError: a file could not be written; an earlier export is intact.
 
     >>> import tempfile
@@ -44,6 +46,7 @@ def export(folder: str | Path, params: Tree, model_state: Tree) -> list[Path]:
     ...     [path.name for path in export(folder, {"w": np.ones(3)}, {})]
     ['model', 'model.safetensors']
     """
+    check_not_donated((params, model_state))
     require("orbax", "exports")
     require("safetensors", "exports")
     as_array = lambda x: x if isinstance(x, jax.Array) else np.asarray(x)

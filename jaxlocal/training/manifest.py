@@ -34,13 +34,17 @@ def check_whole(folder: Path) -> None:
     """Check that a checkpoint has its items.
 
     Raises:
-      Damaged: one is missing, as all checkpoints of earlier versions lack the manifest.
+      Damaged: one is missing, as all checkpoints of earlier versions lack the manifest, or a part
+        of one is neither a file nor a folder: reading a pipe would wait without end.
     """
     if not (folder / "manifest").exists():
         raise Damaged("it has no digests, as those of earlier versions")
     for item in ("state", "state/_METADATA", "notes"):
         if not (folder / item).exists():
             raise Damaged(f"it has no {item}")
+    for part in folder.rglob("*"):
+        if not (part.is_file() or part.is_dir()):
+            raise Damaged(f"its {part.relative_to(folder)} is neither a file nor a folder")
 
 
 def check_read(manifest: Any, notes: Any, step: int) -> None:

@@ -1,8 +1,10 @@
 """A damaged checkpoint is never used: it is set aside, and the one before it is restored."""
 
+import os
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -123,15 +125,62 @@ def test_a_damaged_folder_that_cannot_be_renamed_is_an_error(two, tmp_path, monk
             checkpoints.restore(two[1])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        ValueError('PERMISSION_DENIED: "8/state/manifest.ocdbt": Permission denied'),
+        OSError(24, "Too many open files"),
+        MemoryError("Unable to allocate 9 GiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+    ],
+    ids=lambda error: str(error)[:17],
+)
+def test_a_checkpoint_that_cannot_be_read_here_is_not_called_damaged(
+    two, tmp_path, monkeypatch, error
+):
+    shutil.copytree(two[0], tmp_path / "copy")
+
+    def fail(*_):
+        raise error
+
+    with Checkpoints(tmp_path / "copy") as checkpoints:
+        with monkeypatch.context() as patched:
+            patched.setattr(Checkpoints, "_read_state", fail)
+            with pytest.raises(ConfigurationError, match="copy/8 cannot be read here .* left as i"):
+                checkpoints.restore(two[1])
+        assert int(checkpoints.restore(two[1])[0].step) == 8
+
+
+@pytest.mark.parametrize("file", ["notes/metadata", "manifest/metadata", "state/_METADATA"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(two, tmp_path, file):
+    shutil.copytree(two[0], tmp_path / "copy")
+    (tmp_path / "copy" / "8" / file).unlink()
+    os.mkfifo(tmp_path / "copy" / "8" / file)
+    with (
+        Checkpoints(tmp_path / "copy") as checkpoints,
+        pytest.warns(match=rf"its {file} is neither a file nor a folder"),
+    ):
+        assert int(checkpoints.restore(two[1])[0].step) == 4
+
+
+def test_a_folder_that_orbax_cannot_open_is_an_error_in_one_sentence(two, tmp_path):
+    shutil.copytree(two[0], tmp_path / "copy")
+    (tmp_path / "copy" / "8" / "_CHECKPOINT_METADATA").write_text("[" * 100_000)
+    with pytest.raises(ConfigurationError, match=r"cannot be kept in \S+copy: maximum recursion"):
+        Checkpoints(tmp_path / "copy")
+
+
 def test_what_is_set_aside_is_not_overwritten(two, tmp_path):
     shutil.copytree(two[0], tmp_path / "copy")
     for name in ("8.damaged", "8.damaged-2"):
         (tmp_path / "copy" / name).mkdir()
+    (tmp_path / "copy" / "8.damaged-3").symlink_to("nothing")
     edit(tmp_path / "copy" / "8" / "notes" / "metadata")
-    warned = pytest.warns(match="kept as 8.damaged-3")
+    warned = pytest.warns(match="kept as 8.damaged-4")
     with Checkpoints(tmp_path / "copy") as checkpoints, warned:
         checkpoints.restore(two[1])
-    assert (tmp_path / "copy" / "8.damaged-3" / "state").exists()
+    assert (tmp_path / "copy" / "8.damaged-4" / "state").exists()
 
 
 def test_files_that_a_restored_state_does_not_need_may_be_missing(two, tmp_path):

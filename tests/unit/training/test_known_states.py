@@ -12,6 +12,7 @@ import pytest
 import jaxlocal
 from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh, training
 from jaxlocal.training import Evaluation, Reestimation
+from jaxlocal.training.checkpoints import Checkpoints, export
 
 LAYOUT = Layout(workers_per_hub=2)
 PARAMS = {"w": jnp.ones(3), "b": jnp.zeros(())}
@@ -61,6 +62,18 @@ def test_a_donated_state_is_refused_wherever_it_is_used(used, use):
         USES[use](round_fn, state)
     with refused("which donates it"):  # one leaf is enough
         USES[use](round_fn, after._replace(params={**after.params, "w": state.params["w"]}))
+
+
+def test_a_donated_state_is_neither_saved_nor_exported(used, tmp_path):
+    _, state, after = used
+    with Checkpoints(tmp_path / "saved") as checkpoints:
+        for donated in (state, after._replace(params=state.params)):
+            with refused("which donates it"):
+                checkpoints.save(donated)
+        assert not checkpoints.steps
+    with refused("which donates it"):
+        export(tmp_path / "export", state.params, {})
+    assert not (tmp_path / "export").exists()
 
 
 def test_one_array_in_two_leaves_is_refused_with_both_names(used):
