@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlocal.errors import ConfigurationError
+from jaxlocal.errors import ConfigurationError, check_integer
 from jaxlocal.parallel.layout import Layout
 from jaxlocal.parallel.leaves import is_key, path_name
 from jaxlocal.periods.rounds import length_at
@@ -37,6 +37,21 @@ def check_method(method: Method, layout: Layout) -> None:
         raise ConfigurationError(
             f"an inner stage must send the same messages at every application, and this one takes "
             f"{inner.turns} turns; repeat it {inner.turns} times, or let it end rounds"
+        )
+
+
+def most_at_once(method: Method, max_chunk: int) -> int:
+    """How many inner stages are dispatched at once, of a bound in steps."""
+    check_integer("max_chunk", max_chunk)
+    return max(1, max_chunk // method.inner.steps)
+
+
+def check_no_shapes(tree: Tree) -> None:
+    """Raise ConfigurationError where shapes stand for arrays that a program is to read."""
+    if jax.ShapeDtypeStruct in set(map(type, jax.tree.leaves(tree))):
+        raise ConfigurationError(
+            "arrays are needed here, got shapes (jax.ShapeDtypeStruct), which are taken by "
+            "round_fn.shapes, lower, message_bits and collectives"
         )
 
 

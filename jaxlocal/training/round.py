@@ -16,15 +16,7 @@ from jaxlocal.parallel.layout import CONTEXT, MODEL, Layout
 from jaxlocal.parallel.mesh import local_rows, make_mesh, place, place_rows, wait_on_cpu_processes
 from jaxlocal.parallel.pool import check_indices, pool_size
 from jaxlocal.stages.compose import NOTHING
-from jaxlocal.training.checks import (
-    check_given_length,
-    check_length,
-    check_method,
-    check_model,
-    check_period,
-    leading_size,
-    steps_of,
-)
+from jaxlocal.training import checks
 from jaxlocal.training.known_states import KnownStates
 from jaxlocal.training.programs import Programs, concatenate, running
 from jaxlocal.training.state import States
@@ -79,7 +71,7 @@ class RoundFn:
         max_chunk: int = 1024,
         sharding: placing.Rule | None = None,
     ):
-        check_method(method, layout)
+        checks.check_method(method, layout)
         self.method = method
         self.layout = layout
         self.mesh = mesh if mesh is not None else make_mesh(layout)
@@ -93,7 +85,7 @@ class RoundFn:
             )
         self._examples = pool_size(data)
         self.context = place(layout.context(data), placing.named_shardings(self.mesh, CONTEXT))
-        self._most = max(1, max_chunk // method.inner.steps)
+        self._most = checks.most_at_once(method, max_chunk)
         self._programs = Programs(method, self.mesh, self.context, self._states.keep_shardings)
 
     def init(self, params: Tree, key: jax.Array, model_state: Tree = None) -> TrainState:
@@ -108,12 +100,13 @@ class RoundFn:
           ConfigurationError: there are no parameters, the key is not one, or the method does not
             fit the layout or the model.
         """
+        checks.check_no_shapes((params, key, model_state))
         self.stage_bits(self.shapes(params, model_state))  # checks that the mixers fit the layout
         return self._states.init(params, key, model_state)
 
     def shapes(self, params: Tree, model_state: Tree = None) -> TrainState:
         """Shapes, dtypes and shardings of the state that `init` makes; parameters may be shapes."""
-        check_model(params, model_state)
+        checks.check_model(params, model_state)
         return self._known.add(self._states.shapes(params, model_state))
 
     def __call__(
@@ -137,8 +130,8 @@ class RoundFn:
             state was donated before, or belongs to another round function.
         """
         steps, own, rest = self._check_batches(batches), batches, ()
-        self.check(state)
-        check_length(self.method, steps)
+        self.check(state, batches)
+        checks.check_length(self.method, steps)
         self._check_length(state, steps, length)
         if ending := self.method.outer.steps:
             own, rest = (
@@ -151,28 +144,31 @@ class RoundFn:
     def local_steps(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
         """Run steps of a round without its end, any multiple of those of the inner stage."""
         steps = self._check_batches(batches)
-        self.check(state)
+        self.check(state, batches)
         return self._dispatched(state, self._in_chunks(batches, steps))
 
     def end_round(self, state: TrainState, batches: Tree = ()) -> tuple[TrainState, Info]:
         """Run the end of a round; the batches are those of the steps that it takes, if any."""
         takes = self.method.outer.steps
-        steps = leading_size(batches, self.layout) if jax.tree.leaves(batches) else 0
+        steps = checks.leading_size(batches, self.layout) if jax.tree.leaves(batches) else 0
         if steps != takes:
             raise ConfigurationError(
                 f"the end of a round takes {takes} steps, got batches of {steps}"
             )
         if steps:
             self._check_batches(batches)
-        self.check(state)
+        self.check(state, batches)
         return self._dispatched(state, self._at_end(batches))
 
-    def check(self, state: TrainState) -> None:
-        """Raise ConfigurationError where a state was donated or is not of this round function."""
+    def check(self, state: TrainState, batches: Tree = ()) -> None:
+        """Raise ConfigurationError where a state was donated or is not of this round function, or
+        where one of the two is given as its shapes."""
+        checks.check_no_shapes((state, batches))
         self._known.check(state)
 
     def check_models(self, state: TrainState) -> None:
         """Raise ConfigurationError where the models of a state cannot be read: for evaluations."""
+        checks.check_no_shapes(state)
         self._known.check_models(state)
 
     def chunks(self, steps: int) -> Iterator[int]:
@@ -248,7 +244,7 @@ class RoundFn:
         Returns:
           (times, lowered) pairs; `lowered` is what `jax.jit(f).lower` gives.
         """
-        self.check(state)
+        self._known.check(state)
         ending, lower = self.method.outer.steps, self._programs.lower
         sizes = Counter(self.chunks(self._check_batches(batches) - ending))
         lowered = [
@@ -286,14 +282,16 @@ class RoundFn:
 
     def _check_length(self, state: TrainState, steps: int, length: int | None) -> None:
         if length is not None:
-            check_given_length(length, steps)
+            checks.check_given_length(length, steps)
         elif self.method.outer is not NOTHING:  # else a round may end anywhere
             constant = self.method.period.constant
-            check_period(self.method, steps, None if constant else self._known.step_of(state))
+            checks.check_period(
+                self.method, steps, None if constant else self._known.step_of(state)
+            )
 
     def _check_batches(self, batches: Tree) -> int:
         """The steps of batches that fit the layout, the inner stage and the pool."""
-        steps = steps_of(batches, self.method, self.layout)
+        steps = checks.steps_of(batches, self.method, self.layout)
         if self._examples is not None:
             check_indices(batches, self._examples)
         return steps

@@ -9,6 +9,7 @@ import pytest
 
 import jaxlocal
 from jaxlocal import ConfigurationError, Layout, RoundFn, periods
+from jaxlocal.training import run
 from jaxlocal.training.dispatching import dispatches
 from jaxlocal.training.evaluation import Evaluation
 
@@ -149,3 +150,33 @@ def test_a_users_gradient_function_may_report_nothing(name):
     state, info = round_fn(state, jnp.ones((1, 1, 2)))
     np.testing.assert_array_equal(state.params, 0.5)
     assert list(info.worker) == ["active"]
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, "a", None, True])
+def test_a_chunk_is_an_integer_of_at_least_one_step(wrong):
+    with pytest.raises(ConfigurationError, match=f"max_chunk must be an integer .* got {wrong!r}"):
+        RoundFn(plain().method, Layout(), max_chunk=wrong)
+
+
+def test_shapes_are_refused_where_a_program_reads_arrays():
+    round_fn, key = plain(), jax.random.key(0)
+    state = round_fn.init(0.5, key, {"scale": 1.0})
+    shapes = round_fn.shapes(0.5, {"scale": 1.0})
+    number, batches = jax.ShapeDtypeStruct((), jnp.float32), np.ones((3, 1, 1), np.float32)
+    steps = jax.ShapeDtypeStruct((3, 1, 1), jnp.float32)
+    for use in (
+        lambda: round_fn.init(number, key),
+        lambda: round_fn.init(0.5, key, {"scale": number}),
+        lambda: round_fn.init(0.5, jax.eval_shape(lambda: key)),
+        lambda: round_fn(shapes, batches),
+        lambda: round_fn(state, steps),
+        lambda: round_fn.local_steps(shapes, batches),
+        lambda: round_fn.local_steps(state, steps),
+        lambda: round_fn.end_round(shapes),
+        lambda: round_fn.mean(shapes),
+        lambda: round_fn.consensus_distance(shapes),
+        lambda: next(run(round_fn, shapes, lambda start, steps: batches, 3)),
+    ):
+        with pytest.raises(ConfigurationError, match="arrays are needed here, got shapes"):
+            use()
+    assert len(round_fn.lower(shapes, steps)) == 2
