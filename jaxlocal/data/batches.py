@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlocal.data.checks import check_count, check_whole, labels_of
+from jaxlocal.data.checks import check_count, check_memory, check_whole, labels_of
 from jaxlocal.data.partitions import Partition, assign, parse_partition, shard_sizes
 from jaxlocal.errors import ConfigurationError
 
@@ -139,6 +139,7 @@ def make_batches(
 
     def indices(start_step: int, steps: int) -> NDArray[np.int32]:
         check_whole(0, start_step=start_step, steps=steps)
+        check_memory(f"indices of {steps} steps", 4 * steps * workers * batch_size)
         out = np.empty((steps, workers, batch_size), np.int32)
         fill(start_step, out)
         return out.reshape(steps, *grid, batch_size)

@@ -1,5 +1,6 @@
 """Checks of what a user gives: numbers, names, and arrays of examples."""
 
+import os
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
@@ -29,6 +30,22 @@ def check_whole(least: int, **numbers: Any) -> None:
         if value < least:
             bound = "not be negative" if least == 0 else f"be at least {least}"
             raise ConfigurationError(f"{name} must {bound}, got {value}")
+
+
+def check_memory(what: str, size: int) -> None:
+    """Check that some bytes fit into the memory of this machine, which an array may not show.
+
+    Raises:
+      ConfigurationError: they do not.
+
+    >>> check_memory("batches of 8 steps", 2**10)
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise ConfigurationError(
+            f"{what} need {size / 2**30:,.1f} GiB and this machine has {memory / 2**30:,.1f} GiB; "
+            "ask for fewer steps at once"
+        )
 
 
 def check_name(what: str, name: Any) -> None:

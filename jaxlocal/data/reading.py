@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlocal.data.augment import CropFlip, crop_and_flip_on_host
+from jaxlocal.data.checks import check_memory
 from jaxlocal.errors import ConfigurationError
 
 # The second entry of every seed in `jaxlocal.data` is distinct: other files use 0 to 5.
@@ -62,8 +63,12 @@ class Reader:
         transform: Transform | None,
         workers: Sequence[int] | NDArray[Any] | None = None,
     ):
+        for name, given in {"indices": indices, "transform": transform}.items():
+            if given is not None and not callable(given):
+                raise ConfigurationError(f"{name} must be a function, got {type(given).__name__}")
         self._source, self._indices, self._seed = source, indices, seed
         self._augmentation, self._transform = augmentation, transform
+        self._whole: tuple[int, ...] = ()
         self._whole = self._numbers(0).shape  # hubs, workers, batch
         all_workers = range(math.prod(self._whole[:-1]))
         self._workers = list(all_workers if workers is None else workers)  # numbers of those read
@@ -101,6 +106,7 @@ class Reader:
 
     def empty(self, steps: int) -> dict[str, NDArray[Any]]:
         """Empty arrays for the batches of some steps."""
+        check_memory(f"batches of {steps} steps", steps * self.step_bytes)
         return {
             name: np.empty((steps, *self._grid, *shape), dtype)
             for name, (shape, dtype) in self._form.items()
@@ -133,6 +139,11 @@ class Reader:
             raise ConfigurationError(
                 "indices(start_step, 1) must give the numbers of examples, integers from 0 on [1, "
                 f"hubs, workers, batch], got {numbers.dtype}{list(numbers.shape)}"
+            )
+        if self._whole and numbers.shape[1:] != self._whole:
+            raise ConfigurationError(
+                f"indices({step}, 1) must have the shape {[1, *self._whole]} of indices(0, 1), got "
+                f"{list(numbers.shape)}"
             )
         return numbers[0]
 

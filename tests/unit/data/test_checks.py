@@ -7,6 +7,7 @@ from jaxlocal.data import (
     ArraySource,
     Dataset,
     Stream,
+    StreamError,
     assign,
     load,
     make_batches,
@@ -137,6 +138,25 @@ def test_steps_are_whole_numbers(call):
         stream(*call)
 
 
+def test_steps_beyond_the_memory_of_the_machine_are_refused():
+    with pytest.raises(ConfigurationError, match="indices of 10+ steps need .* GiB and this ma"):
+        batches().indices(0, 10**12)
+    pytest.importorskip("grain")
+    stream = Stream([{"inputs": np.zeros(2), "targets": 0}] * 100, batches().indices)
+    with pytest.raises(ConfigurationError, match="batches of 10+ steps need .* GiB"):
+        stream(0, 10**12)
+
+
+def test_steps_of_another_shape_than_the_first_are_an_error():
+    """Rows of other workers would be left out without a word."""
+    pytest.importorskip("grain")
+    shape = lambda start: (1, 1, 4, 3) if start == 1 else (1, 1, 2, 3)
+    indices = lambda start, steps: np.zeros(shape(start), int)
+    stream = Stream([{"inputs": np.zeros(2), "targets": 0}], indices)
+    with pytest.raises(StreamError, match=r"the shape \[1, 1, 2, 3\] .*, got \[1, 1, 4, 3\]"):
+        stream(0, 3)
+
+
 def test_shards_have_workers():
     for workers in (0, 1.5):
         with pytest.raises(ConfigurationError, match="workers must be"):
@@ -159,6 +179,8 @@ def numbers(value, shape=(1, 1, 2, 3)):
         ({"indices": numbers(0.0)}, r"integers from 0 .* got float64\[1, 1, 2, 3\]"),
         ({"indices": numbers(0, (1, 6))}, r"got int64\[1, 6\]"),
         ({"indices": lambda start, steps: None}, r"got object\[\]"),
+        ({"indices": np.zeros((1, 1, 2, 3), int)}, "indices must be a function, got ndarray"),
+        ({"transform": "resize"}, "transform must be a function, got str"),
         ({"workers": [-1]}, r"ascending numbers from 0 to 1, got \[-1\]"),
         ({"workers": [1, 0]}, r"ascending numbers from 0 to 1, got \[1, 0\]"),
         ({"workers": [2]}, r"ascending numbers from 0 to 1, got \[2\]"),
