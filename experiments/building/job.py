@@ -19,6 +19,7 @@ from experiments.building.config import Config
 from experiments.building.methods import Parts, build_method
 from experiments.building.models import build_model, make_gradients, make_metrics
 from experiments.building.optimizers import make_optimizer
+from experiments.building.same_data import check_same_data
 from experiments.building.schedules import count_steps, make_period, make_schedule
 from experiments.building.workers import make_layout, mixing_matrix, worker_grid
 from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh, periods
@@ -108,6 +109,7 @@ def build_job(config: Config) -> Job:
         raise without_model(config, "training needs one")
     grid, augmentation = worker_grid(config), parse_augmentation(config.augment)
     dataset = _load(config.dataset, _data_folder(config), config.seed)
+    check_same_data(dataset)
     model = build_model(config, dataset)
     shapes, example = jax.eval_shape(model.init, jax.random.key(0)), dataset.train_source()[0]
     sizes = (dataset.train_examples, *grid, config.batch_size)

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import jax
 
-import jaxlocal
 from experiments.building.config import Config, default_workdir
 from experiments.launching.exchange import exchange
 from experiments.launching.link import RESUMING, Link, Place
 from experiments.launching.meeting import meet
+from experiments.launching.sameness import check_devices, versions_and_settings
 from experiments.launching.secret import shared_secret
 from experiments.launching.statuses import FAILED, INTERRUPTED, explained
 from experiments.launching.stopping import WORDS, ending_by, status_of
@@ -129,6 +129,7 @@ def joined(config: Config, group: Group | None, patience: float = PATIENCE) -> I
     try:
         with ending_by(end):
             _initialize(group, link)
+            check_devices()
             exchange(link, patience)
             yield
             jax.distributed.shutdown()
@@ -143,13 +144,12 @@ def _shared_folder(config: Config) -> Path:
 
 
 def _shared_lines(config: Config, count: int) -> list[str]:
-    """Flags and versions that must be the same in all processes."""
+    """Flags, versions and settings that must be the same in all processes."""
     lines = [line for line in config.flag_lines() if line.split("=")[0] not in OWN]
     return [
         f"--process_count={count}",
         *lines,
-        f"jax={jax.__version__}",
-        f"jaxlocal={jaxlocal.__version__}",
+        *versions_and_settings(),
     ]
 
 

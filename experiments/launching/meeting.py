@@ -86,7 +86,7 @@ def _difference(ours: list[str], number: int, theirs: list[str]) -> str | None:
         if mine.get(name) != its.get(name):
             shown = [flags.get(name, f"no {name}") for flags in (mine, its)]
             return (
-                f"the processes of a run need the same flags and versions: process 0 has "
+                f"the processes of a run need the same flags, versions and settings: process 0 has "
                 f"{shown[0]}, process {number} {shown[1]}"
             )
     return None

@@ -111,8 +111,8 @@ def test_a_mistake_in_one_process_ends_all_with_one_sentence(tmp_path):
             out, error = one.communicate(timeout=100)
             assert one.returncode == 2 and not out
             assert error == (
-                "error: the processes of a run need the same flags and versions: process 0 has "
-                "--seed=0, process 1 --seed=1\n"
+                "error: the processes of a run need the same flags, versions and settings: "
+                "process 0 has --seed=0, process 1 --seed=1\n"
             )
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".secret"]
     shutil.rmtree(tmp_path / "run")

@@ -7,7 +7,9 @@ import re
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
+import jax
 import pytest
 from processes import free_port
 
@@ -15,6 +17,7 @@ from experiments.building.config import Config
 from experiments.launching.joining import find_group
 from experiments.launching.link import Place
 from experiments.launching.meeting import meet
+from experiments.launching.sameness import SETTINGS, check_devices, versions_and_settings
 from experiments.launching.secret import Secret
 from jaxlocal import ConfigurationError
 
@@ -124,14 +127,14 @@ def meeting(count, *flags, patience=20.0, host="127.0.0.1", secret=SECRET):
 )
 def test_all_report_flags_that_differ(theirs, difference):
     ours = ["--seed=0", "--lr=2"]
-    sentence = f"the processes of a run need the same flags and versions: {difference}"
+    sentence = f"the processes of a run need the same flags, versions and settings: {difference}"
     assert meeting(3, (0, ours), (1, ours), (2, theirs)) == [sentence] * 3
 
 
 def test_flags_that_differ_are_reported_before_who_has_not_come():
     # The other was started as the last of three, and process 0 waits for one.
     difference = "process 0 has --process_count=2, process 2 --process_count=3"
-    sentence = f"the processes of a run need the same flags and versions: {difference}"
+    sentence = f"the processes of a run need the same flags, versions and settings: {difference}"
     both = meeting(2, (0, ["--process_count=2"]), (2, ["--process_count=3"]))
     assert both == [sentence] * 2
 
@@ -170,3 +173,22 @@ def test_a_port_that_is_taken_is_reported():
             ConfigurationError, match=f"cannot listen at 127.0.0.1:{port}: Address already in use$"
         ):
             meet(Place("127.0.0.1", port, 2, 0), [], SECRET, 5)
+
+
+def test_settings_of_jax_that_change_numbers_must_be_the_same():
+    with jax.enable_x64(True):
+        theirs = versions_and_settings()
+    ours = versions_and_settings()
+    difference = "process 0 has JAX_ENABLE_X64=False, process 1 JAX_ENABLE_X64=True"
+    sentence = f"the processes of a run need the same flags, versions and settings: {difference}"
+    assert meeting(2, (0, ours), (1, theirs)) == [sentence] * 2
+    assert all(name in jax.config.values for name in SETTINGS)
+
+
+def test_processes_with_other_numbers_of_devices_are_refused(monkeypatch):
+    devices = [SimpleNamespace(process_index=number) for number in (0, 1, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(ConfigurationError, match="process 0 has 1, process 1 2; JAX_NUM_CPU_DEV"):
+        check_devices()
+    devices.append(SimpleNamespace(process_index=0))
+    check_devices()
