@@ -137,8 +137,8 @@ def place(tree: Tree, shardings: Any) -> Tree:
     """Place arrays on the devices of a mesh, which may span processes.
 
     As `jax.device_put`, except where a sharding spans processes. There every process passes the
-    same arrays and reads the rows of its own devices; the processes do not communicate to compare
-    them. Arrays that span processes already are resharded if their sharding differs.
+    same arrays and reads the rows of its own devices, without a comparison of the arrays. Arrays
+    that span processes already are resharded if their sharding differs.
 
     Args:
       tree: arrays of the host or of devices.
@@ -208,16 +208,25 @@ def on_mesh(mesh: Mesh) -> Any:
     ...     jax.jit(lambda x: 2 * x)(np.ones(2))
     Array([2., 2.], dtype=float32)
     """
-    other = not jax.sharding.get_abstract_mesh().empty
-    return jax.set_mesh(mesh) if other else contextlib.nullcontext()
+    current: Any = jax.sharding.get_abstract_mesh()
+    if current.empty:
+        return contextlib.nullcontext()
+    try:
+        return jax.set_mesh(mesh)
+    except ValueError:  # inside jax.jit
+        if current == mesh.abstract_mesh:
+            return contextlib.nullcontext()
+        raise ConfigurationError(
+            f"inside jax.jit a round runs on the mesh of jax.set_mesh, {current.shape}, and its own "
+            f"is {mesh.abstract_mesh.shape}: set none, or round_fn.mesh"
+        ) from None
 
 
 def wait_on_cpu_processes(mesh: Mesh, results: Tree) -> Tree:
     """Wait for the results of a program if the mesh is of CPUs in several processes.
 
     There, collectives occupy the threads of the host, and programs that run ahead of each other can
-    deadlock. On other meshes the results are returned at once, and the next program is dispatched
-    while this one runs.
+    deadlock. On other meshes the next program is dispatched while this one runs.
 
     >>> wait_on_cpu_processes(make_mesh(Layout(), jax.devices()[:1]), jax.numpy.ones(1))
     Array([1.], dtype=float32)

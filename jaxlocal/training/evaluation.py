@@ -80,10 +80,9 @@ class Evaluation:
         leaves = jax.tree.leaves(self._data)
         have = len(leaves[0]) if leaves else len(source or ())
         self._examples = _checked(np.arange(have) if examples is None else examples, have)
-        one = [x[0] for x in leaves] if source is None else source[0]
-        devices, batches, batch = _chunk_shape(
-            len(self._examples), mesh.size, batch_size, _size_of(one)
-        )
+        # Of the shapes: an operation on the arrays would fail in `jax.set_mesh` of another mesh.
+        size = sum(x.nbytes // have for x in leaves) if source is None else _size_of(source[0])
+        devices, batches, batch = _chunk_shape(len(self._examples), mesh.size, batch_size, size)
         parts = mesh.shape.get(MODEL, 1)  # the devices of a sharded worker share its batches
         self._shape = devices // parts, batches, batch * parts
         self._within = P(None, MODEL) if is_sharded(mesh) else P()

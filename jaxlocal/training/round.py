@@ -14,6 +14,7 @@ from jaxlocal.parallel import collectives
 from jaxlocal.parallel import sharding as placing
 from jaxlocal.parallel.layout import CONTEXT, MODEL, Layout
 from jaxlocal.parallel.mesh import local_rows, make_mesh, place, place_rows, wait_on_cpu_processes
+from jaxlocal.parallel.own_mesh import usable_mesh
 from jaxlocal.parallel.pool import check_indices, pool_size
 from jaxlocal.stages.compose import NOTHING
 from jaxlocal.training import checks
@@ -74,7 +75,7 @@ class RoundFn:
         checks.check_method(method, layout)
         self.method = method
         self.layout = layout
-        self.mesh = mesh if mesh is not None else make_mesh(layout)
+        self.mesh = make_mesh(layout) if mesh is None else usable_mesh(mesh, layout)
         rule = sharding or placing.fsdp(self.mesh.shape.get(MODEL, 1))
         self._states = States(method, layout, self.mesh, rule)
         self._known = KnownStates(self._states, layout, self.mesh)
