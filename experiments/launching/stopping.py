@@ -42,13 +42,17 @@ def status_of(number: int) -> int:
 def end_process(number: int) -> NoReturn:
     """End this process, and those that `multiprocessing` has started for it, by a signal."""
     try:
-        for child in multiprocessing.active_children():
-            child.kill()
+        _kill_children()
         if os.isatty(1):
             os.write(1, b"\x1b[?25h\n")  # a live line hides the cursor
         os.write(2, f"error: {WORDS[number]}\n".encode())
     finally:
         os._exit(status_of(number))
+
+
+def _kill_children() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 class _Signals:
@@ -78,7 +82,7 @@ class _Signals:
                     self._act(number)
 
     def _act(self, number: int) -> None:
-        again, self.asked = self.asked, self.asked or number
+        again, self.asked = self.asked and not self.always_patient, self.asked or number
         if again or not (self.patient or self.raises or self.raised):
             self.end(number)
         elif self.patient and os.isatty(2):
@@ -107,11 +111,25 @@ def watch() -> None:
 
 
 def watch_patiently() -> None:
-    """Handle SIGTERM as `watch` does, but never end at the first signal; ignore Ctrl-C, which the
-    process that has started this one handles."""
+    """Handle SIGTERM as `watch` does, but never end at once; ignore Ctrl-C.
+
+    The process that has started this one handles Ctrl-C and a second signal. A signal to all of
+    them comes here twice, as that process passes it on. When that process has gone, as after
+    `kill -9`, this one ends too: it would wait for work without end.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _signals.patient = _signals.always_patient = True
     _signals.watch()
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    try:
+        _kill_children()
+    finally:
+        os._exit(status_of(signal.SIGTERM))
 
 
 def asked() -> int:

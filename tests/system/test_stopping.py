@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from processes import ROOT
@@ -90,6 +91,30 @@ print("cleaned")
 """
     status, out, error = send(signal.SIGTERM, script)
     assert (status, out, error) == (0, "terminated 143\ncleaned\n", "")
+
+
+def test_a_process_that_another_one_started_ends_only_when_it_has_saved():
+    """Also where a signal comes twice, from a terminal or a scheduler and from that process."""
+    script = PATIENT.replace("SECONDS", "os.kill(os.getpid(), signal.SIGTERM) or 0.1")
+    script = "stopping.watch_patiently()\n" + script
+    status, out, error = send(signal.SIGTERM, script)
+    assert (status, out, error) == (143, "asked\nsaved\n", "")
+
+
+def test_a_pool_ends_with_the_process_that_has_started_it():
+    script = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+spawn = multiprocessing.get_context("spawn")
+pool = ProcessPoolExecutor(1, spawn, initializer=stopping.watch_patiently)
+pool.submit(signal.alarm, 60).result()
+pool.submit(time.sleep, 100)
+ready()
+time.sleep(100)
+"""
+    began = time.monotonic()
+    status, _, _ = send(signal.SIGKILL, script)  # which reads until the last process has gone
+    assert status == -signal.SIGKILL and time.monotonic() - began < 50
 
 
 def test_an_ignored_interrupt_stays_ignored():
