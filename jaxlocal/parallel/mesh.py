@@ -217,8 +217,8 @@ def on_mesh(mesh: Mesh) -> Any:
         if current == mesh.abstract_mesh:
             return contextlib.nullcontext()
         raise ConfigurationError(
-            f"inside jax.jit a round runs on the mesh of jax.set_mesh, {current.shape}, and its own "
-            f"is {mesh.abstract_mesh.shape}: set none, or round_fn.mesh"
+            f"inside jax.jit a round runs on the mesh of jax.set_mesh, {current.shape}, its own is "
+            f"{mesh.abstract_mesh.shape}: set none, or round_fn.mesh"
         ) from None
 
 
