@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
+from stacked_layers import Stacked
 
 from jaxlocal.models import from_nnx
 
@@ -181,27 +182,12 @@ def test_first_use_may_be_inside_a_transformation():
     assert_close(jitted, model.apply(*variables, INPUTS, KEY, True))
 
 
-class Stacked(nnx.Module):
-    """Layers made by `nnx.vmap`, whose dropout streams are stacked too."""
-
-    def __init__(self, rngs):
-        @nnx.split_rngs(splits=3)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def make(rngs):
-            return nnx.Sequential(nnx.Linear(5, 5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
-
-        self.layers = make(rngs)
-
-    def __call__(self, inputs):
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        def forward(layer, carry):
-            return layer(carry)
-
-        return forward(self.layers, inputs)
+def dropped(rngs):
+    return nnx.Sequential(nnx.Linear(5, 5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
 
 
 def test_stacked_random_streams():
-    model = from_nnx(Stacked)
+    model = from_nnx(partial(Stacked, dropped))
     variables = jax.jit(model.init)(KEY)
     first, second = (
         model.apply(*variables, INPUTS, jax.random.key(seed), True)[0] for seed in (0, 1)

@@ -1,11 +1,14 @@
 """Arrays of NNX modules are constants of the model, and what is no function is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from stacked_layers import Stacked
 
 import jaxlocal
 from jaxlocal.errors import ConfigurationError
@@ -24,25 +27,6 @@ class Masked(nnx.Module):
 
     def __call__(self, inputs):
         return self.linear(inputs) @ self.mask
-
-
-class Scanned(nnx.Module):
-    """Layers with masks, made by `nnx.vmap` and applied by `nnx.scan`."""
-
-    def __init__(self, rngs):
-        @nnx.split_rngs(splits=3)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def make(rngs):
-            return Masked(rngs)
-
-        self.layers = make(rngs)
-
-    def __call__(self, inputs):
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        def forward(layer, carry):
-            return layer(carry)
-
-        return forward(self.layers, inputs)
 
 
 class Calls(nnx.Variable):
@@ -120,11 +104,12 @@ def test_workers_train_with_the_same_arrays(everything):
 
 
 def test_layers_of_a_scan_may_hold_arrays():
-    model = from_nnx(Scanned)
+    scanned = functools.partial(Stacked, lambda rngs: Masked(rngs))
+    model = from_nnx(scanned)
     params, model_state = model.init(KEY)
     outputs, _ = model.apply(params, model_state, INPUTS, None, False)
     assert model_state == {}
-    np.testing.assert_allclose(outputs, Scanned(nnx.Rngs(KEY))(INPUTS), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(outputs, scanned(nnx.Rngs(KEY))(INPUTS), rtol=1e-5, atol=1e-5)
 
 
 def test_a_recurrent_module_is_evaluated_without_a_key():

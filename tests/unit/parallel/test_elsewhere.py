@@ -81,7 +81,10 @@ def test_a_round_runs_on_its_own_mesh_in_the_context_of_another(expected, mesh):
 def test_inside_jit_the_mesh_that_is_set_is_that_of_the_round():
     state = round_fn().init(problems.START, jax.random.key(0))
     step = jax.jit(lambda state: round_fn()(state, BATCHES)[0])
-    with jax.set_mesh(MESHES["explicit"]), refused(r"of jax.set_mesh, .*'x', .* its own is .*'workers', 2"):
+    with (
+        jax.set_mesh(MESHES["explicit"]),
+        refused(r"of jax.set_mesh, .*'x', .* its own is .*'workers', 2"),
+    ):
         step.eval_shape(state)
     with jax.set_mesh(round_fn().mesh):
         assert step.eval_shape(state).step.shape == ()

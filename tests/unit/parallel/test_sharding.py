@@ -3,17 +3,15 @@ each device sends its shard to the other workers."""
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
 
 import jaxlocal
-from jaxlocal import ConfigurationError, Layout, RoundFn, compression, make_mesh
+from jaxlocal import Layout, RoundFn, compression, make_mesh
 from jaxlocal.communication import topology
 from jaxlocal.communication.accounting import by_kind
 from jaxlocal.communication.audit import audit
@@ -262,45 +260,6 @@ def test_sharded_workers_are_evaluated_as_whole_ones(mesh):
     assert_close(measured(mesh), measured(WHOLE))
     _, (_, statistics), distance = measured(mesh)
     assert distance > 1 and statistics["shift"].all()
-
-
-def refused(sentence):
-    return pytest.raises(ConfigurationError, match=re.escape(sentence))
-
-
-def test_fsdp_shards_the_largest_dimension_that_divides():
-    rule = sharding.fsdp(4, least=0)
-    shapes = {(3, 8, 16): 2, (8, 8): 0, (6, 4): 1, (5, 7): None, (): None, (12,): 0}
-    for shape, place in shapes.items():
-        assert tuple(rule("", shape)) == (() if place is None else (None,) * place + ("model",))
-    assert sharding.fsdp(4, least=65)("", (8, 8)) == P()
-
-
-def test_rules_by_name_shard_optimizer_states_and_memories_as_their_parameters():
-    rule = sharding.by_name([("first", P(None, "model")), ("second", P("model")), ("", P())])
-    state = with_rule(rule, (1, 2, 4), "diloco").shapes(PARAMS[perceptron])
-    wanted = {"first": [12, 2], "bias": [8], "second": [2, 4]}
-    trace = state.opt_state[0].trace
-    for tree, lead in ((state.params, [1, 2]), (trace, [1, 2]), (state.anchor, [])):
-        for name, shape in wanted.items():
-            assert list(tree[name].sharding.shard_shape(tree[name].shape)) == [*lead, *shape]
-    outer = state.memory[1].single[0][0].trace
-    assert outer["first"].sharding.spec == P(None, "model")
-
-
-def test_rules_that_do_not_fit_are_refused():
-    def shapes_by(pairs, mesh=(1, 1, 8)):
-        return with_rule(sharding.by_name(pairs), mesh).shapes(PARAMS[perceptron])
-
-    with refused("none of the patterns ['kernel'] is found in params/bias"):
-        shapes_by([("kernel", P("model"))])
-    with refused(
-        f"params/first of shape (12, 8) cannot be sharded as {P('model')} over the 8 devices"
-    ):
-        shapes_by([("first", P("model")), ("", P())])
-    for spec in (P(None, "model"), P("workers"), P("model", "model")):
-        with refused(f"params/bias of shape (8,) cannot be sharded as {spec} over"):
-            shapes_by([("bias", spec), ("", P())])
 
 
 def test_a_loss_may_gather_its_parameters_itself():
