@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -19,8 +19,11 @@ LOCK = "lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
     """Keep other processes from writing a folder, in this context; it is created if it is missing.
+
+    It gives a function that raises `Failure` where the folder or its lock was removed or replaced
+    since then, so that another run may be there.
 
     The operating system holds the lock and releases it however this process ends, so no lock is
     left by a process that was killed. The file names its holder. Of the processes of one run, the
@@ -31,7 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
       Failure: the disk is full.
     """
     if jax.process_index():
-        yield
+        yield lambda: None
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,9 +53,21 @@ def locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
             os.ftruncate(number, 0)
             os.write(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
+        yield lambda: _check_held(number, folder)
     finally:
         os.close(number)
+
+
+def _check_held(number: int, folder: Path) -> None:
+    try:
+        same = os.path.samestat(os.fstat(number), os.stat(folder / LOCK))
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise Failure(
+            f"{short(folder)} or the file {LOCK!r} in it was removed or replaced while this run "
+            f"was there"
+        )
 
 
 def _take(number: int, folder: Path) -> bool:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,16 @@ PREVIOUS = "metrics.previous.jsonl"  # kept while a run that replaces them is un
 CHECKPOINTS, TENSORBOARD, PARTITION = "checkpoints", "tensorboard", "partition.png"
 
 
-def record(folder: Path, config: Config, seeds: tuple[Path, Config] | None = None) -> "Recorder":
+def record(
+    folder: Path,
+    config: Config,
+    check_held: Callable[[], None],
+    seeds: tuple[Path, Config] | None = None,
+) -> "Recorder":
     """The recorder of a run's folder; of several processes only the first writes.
 
     Args:
+      check_held: see `Recorder`.
       seeds: folder and config of several seeds, if the run is one of them; the folder is claimed
         for them too.
 
@@ -38,7 +44,7 @@ def record(folder: Path, config: Config, seeds: tuple[Path, Config] | None = Non
         if seeds:
             claim(*seeds)
             (seeds[0] / SUMMARY).unlink(missing_ok=True)
-        recorder = Recorder(folder, config)
+        recorder = Recorder(folder, config, check_held)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the folder is claimed")
     return recorder or ReadOnlyRecorder(folder, config)
@@ -47,12 +53,17 @@ def record(folder: Path, config: Config, seeds: tuple[Path, Config] | None = Non
 class Recorder:
     """Write a run's folder, its flags first, so that no other run uses the folder.
 
+    Args:
+      check_held: raises an error where the folder is not this run's any more; called before each
+        measurement, checkpoint and summary.
+
     Raises:
       ConfigurationError: the folder holds a run with other flags, or cannot be written.
     """
 
-    def __init__(self, folder: Path, config: Config):
+    def __init__(self, folder: Path, config: Config, check_held: Callable[[], None]):
         self.folder = folder
+        self._check_held = check_held
         self.lines: list[dict[str, Any]] = []
         claim(folder, config)
 
@@ -91,6 +102,7 @@ class Recorder:
 
     def add(self, line: dict[str, Any]) -> None:
         """Write one measurement to the file."""
+        self._check_held()
         self.lines.append(line)
         with writing(self.folder / METRICS):
             self._file.write(_as_line(line))
@@ -101,11 +113,13 @@ class Recorder:
     def flush(self) -> None:
         """Wait until all measurements are on disk, as they must be before a checkpoint that is
         newer."""
+        self._check_held()
         with writing(self.folder / METRICS):
             os.fsync(self._file.fileno())
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, and close the files."""
+        self._check_held()
         self._file.close()
         self._board.close()
         if summary["ended"] != "interrupted":

@@ -48,9 +48,9 @@ def run_job(job: Job, folder: Path, seeds: tuple[Path, Config] | None = None) ->
         another process runs.
     """
     check_same_run(folder, job.config)
-    with Feed(job) as feed, locked(folder):
+    with Feed(job) as feed, locked(folder) as check_held:
         round_fn = make_round_fn(job, feed.pool)
-        recorder = record(folder, job.config, seeds)
+        recorder = record(folder, job.config, check_held, seeds)
         with Saver(job, folder) as saver:
             return _Run(job, round_fn, feed, recorder, saver).to_the_end()
 

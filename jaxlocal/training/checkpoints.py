@@ -261,7 +261,8 @@ class Checkpoints:
         try:
             call()
         except Exception as error:
-            left = f"; that of step {self.steps[-1]} is intact" if self.steps else ""
+            there = [step for step in self.steps if (self.folder / str(step)).exists()]
+            left = f"; that of step {there[-1]} is intact" if there else ""
             raise SavingError(
                 f"a checkpoint could not be written to {self.folder} ({cause(error)}){left}"
                 f"{advice(error)}"

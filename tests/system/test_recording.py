@@ -1,10 +1,12 @@
 """The files of a run's folder: damaged ones are told apart from incomplete ones, and a full disk
 names the file that it was."""
 
+import contextlib
 import errno
 import io
 import json
 import os
+import shutil
 
 import pytest
 from short_runs import SMALL
@@ -12,6 +14,7 @@ from short_runs import SMALL
 from experiments.comparing.compare import compare
 from experiments.launching.statuses import FAILED, Failure, explained
 from experiments.running import recording
+from experiments.running.locking import LOCK, locked
 from experiments.running.metrics import METRICS, SUMMARY, read_metrics, read_summary
 from experiments.running.recording import FLAGS, Recorder, check_same_run
 from experiments.running.tensorboard import Board
@@ -121,9 +124,39 @@ def test_flags_that_are_no_file_are_refused(tmp_path):
 
 @pytest.fixture
 def recorder(tmp_path):
-    recorder = Recorder(tmp_path, SMALL)
+    recorder = Recorder(tmp_path, SMALL, lambda: None)
     recorder.begin(0)
     return recorder
+
+
+REMOVALS = {
+    "the folder": shutil.rmtree,
+    "the folder, which has another name": lambda folder: folder.rename(folder.with_name("other")),
+    "the lock": lambda folder: (folder / LOCK).unlink(),
+}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["alone", "with another run"])
+@pytest.mark.parametrize("removed", REMOVALS)
+def test_a_run_does_not_write_where_another_one_may_be(tmp_path, removed, again):
+    folder = tmp_path / "run"
+    with locked(folder) as check_held, contextlib.ExitStack() as second:
+        recorder = Recorder(folder, SMALL, check_held)
+        recorder.begin(0)
+        recorder.add(LINE)
+        REMOVALS[removed](folder)
+        if again:
+            second.enter_context(locked(folder))
+        before = sorted(folder.rglob("*"))
+        writes = (
+            lambda: recorder.add(LINE),
+            recorder.flush,
+            lambda: recorder.finish({"ended": ""}),
+        )
+        for write in writes:
+            with pytest.raises(Failure, match="run or the file 'lock' in it was removed or replac"):
+                write()
+        assert sorted(folder.rglob("*")) == before
 
 
 def full(*_, **__):

@@ -11,7 +11,7 @@ import pytest
 from saved_states import as_numbers, assert_same_bits, shapes_of, state_of
 
 from jaxlocal import ConfigurationError
-from jaxlocal.training.checkpoints import Checkpoints
+from jaxlocal.training.checkpoints import Checkpoints, SavingError
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +192,19 @@ def test_files_that_a_restored_state_does_not_need_may_be_missing(two, tmp_path)
         state, notes = checkpoints.restore(two[1])
     assert_same_bits(state, two[2])
     assert notes == {"saved": 8}
+
+
+def test_a_checkpoint_that_was_removed_is_not_called_intact(two, tmp_path, monkeypatch):
+    shutil.copytree(two[0], tmp_path / "copy")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "_save", fail)
+    with Checkpoints(tmp_path / "copy") as checkpoints:
+        for left in (8, 4, None):
+            with pytest.raises(SavingError) as caught:
+                checkpoints.save(state_of({"w": jnp.ones(2)}, jnp.int32(12)))
+            said = f"on device); that of step {left} is intact; free" if left else "device); free"
+            assert said in str(caught.value)
+            shutil.rmtree(tmp_path / "copy" / str(left), ignore_errors=True)
