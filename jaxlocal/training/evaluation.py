@@ -1,7 +1,7 @@
 """Evaluate the average model on examples in memory, on the devices or in a source."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,13 +12,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
-from jaxlocal.errors import ConfigurationError
+from jaxlocal.errors import ConfigurationError, check_integer
 from jaxlocal.parallel import collectives
 from jaxlocal.parallel.collectives import over_mesh
 from jaxlocal.parallel.layout import AXES, CONTEXT, MODEL, STACKED
-from jaxlocal.parallel.leaves import wide
+from jaxlocal.parallel.leaves import describe, dtype_of, is_key, wide
 from jaxlocal.parallel.mesh import jit_on, local_rows, place, place_rows, wait_on_cpu_processes
-from jaxlocal.parallel.pool import fetch
+from jaxlocal.parallel.pool import fetch, pool_size
 from jaxlocal.parallel.sharding import is_sharded
 from jaxlocal.training.reestimation import Reestimation
 from jaxlocal.training.round import RoundFn
@@ -50,7 +50,7 @@ class Evaluation:
 
     Raises:
       ConfigurationError: `data` and `source` are both given, there is no example, or `examples` are
-        not numbers of examples.
+        not numbers of examples; raised by a call for metrics that are not [batch].
 
     >>> import jaxlocal, optax
     >>> grad_fn = jaxlocal.gradients(lambda w, batch, key: (w * batch).mean())
@@ -73,12 +73,13 @@ class Evaluation:
     ) -> None:
         if data is not None and source is not None:
             raise ConfigurationError("an evaluation takes data or a source, not both")
+        check_integer("the batch size of an evaluation", batch_size)
         mesh = round_fn.mesh
         self._round_fn, self._source = round_fn, source
         pool = round_fn.context.data if data is None else data
         self._data = place(pool if source is None else (), NamedSharding(mesh, P()))
         leaves = jax.tree.leaves(self._data)
-        have = len(leaves[0]) if leaves else len(source or ())
+        have = (pool_size(pool) or 0) if source is None else len(source)
         self._examples = _checked(np.arange(have) if examples is None else examples, have)
         # Of the shapes: an operation on the arrays would fail in `jax.set_mesh` of another mesh.
         size = sum(x.nbytes // have for x in leaves) if source is None else _size_of(source[0])
@@ -179,6 +180,7 @@ def _sums_of(metrics: Metrics) -> Callable[..., dict[str, jax.Array]]:
         def one_batch(carry: Tree, batch: Tree) -> tuple[Tree, dict[str, jax.Array]]:
             examples, mask = batch
             values = metrics(params, model_state, examples)
+            _check_metrics(values, mask)
             return carry, {name: _sum(value, mask) for name, value in values.items()}
 
         mine = jax.tree.map(lambda x: x[0], (batches, counts))
@@ -186,6 +188,22 @@ def _sums_of(metrics: Metrics) -> Callable[..., dict[str, jax.Array]]:
         return {name: collectives.psum(value.sum(), AXES) for name, value in sums.items()}
 
     return program
+
+
+def _check_metrics(metrics: Any, mask: jax.Array) -> None:
+    """Raise ConfigurationError where a metric is no number of each example: others are no sums."""
+    if not isinstance(metrics, Mapping):
+        raise ConfigurationError(
+            f"the metrics of an evaluation must be a dictionary by name, got {describe(metrics)}"
+        )
+    for name, value in metrics.items():
+        dtype = dtype_of(value)
+        real = dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating)
+        if not real or is_key(value) or jnp.shape(value) != mask.shape:
+            raise ConfigurationError(
+                f"the metrics of an evaluation must be real numbers of each example, of shape "
+                f"{list(mask.shape)} here, and {name!r} is {describe(value)}"
+            )
 
 
 def _sum(values: jax.Array, mask: jax.Array) -> jax.Array:

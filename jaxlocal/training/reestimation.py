@@ -11,6 +11,7 @@ from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel import collectives
 from jaxlocal.parallel.collectives import broadcast_to_workers, over_mesh
 from jaxlocal.parallel.layout import CONTEXT, STACKED
+from jaxlocal.parallel.leaves import check_same
 from jaxlocal.parallel.mesh import jit_on, place, wait_on_cpu_processes
 from jaxlocal.parallel.pool import check_indices, fetch, pool_size
 from jaxlocal.parallel.sharding import batch_specs, named_shardings
@@ -62,7 +63,8 @@ class Reestimation:
     """
 
     def __init__(self, round_fn: RoundFn, apply: Apply, batches: Tree) -> None:
-        leading_size(batches, round_fn.layout)
+        if not leading_size(batches, round_fn.layout):
+            raise ConfigurationError("statistics are re-estimated on at least 1 batch, got 0")
         if (examples := pool_size(round_fn.context.data)) is not None:
             check_indices(batches, examples)
         self._round_fn, self._context = round_fn, round_fn.context
@@ -89,7 +91,13 @@ def _statistics_of(apply: Apply) -> Callable[..., Tree]:
         def one_worker(batches: Tree) -> _Leaves:
             def one_batch(sums: _Leaves, batch: Tree) -> tuple[_Leaves, None]:
                 examples = fetch(context.data, batch)
-                after = lambda floats: _split(apply(params, _join(floats, rest), examples))[0]
+
+                def after(floats: _Leaves) -> _Leaves:
+                    before = _join(floats, rest)
+                    moved = apply(params, before, examples)
+                    check_same("the re-estimated model state", "the one before", before, moved)
+                    return _split(moved)[0]
+
                 of_batch = _batch_statistics(after, floats)
                 return collectives.vary(jax.tree.map(jnp.add, sums, of_batch)), None
 

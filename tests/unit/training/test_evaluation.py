@@ -1,5 +1,7 @@
 """Evaluation of pools and sources, and re-estimated batch statistics of the average model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,3 +178,55 @@ def test_model_states_are_kept_or_averaged_and_their_bits_are_counted(method):
     assert sent["average"] - sent["keep"] == 32 * 8  # four means and four variances
     with pytest.raises(ConfigurationError, match="unknown model state option 'averag'"):
         getattr(jaxlocal, method)(grad_fn, optax.sgd(0.05), model_state="averag")
+
+
+@functools.cache
+def plain():
+    method = jaxlocal.local_sgd(jaxlocal.gradients(lambda w, b, key: w), optax.sgd(0.1))
+    round_fn = RoundFn(method, LAYOUT, make_mesh(LAYOUT, jax.devices()[:1]))
+    return round_fn, round_fn.init(jnp.float32(2), jax.random.key(0), {"mean": jnp.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"x": 1}, r"of shape \[2\] here, and 'x' is int32\[\]"),
+        (jnp.float32(1), "must be a dictionary by name, got float32"),
+        (None, "must be a dictionary by name, got NoneType"),
+        ({"x": jnp.ones(())}, r"of shape \[2\] here, and 'x' is float32\[\]"),
+        ({"x": jnp.ones(1)}, r"of shape \[2\] here, and 'x' is float32\[1\]"),
+        ({"x": jnp.ones((2, 2))}, r"of shape \[2\] here, and 'x' is float32\[2, 2\]"),
+        ({"x": jnp.ones(2, complex)}, r"real numbers .*'x' is complex64\[2\]"),
+        ({"x": jax.random.split(jax.random.key(0), 2)}, r"real numbers .*'x' is key<fry>\[2\]"),
+        ({"x": {"y": jnp.ones(2)}}, "'x' is dict"),
+    ],
+    ids=str,
+)
+def test_metrics_that_are_not_one_number_of_each_example_are_refused(given, message):
+    """The mean of a batch, for instance, would count its padding."""
+    round_fn, state = plain()
+    evaluation = Evaluation(round_fn, lambda *_: given, np.arange(7.0), batch_size=2)
+    with pytest.raises(ConfigurationError, match=message):
+        evaluation(state)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, "2", None])
+def test_the_batch_size_of_an_evaluation_is_an_integer(wrong):
+    with pytest.raises(ConfigurationError, match=f"batch size .* at least 1, got {wrong!r}"):
+        Evaluation(plain()[0], metrics, np.arange(7.0), batch_size=wrong)
+
+
+def test_examples_of_different_numbers_are_refused():
+    """A device would take the last one that is there for those that are not."""
+    with pytest.raises(ConfigurationError, match=r"the same number of examples, got \[5, 7\]"):
+        Evaluation(plain()[0], metrics, {"x": np.arange(7.0), "y": np.arange(5.0)})
+
+
+def test_a_reestimated_model_state_of_another_form_is_refused():
+    round_fn, state = plain()
+    batches = np.ones((2, 2, 2, 4), np.float32)
+    for after in ({"mean": jnp.zeros(1)}, {"other": jnp.zeros(3)}, {}, (jnp.ones(4), {})):
+        with pytest.raises(ConfigurationError, match="state must be like the one before: "):
+            Reestimation(round_fn, lambda *_, after=after: after, batches)(state)
+    with pytest.raises(ConfigurationError, match="at least 1 batch, got 0"):
+        Reestimation(round_fn, lambda params, model_state, batch: model_state, batches[:0])
