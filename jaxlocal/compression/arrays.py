@@ -65,6 +65,25 @@ def split(vector: Leaf, like: Sequence[Leaf]) -> list[Leaf]:
     return [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, like, strict=True)]
 
 
+def map_by_shape(fn: Callable[..., Leaf], *lists: Sequence[Leaf]) -> list[Leaf]:
+    """Map a function over lists of arrays, compiled once for all arrays of one shape and dtype.
+
+    They are computed as one batch, which copies them: it is meant for small arrays.
+
+    >>> map_by_shape(jnp.sum, [jnp.arange(2), jnp.arange(3), jnp.arange(1, 3)])
+    [Array(1, dtype=int32), Array(3, dtype=int32), Array(3, dtype=int32)]
+    """
+    rows = list(zip(*lists, strict=True))
+    kinds: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        kinds.setdefault(tuple((x.shape, x.dtype) for x in row), []).append(i)
+    results: dict[int, Leaf] = {}
+    for group in kinds.values():
+        batch = [jnp.stack(column) for column in zip(*(rows[i] for i in group), strict=True)]
+        results |= zip(group, jax.vmap(fn)(*batch), strict=True)
+    return [results[i] for i in range(len(rows))]
+
+
 def block(x: Leaf, at: Leaf, length: int) -> Leaf:
     """Take consecutive values of a vector from a place on.
 
@@ -83,19 +102,25 @@ def with_block(x: Leaf, values: Leaf, at: Leaf) -> Leaf:
     return _put(x, values, at)
 
 
-def random_words(key: Leaf, counts: Sequence[int]) -> list[Leaf]:
+def random_words(
+    key: Leaf,
+    counts: Sequence[int],
+    finish: Callable[[Leaf], Leaf] = lambda words: words,
+) -> list[Leaf]:
     """Draw one vector of random words, uint32, for each count.
 
-    One call draws them all: a call for each count would compile as many random generators. If no
-    word is needed, the key is not used.
+    One call draws them all, and `finish` computes on all of them: a call for each count would
+    compile as many random generators. If no word is needed, the key is not used.
     """
     if not sum(counts):
         return [jnp.zeros(0, jnp.uint32) for _ in counts]
     words = jax.random.bits(key, (sum(counts),), jnp.uint32)
     cut = lambda words: jnp.split(words, np.cumsum(counts)[:-1])
+    zeros = lambda words: [jnp.zeros(count, jnp.uint32) for count in counts]
     # XLA compiles what it does with equal tensors once, unless it fuses the cuts into it, each of
-    # which is at another place. It does not fuse the results of a condition.
-    return lax.cond(words[0] > 0, cut, cut, words)
+    # which is at another place. It does not fuse the results of a condition, which almost always
+    # holds: zeros instead are one draw in 2³² more than there were.
+    return lax.cond(words[0] > 0, cut, zeros, finish(words))
 
 
 def pack(values: Leaf, bits: int) -> Leaf:

@@ -38,6 +38,8 @@ class Selection(NamedTuple):
     # (x [n], index, words, change) -> x with the kept values v [k] replaced by change(v)
     update: Callable[[Leaf, Tree, Leaf, Callable[[Leaf], Leaf]], Leaf]
     delta: Callable[[int], float]  # n -> δ
+    # (sizes n, words of all vectors) -> what `encode` and `update` are given of them instead
+    draw: Callable[[Sequence[int], Leaf], Leaf] = lambda sizes, words: words
 
 
 class Coder(NamedTuple):
@@ -183,7 +185,7 @@ def _encode(codec: Codec, tree: Tree, key: Leaf) -> Tree:
         if _compresses(codec, [payload[i] for i in group])
     ]
     vectors = [flat([payload[i] for i in group]) for group in compressed]
-    masks = random_words(key, [codec.selection.words(x.size) for x in vectors])
+    masks = _masks(codec.selection, key, [x.size for x in vectors])
     counts = [codec.coder.words(codec.selection.kept(x.size)) for x in vectors]
     # Masks are drawn from the message's own key, because the decoder has no other.
     noises = random_words(jax.random.fold_in(key, 1) if sum(counts) else key, counts)
@@ -191,6 +193,12 @@ def _encode(codec: Codec, tree: Tree, key: Leaf) -> Tree:
         payload = [None if i in group else item for i, item in enumerate(payload)]
         payload[group[0]] = _encode_vector(codec, x, mask, noise)
     return payload
+
+
+def _masks(selection: Selection, key: Leaf, sizes: Sequence[int]) -> list[Leaf]:
+    """What the selection draws for vectors of these sizes."""
+    finish = functools.partial(selection.draw, sizes)
+    return random_words(key, [selection.words(n) for n in sizes], finish)
 
 
 def _decode(codec: Codec, payload: Tree, key: Leaf, onto: Tree, scale: Any) -> Tree:
@@ -203,7 +211,7 @@ def _decode(codec: Codec, payload: Tree, key: Leaf, onto: Tree, scale: Any) -> T
     others = [i for i, item in enumerate(payload) if item is None]
     compressed = [[i, *others] for i, item in enumerate(payload) if isinstance(item, VectorPayload)]
     sizes = [sum(leaves[i].size for i in group) for group in compressed]
-    masks = random_words(key, [codec.selection.words(n) for n in sizes])
+    masks = _masks(codec.selection, key, sizes)
     for group, mask in zip(compressed, masks, strict=True):
         added = _add_vector(codec, payload[group[0]], mask, [leaves[i] for i in group], scale)
         for i, x in zip(group, added, strict=True):

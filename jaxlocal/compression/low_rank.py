@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlocal.compression.arrays import add, is_floating, tree_bits, wide
+from jaxlocal.compression.arrays import add, is_floating, map_by_shape, tree_bits, wide
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Compressor, Leaf, SecondMessage, Tree
 
@@ -80,10 +80,10 @@ def powersgd(rank: int) -> Compressor:
 
 
 def _settle(average: Tree) -> Tree:
-    return jax.tree.map(_basis, average)
+    leaves, structure = jax.tree.flatten(average)
+    return jax.tree.unflatten(structure, map_by_shape(_basis, leaves))
 
 
-@jax.jit  # traced once for all matrices of one shape
 def _basis(columns: Leaf) -> Leaf:
     """Orthonormalise columns, [n, r] → [n, r], to zero where one depends on those before it.
 
@@ -127,11 +127,13 @@ def _encode_right(tree: Tree, known: Tree, key: Leaf) -> Tree:
 def _remember(memory: Tree, payload: Tree, key: Leaf) -> Tree:
     """Q ← R, with new random columns where R is zero: from a zero column nothing would be found."""
 
-    def one(number, right):
+    def one(right, number):
         fresh = jax.random.normal(jax.random.fold_in(key, number), right.shape, right.dtype)
         return jnp.where((right != 0).any(axis=0, keepdims=True), right, fresh)
 
-    return [r if r is None else one(i, r) for i, r in enumerate(payload["right"])]
+    rights, structure = jax.tree.flatten(payload["right"])
+    numbers = [jnp.uint32(i) for i, right in enumerate(payload["right"]) if right is not None]
+    return jax.tree.unflatten(structure, map_by_shape(one, rights, numbers))
 
 
 def _decode(payload: Tree, key: Leaf, onto: Tree, scale: float) -> Tree:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxlocal.compression.arrays import block, is_floating, rows, with_block
@@ -55,18 +56,19 @@ def grbs(ratio: float, values: str | None = None) -> Compressor:
     def blocks(n):
         return -(-n // kept(n))
 
-    def start(n, words):
+    def starts(sizes, words):
+        of_all = lambda count: np.array([count(n) for n in sizes], np.uint32)
         # The modulus makes early blocks more probable, by a share of at most B / 2³².
-        return jnp.minimum(words[0] % blocks(n) * kept(n), n - kept(n))
+        return jnp.minimum(words % of_all(blocks) * of_all(kept), of_all(lambda n: n - kept(n)))
 
-    def encode(x, words):
-        return block(x, start(x.size, words), kept(x.size)), ()
+    def encode(x, start):
+        return block(x, start[0], kept(x.size)), ()
 
-    def update(x, index, words, change):
-        at = start(x.size, words)
-        return with_block(x, change(block(x, at, kept(x.size))), at)
+    def update(x, index, start, change):
+        return with_block(x, change(block(x, start[0], kept(x.size))), start[0])
 
-    selection = Selection(kept, lambda n: 1, encode, update, delta=lambda n: 1 / blocks(n))
+    delta = lambda n: 1 / blocks(n)
+    selection = Selection(kept, lambda n: 1, encode, update, delta, draw=starts)
     return _sparsifier("grbs", ratio, values, selection)
 
 
