@@ -16,6 +16,7 @@ an optimizer state, typed or not, and the typed ones of a model state are folded
 the worker, see `keys.own_keys`.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,17 +48,19 @@ def is_averaged(x: Leaf) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def wide(dtype: Any) -> np.dtype:
-    """The type in which the values of a type are averaged: floating-point, of 32 bits at least.
+def wide(*dtypes: Any) -> np.dtype:
+    """The type in which values of some types are computed: floating-point, of 32 bits at least.
 
-    `jnp.promote_types(dtype, jnp.float32)`, for float8 and in JAX's strict mode too.
+    The promotion of the types and float32, for float8 and in JAX's strict mode too.
 
     >>> wide(jnp.bfloat16), wide(jnp.float8_e4m3fn), wide(jnp.complex64), wide(jnp.int32)
     (dtype('float32'), dtype('float32'), dtype('complex64'), dtype('float32'))
+    >>> wide(jnp.float16, jnp.complex64), wide(jnp.bfloat16, jnp.float16)
+    (dtype('complex64'), dtype('float32'))
     """
-    dtype = np.dtype(dtype)
-    keeps = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
-    return dtype if keeps else np.dtype(np.float32)
+    keeps = lambda dtype: jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
+    kept = (dtype for dtype in map(np.dtype, dtypes) if keeps(dtype))
+    return functools.reduce(np.promote_types, kept, np.dtype(np.float32))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
