@@ -60,7 +60,11 @@ def described(found: list[Audited]) -> list[tuple]:
 
 
 @pytest.mark.parametrize("worker_map", ["map", "vmap"])
-@pytest.mark.parametrize("loss", [dense, convolutional], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(
+    "loss",
+    [dense, pytest.param(convolutional, marks=pytest.mark.slow)],
+    ids=lambda loss: loss.__name__,
+)
 def test_no_collective_runs_in_the_local_steps_of_local_sgd(loss, worker_map):
     grad_fn = jaxlocal.gradients(loss)
     method = jaxlocal.local_sgd(grad_fn, optax.adam(0.1), period=4, worker_map=worker_map)

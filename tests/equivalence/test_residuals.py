@@ -119,7 +119,7 @@ def bowls():
     return {"scale": scales, **targets}, optimum
 
 
-@pytest.mark.parametrize("spec", ["top_k:8", "sign"])
+@pytest.mark.parametrize("spec", ["top_k:8", pytest.param("sign", marks=pytest.mark.slow)])
 def test_feedback_and_reset_reach_the_optimum_where_the_same_compressor_alone_stalls(spec, bowls):
     """At the optimum Σ a_i g_i = 0, but Σ a_i C(g_i) is not.
 
@@ -151,6 +151,7 @@ def test_feedback_and_reset_reach_the_optimum_where_the_same_compressor_alone_st
         assert after < 0.6 * before and after < 0.1 * stalled
 
 
+@pytest.mark.slow
 def test_cser_on_any_number_of_devices_is_the_same_and_its_anchor_is_one():
     layout = Layout(2, 4, weights=[1, 2, 3, 4, 4, 3, 2, 1])
     method = cser(OPTIMIZERS["momentum"], "top_k:4", "grbs:3", period=4)

@@ -81,7 +81,10 @@ def crash_at(monkeypatch, step):
     monkeypatch.setattr(Display, "show", crashing)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "streaming_diloco")) for name in RUNS],
+)
 def test_a_run_that_crashes_again_and_again_ends_bit_identical(name, tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, **RUNS[name])
     whole = run(config, tmp_path / "whole")

@@ -72,6 +72,7 @@ def test_every_method_trains(tmp_path):
         assert status == 0 and lines[-1]["train_loss"] < lines[0]["train_loss"], method
 
 
+@pytest.mark.slow
 def test_every_compressed_method_trains(tmp_path):
     """At ratios that 32 parameters have room for, with workers that skip steps."""
     small = {
@@ -91,6 +92,7 @@ def test_every_compressed_method_trains(tmp_path):
         assert 0 < models_sent < 24, method  # fewer than in data parallelism
 
 
+@pytest.mark.slow
 def test_streaming_gives_the_numbers_of_the_resident_pool(tmp_path):
     """With augmented images, evaluations on samples, and threads or a process that reads."""
     config = Config(
@@ -126,6 +128,7 @@ def little_text(monkeypatch):
     text._tokens.cache_clear()
 
 
+@pytest.mark.slow
 def test_text_is_learned(tmp_path, little_text):
     status, lines = run(TEXT, tmp_path / "run")
     assert status == 0
@@ -154,6 +157,7 @@ class Normed(nnx.Module):
         return self.logits(self.norm(images.reshape(len(images), 64)))
 
 
+@pytest.mark.slow
 def test_model_states_are_kept_averaged_or_reestimated(tmp_path, monkeypatch):
     normed = lambda shape, outputs: from_nnx(lambda rngs: Normed(outputs, rngs))
     monkeypatch.setitem(MODELS, "normed", normed)

@@ -161,6 +161,7 @@ def test_dropout_depends_on_the_key_and_is_off_in_evaluation_and_by_default():
     np.testing.assert_array_equal(logits(model, KEY, True), in_evaluation)
 
 
+@pytest.mark.slow
 def test_workers_learn_alike_under_vmap_and_map():
     """Workers learn to count up, and vmap and map give the same losses."""
     firsts = np.random.default_rng(0).integers(0, VOCABULARY, (16, 1, 2, 8, 1))
