@@ -15,7 +15,7 @@ from experiments.building.files import short
 from experiments.launching.statuses import Failure
 from jaxlocal import ConfigurationError
 
-LOCK = "lock"
+LOCK, HOLDER = "lock", "process "
 
 
 @contextlib.contextmanager
@@ -30,32 +30,49 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
     first holds it for all.
 
     Raises:
-      ConfigurationError: another process holds the lock, or the folder cannot be written.
+      ConfigurationError: another process holds the lock, the folder cannot be written, or it has a
+        file of another program in the place of the lock.
       Failure: the disk is full.
     """
     if jax.process_index():
         yield lambda: None
         return
+    number = _open(folder)
+    try:
+        _acquire(number, folder)
+        with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
+            os.ftruncate(number, 0)
+            os.lseek(number, 0, os.SEEK_SET)
+            os.write(number, f"{HOLDER}{os.getpid()} on {socket.gethostname()}\n".encode())
+        yield lambda: _check_held(number, folder)
+    finally:
+        os.close(number)
+
+
+def _open(folder: Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        number = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        no_link = getattr(os, "O_NOFOLLOW", 0)  # the target of a link would be overwritten
+        return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | no_link, 0o666)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         kind: type[Exception] = Failure if full else ConfigurationError
         raise kind(f"the workdir {short(folder)} cannot be written: {error.strerror}") from None
-    try:
-        if not _take(number, folder):
-            holder = short(os.read(number, 300).decode(errors="replace").strip())
-            raise ConfigurationError(
-                f"the workdir {folder} is in use by {holder or 'another process'}; wait until it "
-                f"has ended, or give another --workdir"
-            )
-        with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
-            os.ftruncate(number, 0)
-            os.write(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield lambda: _check_held(number, folder)
-    finally:
-        os.close(number)
+
+
+def _acquire(number: int, folder: Path) -> None:
+    """Take the lock, or raise ConfigurationError with what is in its place."""
+    taken, text = _take(number, folder), os.read(number, 300).decode(errors="replace").strip("\0\n")
+    if not taken:
+        raise ConfigurationError(
+            f"the workdir {folder} is in use by {short(text) or 'another process'}; wait until it "
+            f"has ended, or give another --workdir"
+        )
+    if text and not text.startswith(HOLDER):
+        raise ConfigurationError(
+            f"the workdir {short(folder)} holds a file {LOCK!r} that is not of this program; give "
+            f"another --workdir"
+        )
 
 
 def _check_held(number: int, folder: Path) -> None:

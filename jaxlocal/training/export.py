@@ -53,7 +53,7 @@ def export(folder: str | Path, params: Tree, model_state: Tree) -> list[Path]:
     tree = jax.tree.map(as_array, {"params": params, "model_state": model_state})
     _check_kinds(tree)
     folder = local_folder(folder)
-    part = folder / "part"  # where both are written
+    part = folder / "model.part"  # where both are written
     _together(folder, lambda: _start(folder, part))
     try:
         _together(folder, lambda: _write(part, tree))

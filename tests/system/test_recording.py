@@ -159,6 +159,23 @@ def test_a_run_does_not_write_where_another_one_may_be(tmp_path, removed, again)
         assert sorted(folder.rglob("*")) == before
 
 
+def test_a_file_of_the_user_in_the_place_of_the_lock_is_kept(tmp_path):
+    (tmp_path / "mine").write_text("process 7 on paper")
+    (tmp_path / LOCK).symlink_to("mine")
+    with pytest.raises(ConfigurationError, match="cannot be written: Too many levels of symb"):
+        locked(tmp_path).__enter__()
+    assert (tmp_path / "mine").read_text() == "process 7 on paper"
+    (tmp_path / LOCK).unlink()
+    (tmp_path / LOCK).write_text("combination: 12-34")
+    with pytest.raises(ConfigurationError, match="holds a file 'lock' that is not of this program"):
+        locked(tmp_path).__enter__()
+    assert (tmp_path / LOCK).read_text() == "combination: 12-34"
+    for torn in (b"", b"\0" * 30, b"process 7 on"):
+        (tmp_path / LOCK).write_bytes(torn)
+        with locked(tmp_path):
+            assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+
+
 def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 

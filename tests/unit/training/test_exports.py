@@ -107,8 +107,8 @@ def test_an_export_that_fails_leaves_the_one_before(tmp_path, monkeypatch, write
 
 def test_an_export_that_was_killed_between_two_renames_is_put_back(tmp_path):
     export(tmp_path, {"w": np.ones(2)}, {})
-    (tmp_path / "part").mkdir()
-    (tmp_path / "model").rename(tmp_path / "part" / "old")
+    (tmp_path / "model.part").mkdir()
+    (tmp_path / "model").rename(tmp_path / "model.part" / "old")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("orbax.checkpoint.StandardCheckpointer", fail)
         with pytest.raises(SavingError):
