@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxlocal.parallel.leaves import wide
 from jaxlocal.types import Leaf, Tree
 
 
@@ -20,12 +21,6 @@ def tree_bits(tree: Tree) -> int:
 def is_floating(x: Leaf) -> bool:
     """Whether an array holds floating-point values."""
     return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def wide(*dtypes: Any) -> Any:
-    """The dtype to compute in: the promotion of the given dtypes and float32."""
-    with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
 
 
 def add(onto: Leaf, x: Leaf, scale: Any) -> Leaf:
