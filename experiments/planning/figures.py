@@ -5,13 +5,14 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 
 from experiments.building.compressors import ratio_by_formula
 from experiments.building.job import Plan, make_round_fn, measure_every
 from jaxlocal import RoundFn
 from jaxlocal.communication.accounting import model_bits
 from jaxlocal.compression import payload_bits
-from jaxlocal.training.loop import dispatches
 from jaxlocal.types import Tree
 
 
@@ -89,9 +90,30 @@ def _segments(lengths: tuple[int, ...]) -> list[dict[str, int]]:
 
 def _count_programs(plan: Plan, round_fn: RoundFn) -> int:
     """Number of programs that training compiles: one per size of chunk, and the end of a round."""
-    pieces = dispatches(round_fn, plan.steps, measure_every(plan))
-    ending = plan.method.outer.steps
-    return len({d.steps for d in pieces if not (ending and d.ends_round)}) + 1
+    stretches = _stretches(
+        np.asarray(plan.lengths),
+        plan.method.inner.steps,
+        plan.method.outer.steps,
+        measure_every(plan),
+    )
+    return len({size for steps in stretches for size in round_fn.chunks(steps)}) + 1
+
+
+def _stretches(lengths: NDArray, inner: int, outer: int, every: int) -> list[int]:
+    """The different numbers of steps that are taken without a stop: a measurement or a round's end.
+
+    Args:
+      lengths: H of all rounds.
+      inner: steps of an inner stage, at whose ends a measurement can be.
+      outer: steps of the end of a round, which are a program of their own.
+      every: steps between measurements; 0 for the ends of rounds.
+    """
+    ends = np.cumsum(lengths)
+    due = np.arange(every, ends[-1], every) if every else np.empty(0, ends.dtype)
+    stops = np.unique(np.concatenate([[0], ends, ends - outer, -(-due // inner) * inner]))
+    starts, steps = stops[:-1], np.diff(stops)
+    local = starts < (ends - outer)[np.searchsorted(ends, starts, side="right")]
+    return np.unique(steps[local]).tolist()
 
 
 def _memory(plan: Plan) -> dict[str, int]:

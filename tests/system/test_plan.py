@@ -1,6 +1,7 @@
 """A plan has the numbers of the run that it predicts, and those that the papers published."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ from absl import flags
 from short_runs import SMALL, run
 
 from experiments.building.config import Config, default_workdir
-from experiments.building.job import build_plan
+from experiments.building.job import build_plan, make_round_fn, measure_every
 from experiments.launching import command_line
 from experiments.planning.figures import plan_figures
 from experiments.running.recording import finite
 from jaxlocal import ConfigurationError
+from jaxlocal.training.loop import dispatches
 
 SMALL_RATIOS = {  # which fit 32 parameters
     "cser": {"gradient_compressor": "grbs:16", "reset_compressor": "grbs:4"},
@@ -230,3 +232,31 @@ def test_anchors_and_residuals_count_in_the_memory():
             assert (held["anchor"] / model, held["memory"] / model) == memory
         else:
             assert held["anchor"] == memory[0] * model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 440},
+        {"steps": 441, "period": "constant", "eval_every": 7},
+        {"steps": 100, "local_steps": 3, "period": "constant", "eval_every": 0},
+        {"method": "mll_sgd", "hubs": 2, "local_steps": 5, "steps": 400, "eval_every": 13},
+        {"method": "mll_sgd", "hubs": 2, "local_steps": 5, "steps": 400, "eval_every": 3},
+        {"method": "streaming_diloco", "fragments": 1, "local_steps": 24, "delay_steps": 3},
+        {"method": "streaming_diloco", "fragments": 1, "local_steps": 24, "eval_every": 5},
+    ],
+)
+def test_the_programs_are_those_of_the_dispatches(changes):
+    built = build_plan(Config(parameters=640, **changes))
+    round_fn, ending = make_round_fn(built), built.method.outer.steps
+    pieces = dispatches(round_fn, built.steps, measure_every(built))
+    sizes = {d.steps for d in pieces if not (ending and d.ends_round)}
+    assert plan_figures(built)["training_programs"] == len(sizes) + 1
+
+
+@pytest.mark.slow
+def test_a_million_rounds_are_planned_in_seconds():
+    built = build_plan(Config(parameters=640, rounds=1_000_000, local_steps=1, period="constant"))
+    began = time.process_time()
+    assert plan_figures(built)["rounds"] == 1_000_000
+    assert time.process_time() - began < 5  # 8 s where every dispatch is enumerated
