@@ -1,6 +1,7 @@
 """Join the processes of one run: they connect, start JAX together, and end together."""
 
 import contextlib
+import hashlib
 import ipaddress
 import os
 import re
@@ -28,6 +29,7 @@ PATIENCE = 60.0  # seconds that processes wait for each other at the start
 NOTICE = 5.0  # seconds within which a process learns that another one has ended
 MOST_PROCESSES = 1 << 16
 BY_HAND = ("coordinator_address", "process_count", "process_id")
+LONGEST_LINE = 200  # characters of a flag and its value
 OWN = ("--data_dir", "--stream_workers")  # flags that may differ between processes
 
 
@@ -146,11 +148,15 @@ def _shared_folder(config: Config) -> Path:
 def _shared_lines(config: Config, count: int) -> list[str]:
     """Flags, versions and settings that must be the same in all processes."""
     lines = [line for line in config.flag_lines() if line.split("=")[0] not in OWN]
-    return [
-        f"--process_count={count}",
-        *lines,
-        *versions_and_settings(),
-    ]
+    return [f"--process_count={count}", *map(_shortened, lines), *versions_and_settings()]
+
+
+def _shortened(line: str) -> str:
+    """A line that fits in a message and in a sentence: a long one ends in its digest."""
+    if len(line) <= LONGEST_LINE:
+        return line
+    digest = hashlib.sha256(line.encode(errors="surrogatepass")).hexdigest()[:16]
+    return f"{line[: LONGEST_LINE // 2]}… ({len(line)} characters, digest {digest})"
 
 
 def _initialize(group: Group, link: Link) -> None:

@@ -14,7 +14,7 @@ import pytest
 from processes import free_port
 
 from experiments.building.config import Config
-from experiments.launching.joining import find_group
+from experiments.launching.joining import _shared_lines, find_group
 from experiments.launching.link import Place
 from experiments.launching.meeting import meet
 from experiments.launching.sameness import SETTINGS, check_devices, versions_and_settings
@@ -192,3 +192,11 @@ def test_processes_with_other_numbers_of_devices_are_refused(monkeypatch):
         check_devices()
     devices.append(SimpleNamespace(process_index=0))
     check_devices()
+
+
+def test_flags_of_any_length_are_compared():
+    long = f"--rates={'0.5,' * 100_000}"
+    ours, theirs = (_shared_lines(Config(rates=long + end), 2) for end in "12")
+    assert meeting(2, (0, ours), (1, ours)) == ["", ""]
+    first, second = meeting(2, (0, ours), (1, theirs))
+    assert first == second and "process 0 has --rates=" in first and len(first) < 500
