@@ -27,6 +27,7 @@ from jaxlocal.training.disk import (
     local_folder,
     of_machine,
     quietly,
+    remove_unfinished,
     require,
 )
 from jaxlocal.training.export import export
@@ -81,7 +82,7 @@ class Checkpoints:
         self.folder = local_folder(folder)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=False,  # who only reads would remove what another saves
             enable_async_checkpointing=True,
             # If a folder cannot be created in the background, Orbax waits for it for five minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -102,7 +103,7 @@ class Checkpoints:
             raise ConfigurationError(
                 f"checkpoints cannot be kept in {self.folder}: {why}"
             ) from None
-        self._args = ocp.args
+        self._args, self._has_saved = ocp.args, False
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -146,6 +147,9 @@ class Checkpoints:
         self._guarded(lambda: self._save(state, kept))
 
     def _save(self, state: TrainState, notes: dict[str, Any]) -> None:
+        if not self._has_saved:
+            remove_unfinished(self.folder)
+            self._has_saved = True
         arguments = self._args.Composite(
             state=self._args.StandardSave(_without_empty(state)),
             notes=self._args.JsonSave(notes),
@@ -231,8 +235,8 @@ class Checkpoints:
     def _read_state(self, folder: Path, shapes: TrainState) -> TrainState:
         arguments = self._args.StandardRestore(_without_empty(shapes))
         state = self._state.restore(folder, args=arguments)
-        filled = lambda shape, x: x if shape.size else _empty(shape)
-        return jax.tree.map(filled, shapes, state)
+        empty = lambda like: jnp.empty(like.shape, like.dtype, device=like.sharding)
+        return jax.tree.map(lambda like, x: x if like.size else empty(like), shapes, state)
 
     def _set_aside(self, damaged: Mapping[int, str], good: int) -> None:
         """Rename the folders of damaged checkpoints, so that they are not counted any more."""
@@ -291,7 +295,3 @@ def _check_kinds(state: TrainState) -> None:
 def _without_empty(tree: TrainState) -> TrainState:
     """The tree without arrays of size zero, which Orbax does not write."""
     return jax.tree.map(lambda x: x if x.size else (), tree)
-
-
-def _empty(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    return jnp.empty(shape.shape, shape.dtype, device=shape.sharding)

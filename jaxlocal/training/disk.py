@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -64,6 +65,13 @@ def free_path(path: Path) -> Path:
     """The path, or with a number the first that is free; one of a link to nothing is not."""
     paths = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(one for one in itertools.chain([path], paths) if not os.path.lexists(one))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove checkpoints that a process which was killed did not finish."""
+    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+        if jax.process_index() == 0 and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def cause(error: BaseException) -> str:

@@ -194,6 +194,20 @@ def test_files_that_a_restored_state_does_not_need_may_be_missing(two, tmp_path)
     assert notes == {"saved": 8}
 
 
+def test_only_who_saves_removes_unfinished_checkpoints(two, tmp_path):
+    """Another process may be saving while this one reads."""
+    shutil.copytree(two[0], tmp_path / "copy")
+    unfinished = [tmp_path / "copy" / f"{step}.orbax-checkpoint-tmp" for step in (12, 16)]
+    for path in unfinished:
+        shutil.copytree(two[0] / "8", path)
+    with Checkpoints(tmp_path / "copy") as checkpoints:
+        state, _ = checkpoints.restore(two[1])
+        assert all(path.exists() for path in unfinished)
+        checkpoints.save(state._replace(step=state.step + 4))
+        checkpoints.wait()
+        assert checkpoints.steps == [8, 12] and not any(path.exists() for path in unfinished)
+
+
 def test_a_checkpoint_that_was_removed_is_not_called_intact(two, tmp_path, monkeypatch):
     shutil.copytree(two[0], tmp_path / "copy")
 
