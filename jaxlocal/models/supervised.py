@@ -11,7 +11,7 @@ import optax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model
-from jaxlocal.parallel.leaves import wide
+from jaxlocal.parallel.leaves import check_fits, wide
 
 Tree = Any
 # (params, model_state, batch, key) -> (loss, (model_state, metrics))
@@ -47,6 +47,7 @@ def example_metrics(outputs: jax.Array, targets: jax.Array, classes: int) -> dic
     """
     check_classes(classes)
     _check_arrays(outputs, targets, classes)
+    check_fits("targets", targets)
     outputs = outputs.astype(wide(outputs.dtype))
     if classes == 0:
         dtype = max(outputs.dtype, wide(targets.dtype), key=lambda kind: kind.itemsize)
@@ -94,7 +95,9 @@ def _check_arrays(outputs: Any, targets: Any, classes: int) -> None:
                 f"the {name} of a loss must be one array, got {type(value).__name__}; make a loss "
                 "of your own for others"
             )
-    wanted = (np.integer, np.bool_) if classes else (np.number, np.bool_)
+    wanted = (np.integer, np.bool_) if classes else (np.integer, np.floating, np.bool_)
+    if jnp.issubdtype(outputs.dtype, np.complexfloating):
+        raise ConfigurationError(f"outputs must be real numbers, got {outputs.dtype}")
     if not any(jnp.issubdtype(targets.dtype, kind) for kind in wanted):
         numbers = f"integers from 0 to {classes - 1}" if classes else "numbers"
         raise ConfigurationError(f"targets must be {numbers}, got {targets.dtype}")

@@ -135,6 +135,30 @@ def check_arrays(what: str, tree: Tree) -> None:
         if dtype_of(x) is None:
             name = _named(what, path)
             raise ConfigurationError(f"{name} must be an array or a number, got {describe(x)}")
+    check_fits(what, tree)
+
+
+def check_fits(what: str, tree: Tree) -> None:
+    """Check that integers of numpy fit the type that they have as arrays of JAX, which wraps them.
+
+    Raises:
+      ConfigurationError: they do not, without `jax_enable_x64`.
+
+    >>> check_fits("batches", {"targets": np.array([3, 2**40])})
+    Traceback (most recent call last):
+    ...
+    jaxlocal.errors.ConfigurationError: batches/targets from 3 to 1099511627776 do not fit int32
+    """
+    for path, x in _paths(tree):
+        if not isinstance(x, np.ndarray | np.integer) or x.dtype.kind not in "iu" or not x.size:
+            continue
+        if (dtype := dtype_of(x)) == x.dtype:
+            continue
+        least, most, limits = int(x.min()), int(x.max()), np.iinfo(dtype)
+        if least < limits.min or most > limits.max:
+            raise ConfigurationError(
+                f"{_named(what, path)} from {least} to {most} do not fit {dtype}"
+            )
 
 
 def check_same(what: str, like: str, before: Tree, after: Tree, precision: bool = True) -> None:

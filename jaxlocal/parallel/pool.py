@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlocal.errors import ConfigurationError
+from jaxlocal.parallel.leaves import check_fits
 from jaxlocal.types import Tree
 
 
@@ -37,7 +38,8 @@ def pool_size(data: Tree) -> int | None:
     """Number of examples in a pool; None without a pool.
 
     Raises:
-      ConfigurationError: the arrays of the pool differ in their first dimension.
+      ConfigurationError: the arrays of the pool differ in their first dimension, or hold integers
+        that JAX would wrap.
 
     >>> pool_size({"inputs": np.zeros((10, 3)), "targets": np.zeros(10)})
     10
@@ -47,6 +49,7 @@ def pool_size(data: Tree) -> int | None:
         raise ConfigurationError(
             f"the arrays of a pool must hold the same number of examples, got {sorted(sizes)}"
         )
+    check_fits("the pool", data)
     return sizes.pop() if sizes else None
 
 

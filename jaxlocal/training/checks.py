@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlocal.errors import ConfigurationError, check_integer
 from jaxlocal.parallel.layout import Layout
-from jaxlocal.parallel.leaves import is_key, path_name
+from jaxlocal.parallel.leaves import check_fits, is_key, path_name
 from jaxlocal.periods.rounds import length_at
 from jaxlocal.types import Method, Period, Tree
 
@@ -154,6 +154,7 @@ def leading_size(batches: Tree, layout: Layout) -> int:
     for x in leaves:
         if not is_key(x) and getattr(x.dtype, "kind", "") in "OSUMm":
             raise ConfigurationError(f"batches must be arrays of numbers, got one of {x.dtype}")
+    check_fits("batches", batches)
     return next(iter(leading))[0]
 
 

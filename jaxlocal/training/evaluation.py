@@ -16,7 +16,7 @@ from jaxlocal.errors import ConfigurationError, check_integer
 from jaxlocal.parallel import collectives
 from jaxlocal.parallel.collectives import over_mesh
 from jaxlocal.parallel.layout import AXES, CONTEXT, MODEL, STACKED
-from jaxlocal.parallel.leaves import describe, dtype_of, is_key, wide
+from jaxlocal.parallel.leaves import check_fits, describe, dtype_of, is_key, wide
 from jaxlocal.parallel.mesh import jit_on, local_rows, place, place_rows, wait_on_cpu_processes
 from jaxlocal.parallel.pool import fetch, pool_size
 from jaxlocal.parallel.sharding import is_sharded
@@ -120,6 +120,7 @@ class Evaluation:
             numbers = np.arange(start, start + size).reshape(self._shape)[mine]
             rows = self._examples[numbers % total]
             batches = rows if self._source is None else read_examples(self._source, rows)
+            check_fits("examples", batches)
             held = (batches, numbers < total)
             batches, counts = place_rows(held, mesh, devices, P(AXES), within=self._within)
             yield wait_on_cpu_processes(mesh, self._lookup(self._data, batches)), counts

@@ -13,6 +13,7 @@ from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel import collectives
 from jaxlocal.parallel import sharding as placing
 from jaxlocal.parallel.layout import CONTEXT, MODEL, Layout
+from jaxlocal.parallel.leaves import check_fits
 from jaxlocal.parallel.mesh import local_rows, make_mesh, place, place_rows, wait_on_cpu_processes
 from jaxlocal.parallel.own_mesh import usable_mesh
 from jaxlocal.parallel.pool import check_indices, pool_size
@@ -162,8 +163,7 @@ class RoundFn:
         return self._dispatched(state, self._at_end(batches))
 
     def check(self, state: TrainState, batches: Tree = ()) -> None:
-        """Raise ConfigurationError where a state was donated or is not of this round function, or
-        where one of the two is given as its shapes."""
+        """Raise ConfigurationError where a state was donated or is not of this round function."""
         checks.check_no_shapes((state, batches))
         self._known.check(state)
 
@@ -189,6 +189,7 @@ class RoundFn:
 
     def local_batches(self, batches: Tree) -> Tree:
         """Make global batches of host arrays [H, local_workers, ...], the rows of this process."""
+        check_fits("batches", batches)
         return place_rows(batches, self.mesh, self.layout.shape, axis=1)
 
     def mean(self, state: TrainState) -> tuple[Tree, Tree]:

@@ -190,6 +190,7 @@ def test_a_number_of_classes_is_0_or_2_or_more(classes):
     ("outputs", "targets", "sentence"),
     [
         (jnp.zeros((4, 5)), jnp.zeros(4), "targets must be integers from 0 to 4, got float32"),
+        (jnp.zeros((2, 5)), np.array([0, 2**40]), "targets from 0 to 1099511627776 do not fit in"),
         (jnp.zeros((4, 5)), np.array(list("abcd")), "integers from 0 to 4, got <U1"),
         (jnp.zeros((4, 5)), np.array([0, None, 1, 2]), "integers from 0 to 4, got object"),
         (jnp.zeros((4, 5)), jnp.zeros((4, 1), int), "do not fit targets of shape"),

@@ -180,3 +180,21 @@ def test_shapes_are_refused_where_a_program_reads_arrays():
         with pytest.raises(ConfigurationError, match="arrays are needed here, got shapes"):
             use()
     assert len(round_fn.lower(shapes, steps)) == 2
+
+
+def test_integers_that_jax_would_wrap_are_refused():
+    """2⁴⁰ would be the class 0."""
+    round_fn, large = plain(), np.array([0, 2**40, 1])[:, None, None]
+    state = round_fn.init(0.5, jax.random.key(0))
+    refused = pytest.raises(ConfigurationError, match="from 0 to 1099511627776 do not fit int32")
+    for use in (
+        lambda: round_fn(state, {"x": np.ones((3, 1, 1)), "y": large}),
+        lambda: round_fn.local_batches(large),
+        lambda: round_fn.init(0.5, jax.random.key(0), {"count": large}),
+        lambda: RoundFn(round_fn.method, Layout(), data=large),
+        lambda: Evaluation(round_fn, lambda *_: {}, large),
+        lambda: Evaluation(round_fn, lambda *_: {}, source=list(large))(state),
+    ):
+        with refused:
+            use()
+    assert round_fn.local_batches(large % 2**31).dtype == jnp.int32
