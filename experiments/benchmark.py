@@ -34,11 +34,11 @@ from jaxlocal.errors import ConfigurationError, lookup
 def benchmark() -> int:
     """Run the suite of the flags; return the exit status."""
     run = lookup("suite", FLAGS.suite, SUITES)
-    check_output(FLAGS.output)
+    output = check_output(FLAGS.output)
     console = Console()
     with raising():  # so that its child processes end too
         figures = run(console)
-    write_figures(FLAGS.suite, figures, FLAGS.output, console)
+    write_figures(FLAGS.suite, figures, output, console)
     return 0 if figures.get("complete", True) else FAILED
 
 

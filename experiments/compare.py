@@ -6,18 +6,24 @@ seeds, in a band of one standard error. A run that is not finished is shown up t
 measurement.
 """
 
+import math
+
 from absl import flags
 from absl.flags import FLAGS
 
 from experiments.building.files import local_path
 from experiments.comparing.compare import compare
 from experiments.launching.command_line import run_command
+from jaxlocal import ConfigurationError
 
 
 def main(*folders: str) -> int:
     """Compare the runs in some folders; returns the exit status."""
     places = [local_path("the folder", folder) for folder in folders]
-    compare(places, local_path("--output", FLAGS.output), FLAGS.target_accuracy)
+    target = FLAGS.target_accuracy
+    if target is not None and math.isnan(target):
+        raise ConfigurationError("--target_accuracy must be a number from 0 to 1, got nan")
+    compare(places, local_path("--output", FLAGS.output), target)
     return 0
 
 

@@ -8,6 +8,7 @@ left unchanged.
 from absl import flags
 from absl.flags import FLAGS
 
+from experiments.building.files import local_path
 from experiments.launching.command_line import run_command
 from experiments.preparing.download import prepare
 from jaxlocal import ConfigurationError
@@ -17,7 +18,9 @@ def main() -> int:
     """Prepare the dataset of the flags; returns the exit status."""
     if not FLAGS.dataset:
         raise ConfigurationError("give --dataset=NAME, the dataset to prepare")
-    print(prepare(FLAGS.dataset, FLAGS.data_dir))
+    chosen = FLAGS.data_dir
+    folder = None if chosen is None else str(local_path("--data_dir", chosen))
+    print(prepare(FLAGS.dataset, folder))
     return 0
 
 

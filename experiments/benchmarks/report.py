@@ -1,7 +1,7 @@
 """Write the figures of a suite, and report when other processes may have distorted them."""
 
-import os
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,28 @@ from rich.console import Console
 
 import jaxlocal
 from experiments.benchmarks.machine_load import BUSY_SHARE
+from experiments.building.files import local_path
 from experiments.running.recording import write_json
 from jaxlocal.errors import ConfigurationError
 
 
-def check_output(output: str) -> None:
-    """Check that a file can be written, before a suite runs for minutes.
+def check_output(output: str) -> str:
+    """Check that a file can be written, before a suite runs for minutes; returns its path.
 
     Raises:
       ConfigurationError: the file is a folder, or its folder is missing or cannot be written.
     """
-    path = Path(output)
+    path = local_path("--output", output)
     folder = path.absolute().parent
     if path.name == "" or path.is_dir():
         raise ConfigurationError(f"--output={output} is not the name of a file")
     if not folder.is_dir():
         raise ConfigurationError(f"--output={output} is in a folder that does not exist")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigurationError(f"--output={output} is in a folder that cannot be written")
+    try:
+        with tempfile.TemporaryFile(dir=folder, prefix=path.name):
+            return str(path)
+    except OSError as error:
+        raise ConfigurationError(f"--output={output} cannot be written: {error.strerror}") from None
 
 
 def write_figures(suite: str, figures: dict[str, Any], output: str, console: Console) -> None:

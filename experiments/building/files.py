@@ -51,16 +51,21 @@ def read_text(path: Path, what: str) -> str:
     """
     name = f"{what} {short(path)}"
     try:
-        if path.exists() and not path.is_file():
-            raise ConfigurationError(f"{name} is not a file")
-        with path.open("rb") as file:
-            data = file.read(LARGEST + 1)
+        special = path.exists() and not path.is_file()  # reading a pipe or a device may never end
+        data = b"" if special else _beginning(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigurationError(f"{name} cannot be read: {why}") from None
+    if special:
+        raise ConfigurationError(f"{name} is not a file")
     if len(data) > LARGEST:
         raise ConfigurationError(f"{name} is larger than {LARGEST} bytes")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{name} is not text: byte {error.start} is no UTF-8") from None
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(LARGEST + 1)

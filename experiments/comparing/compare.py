@@ -31,9 +31,9 @@ def compare(folders: Sequence[Path], output: Path, target: float | None) -> None
     short = [folder for folder in folders if too_short(folder)]
     folders = [folder for folder in folders if folder not in short] or folders
     runs = load_runs(folders)
-    if target and not any(run.has_accuracy for run in runs):
+    if target is not None and not any(run.has_accuracy for run in runs):
         raise ConfigurationError(f"--target_accuracy={target:g}, and no run has an accuracy")
-    show(runs, target if target else common_accuracy(runs))
+    show(runs, common_accuracy(runs) if target is None else target)
     for folder in folders:
         for path, reason in unfinished(folder).items():
             print(f"{path}: {reason}")

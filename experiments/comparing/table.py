@@ -32,7 +32,9 @@ def show(runs: Sequence[Curves], target: float | None) -> None:
     accuracies = any(run.has_accuracy for run in runs)
     names = ["train loss", "test loss", *(["accuracy", "best"] if accuracies else [])]
     names += ["rounds", "sent", "seconds"]
-    names += [f"{cost} to {target:.4f}" for cost in ("sent", "seconds")] if target else []
+    names += (
+        [f"{cost} to {target:.4f}" for cost in ("sent", "seconds")] if target is not None else []
+    )
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     for name in names:
@@ -52,7 +54,7 @@ def _row(run: Curves, accuracies: bool, target: float | None) -> list[str]:
         cells += [_last(run, "eval_accuracy", ".4f"), _or_dash(best, "{:.4f}".format)]
     cells += [number(round(run.mean("round")[-1])), _size(run.mean("megabytes")[-1])]
     cells += [f"{run.mean('wall_seconds')[-1]:.1f}"]
-    if target:
+    if target is not None:
         cells += [_or_dash(cost_to_reach(run, target, "megabytes"), _size)]
         cells += [_or_dash(cost_to_reach(run, target, "wall_seconds"), "{:.1f}".format)]
     return cells

@@ -39,6 +39,7 @@ def tune(config: Config, settings_file: Path, rates: Sequence[float], jobs: int 
       ConfigurationError: a setting that does not fit, before the first run; or another process
         tunes in the same folder.
     """
+    _check_alone(config)
     settings = read_settings(settings_file, config)
     start(settings.values(), jobs)
     folder = Path(config.workdir or f"runs/tune-{settings_file.stem}")
@@ -68,6 +69,14 @@ def tune(config: Config, settings_file: Path, rates: Sequence[float], jobs: int 
     return 0
 
 
+def _check_alone(config: Config) -> None:
+    """Check that the flags join no other process."""
+    for name in ("coordinator_address", "process_count", "process_id", "distributed"):
+        given = getattr(config, name)
+        if given != getattr(Config, name):
+            raise ConfigurationError(f"a search is one process, and --{name}={given} was given")
+
+
 def _write(
     config: Config, folder: Path, rates: Sequence[float], figures: dict[str, dict[str, Any]]
 ) -> None:
@@ -88,7 +97,7 @@ def _trials(name: str, config: Config, folder: Path, rates: Sequence[float]) -> 
         place = folder / name / "tuning" / str(rate)
         tuned = dataclasses.replace(config, learning_rate=rate, workdir=str(place))
         with _named(name):
-            check_numbers(dataclasses.replace(tuned, seeds=config.seeds + 1))
+            check_numbers(dataclasses.replace(tuned, seed=config.seed + 1))
         trials.append(dataclasses.replace(tuned, seeds=1))
     return trials
 

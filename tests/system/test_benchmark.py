@@ -138,6 +138,7 @@ def test_the_suite_scaling_does_without_a_link_that_cannot_be_slowed_down(monkey
         ("--worker_map=vmp", "unknown worker map 'vmp'"),
         ("--repeats=0", "repeats"),
         ("--output=nowhere/figures.json", "--output=nowhere/figures.json is in a folder"),
+        ("--output=/proc/figures.json", "--output=/proc/figures.json cannot be written: No such"),
         ("--output=experiments", "--output=experiments is not the name of a file"),
         ("--workloads=", "--workloads= names none; there are logistic"),
     ],

@@ -127,6 +127,8 @@ def test_the_table_shows_the_last_measurements_and_the_costs(tmp_path, capsys):
     assert f"{folders[1]}: diverged: NaN" in rest
     compare(folders, tmp_path / "compare.png", 0.95)
     assert capsys.readouterr().out.splitlines()[1].split()[-2:] == ["—", "—"]
+    compare(folders, tmp_path / "compare.png", 0.0)
+    assert "sent to 0.0000" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_the_picture_has_every_result_over_every_cost(tmp_path, rendered):
@@ -275,6 +277,7 @@ def test_mistakes_of_the_binary_end_in_one_sentence_and_status_two(tmp_path):
     for arguments, words in [
         ([tmp_path / "none"], "there is no folder"),
         (["--target_accuracy=1.5"], "target_accuracy"),
+        ([tmp_path, "--target_accuracy=nan"], "must be a number from 0 to 1, got nan"),
     ]:
         done = call("compare", *arguments)
         assert done.status == 2

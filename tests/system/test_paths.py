@@ -39,6 +39,8 @@ def test_other_paths_that_are_not_of_this_machine_are_refused(tmp_path):
         ["compare", "gs://bucket/run"],
         ["compare", str(tmp_path), "--output=gs://bucket/a.png"],
         ["tune", "--settings=gs://bucket/file", "--learning_rates=0.1"],
+        ["prepare", "--dataset=mnist", "--data_dir=gs://bucket"],
+        ["benchmark", "--wait_idle=0", "--output=gs://bucket/figures.json"],
     ):
         done = call(*command)
         assert done.status == 2 and one_sentence(done.error), done.error
@@ -78,3 +80,4 @@ def test_a_flag_file_that_cannot_be_read_is_one_sentence(content, words, option,
     os.mkfifo(tmp_path / "pipe")
     done = call("plan", *named(option).split())
     assert done.status == 2 and one_sentence(done.error) and words in done.error, done.error
+    assert done.error.count("the flag file") <= 1

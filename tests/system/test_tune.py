@@ -124,6 +124,14 @@ def test_a_setting_that_does_not_fit_is_refused_before_the_first_run(tmp_path):
     with pytest.raises(ConfigurationError, match="setting bad: .*1000"):
         tune(base, tmp_path / "file", [0.1])
     (tmp_path / "file").write_text("good: --local_steps=2")
+    for wrong, words in [
+        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
+        ({"seeds": 1001}, "--seeds must be at most 1000, got 1001"),
+        ({"process_count": 2}, "a search is one process, and --process_count=2 was given"),
+        ({"distributed": True}, "a search is one process, and --distributed=True was given"),
+    ]:
+        with pytest.raises(ConfigurationError, match=words):
+            tune(dataclasses.replace(base, **wrong), tmp_path / "file", [0.1])
     with pytest.raises(ConfigurationError, match="--learning_rate must be a number > 0, got -1"):
         tune(base, tmp_path / "file", [0.1, -1.0])
     with pytest.raises(ConfigurationError, match="cannot be read"):
