@@ -143,7 +143,12 @@ class Config(MethodFlags):
         10 checkpoints in a run.""",
         identity=False,
     )
-    keep: int = _run(2, "Number of the newest checkpoints that are kept.", identity=False)
+    keep: int = _run(
+        2,
+        """Number of the newest checkpoints that are kept; with 1 there is none to fall back to if
+        it is damaged.""",
+        identity=False,
+    )
     export: bool = _run(
         False,
         "Write the average model at the end, as a Flax checkpoint and as safetensors.",
