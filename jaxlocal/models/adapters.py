@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen
+from flax.linen import fp8_ops
 
 from jaxlocal.errors import ConfigurationError
 
@@ -60,7 +61,7 @@ def from_linen(module: linen.Module, inputs: Any, streams: Sequence[str] = ("dro
 
     Raises:
       ConfigurationError: `module` is not a Linen module that can be called with the inputs alone,
-        or `inputs` are not arrays or their shapes.
+        or `inputs` are not arrays or their shapes; raised by `init` for float8 layers.
 
     >>> model = from_linen(linen.Dense(2), jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params, model_state = model.init(jax.random.key(0))
@@ -99,6 +100,11 @@ def from_linen(module: linen.Module, inputs: Any, streams: Sequence[str] = ("dro
 
     def init(key: jax.Array) -> tuple[Tree, Tree]:
         variables = module.init(key, zeros(), **mode(False))
+        if fp8_ops.OVERWRITE_WITH_GRADIENT in variables:
+            raise ConfigurationError(
+                "the scaling factors of Flax's float8 layers are values that their gradient hands "
+                "over, which no optimizer does; take a dtype of 16 bits at least"
+            )
         kept = [name for name in variables if name == "params" or not only_sown(name, variables)]
         state = linen.meta.unbox({name: variables[name] for name in kept})
         return state.pop("params", {}), state

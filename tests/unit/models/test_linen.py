@@ -262,3 +262,10 @@ class Pair(linen.Module):
 def test_what_is_no_module_or_no_input_is_an_error(module, inputs, sentence):
     with pytest.raises(ConfigurationError, match=sentence):
         from_linen(module, inputs)
+
+
+def test_layers_whose_gradient_hands_over_values_are_refused():
+    """Their scaling factors would stay as they were initialized."""
+    model = from_linen(linen.Dense(2, dot_general_cls=linen.Fp8DirectDotGeneralOp), INPUTS)
+    with pytest.raises(ConfigurationError, match="float8 layers .* 16 bits at least"):
+        jax.eval_shape(model.init, KEY)
