@@ -98,8 +98,10 @@ class _Unanswered(Exception):
 
 def _join(place: Place, flags: list[str], secret: Secret, until: float, patience: float) -> Channel:
     """Another process: connect to process 0, and wait until all others are there."""
+    # Of several addresses of a host one may be silent; a host that starts is soon tried again.
+    soon = min(max(until - time.monotonic(), AGAIN), BEAT)
     try:
-        connection = socket.create_connection(place.called, max(until - time.monotonic(), AGAIN))
+        connection = socket.create_connection(place.called, soon)
     except OSError as error:
         raise _Unanswered(error.strerror or SILENT) from None
     with contextlib.ExitStack() as after_errors:

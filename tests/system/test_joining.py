@@ -1,10 +1,12 @@
 """How the processes of a run find each other: their flags, who is waited for, and which errors all
 of them report. `test_joined_runs.py` has real runs."""
 
+import contextlib
 import dataclasses
 import os
 import re
 import socket
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import pytest
 from processes import free_port
 
 from experiments.building.config import Config
+from experiments.launching import meeting as meeting_module
 from experiments.launching.joining import _shared_lines, find_group
 from experiments.launching.link import Place
 from experiments.launching.meeting import meet
@@ -200,3 +203,26 @@ def test_flags_of_any_length_are_compared():
     assert meeting(2, (0, ours), (1, ours)) == ["", ""]
     first, second = meeting(2, (0, ours), (1, theirs))
     assert first == second and "process 0 has --rates=" in first and len(first) < 500
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a full backlog is silent on Linux")
+def test_a_host_with_a_silent_address_is_reached_at_its_other_one(monkeypatch):
+    monkeypatch.setattr(meeting_module, "BEAT", 0.5)
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.2", 0))
+        full.listen(0)
+        silent = full.getsockname()
+        for _ in range(3):  # its backlog is full: no more connections are answered
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(silent)
+        kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        both = [(*kind, silent), (*kind, ("127.0.0.1", silent[1]))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: both)
+        first = threading.Thread(
+            target=meet, args=(Place("127.0.0.1", silent[1], 2, 0), [], SECRET, 4.0)
+        )
+        first.start()
+        meet(Place("two.addresses", silent[1], 2, 1), [], SECRET, 4.0)
+        first.join()
