@@ -8,6 +8,7 @@ import optax
 from jax import lax
 
 from jaxlocal.parallel.collectives import broadcast_to_workers, worker_shapes
+from jaxlocal.periods.schedules import check_rate
 from jaxlocal.stages.partial_sync import check_common
 from jaxlocal.stages.sync import StatePolicy
 from jaxlocal.stages.updates import init_of, lenient, update_of
@@ -58,6 +59,8 @@ def outer_step(
     >>> outer_step(jaxlocal.mixing.mean(), optax.sgd(0.7, momentum=0.9)).anchored
     True
     """
+    if learning_rate is not None:
+        check_rate(learning_rate)
     check_common("an outer step", mixer)
     policy = StatePolicy(optimizer_state, optimizer, model_state)
     update = update_of(outer_optimizer, "outer optimizer")
@@ -96,7 +99,7 @@ def moved(anchor: Leaf, params: Leaf) -> Leaf:
 def _mean_rate(learning_rate, began, step):
     """The mean of η over the steps of a round."""
     if not callable(learning_rate):
-        return 1.0 if learning_rate is None else learning_rate
+        return 1.0 if learning_rate is None else max(learning_rate, _LEAST_RATE)
     add = lambda t, total: total + learning_rate(t)
     with lenient():
         total = lax.fori_loop(began, step, add, jnp.zeros_like(jnp.asarray(learning_rate(step))))

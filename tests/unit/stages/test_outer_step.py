@@ -233,3 +233,9 @@ def test_a_learning_rate_of_zero_at_the_end_of_a_round_loses_nothing():
     )
     local, _, _ = run(jaxlocal.local_sgd(problems.grad_fn, inner, period=4))
     np.testing.assert_allclose(slow, local, rtol=2e-6, atol=2e-6)  # float32 rounds at 6e-8
+
+
+def test_a_learning_rate_of_zero_moves_nothing():
+    method = jaxlocal.slowmo(problems.grad_fn, optax.sgd(0.0), learning_rate=0.0, period=4)
+    models, _, _ = run(method)
+    np.testing.assert_array_equal(models, np.broadcast_to(models[:1], np.shape(models)))

@@ -93,6 +93,10 @@ WRONG = {
     "rate, none": (lambda: jaxlocal.scheduled(optax.sgd, None), RATE + "None"),
     "rate, text": (lambda: jaxlocal.scale_by_step("0.1"), RATE + "'0.1'"),
     "rate, list": (lambda: jaxlocal.scheduled(optax.sgd, [0.1]), RATE + "[0.1]"),
+    "rate of slowmo": (
+        lambda: jaxlocal.slowmo(problems.grad_fn, SGD, period=4, learning_rate="0.1"),
+        RATE + "'0.1'",
+    ),
     "factory": (lambda: jaxlocal.scheduled(SGD, 0.1), "scheduled takes a function that makes an"),
 }
 
