@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,36 +42,49 @@ def read_settings(path: Path, base: Config) -> dict[str, Config]:
             )
         if name in settings:
             raise ConfigurationError(f"{path} has two settings named {name}, one in line {number}")
-        settings[name] = _with_flags(base, chosen, f"setting {name}")
+        settings[name] = _with_own_flags(base, chosen, f"setting {name}")
     if not settings:
         raise ConfigurationError(f"{path} has no setting, such as 'NAME: --flag=value'")
     return settings
 
 
-def _with_flags(base: Config, text: str, where: str) -> Config:
+def _with_own_flags(base: Config, text: str, where: str) -> Config:
     """The base config with the flags of a line."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{where}: {error}") from None
+    return with_flags(base, words, where, SHARED)
+
+
+def with_flags(base: Config, words: list[str], where: str, shared: Sequence[str] = ()) -> Config:
+    """A config with other flags.
+
+    Args:
+      base: of the flags that are not given.
+      words: of a command line, such as "--workers=4".
+      where: names the words in errors.
+      shared: flags that may not be given.
+
+    Raises:
+      ConfigurationError: an unknown flag, a value of another type, or a shared flag.
+    """
     values = flags.FlagValues()
     define_flags(values)
     try:
-        words = shlex.split(text)
         check_flag_files(words)
         rest = values([where, *words])[1:]
-    except (flags.Error, ValueError) as error:
+    except flags.Error as error:
         raise ConfigurationError(f"{where}: {error}") from None
     if rest:
         raise ConfigurationError(
             f"{where}: unexpected argument {rest[0]!r}; flags look like --name=value"
         )
-    chosen: dict[str, Any] = {
-        name: values[name].value for name in _fields() if values[name].present
-    }
-    for name in SHARED:
+    fields = [field.name for field in dataclasses.fields(Config)]
+    chosen: dict[str, Any] = {name: values[name].value for name in fields if values[name].present}
+    for name in shared:
         if name in chosen:
             raise ConfigurationError(
                 f"{where}: --{name}={chosen[name]} is the same for all settings"
             )
     return dataclasses.replace(base, **chosen)
-
-
-def _fields() -> list[str]:
-    return [field.name for field in dataclasses.fields(Config)]

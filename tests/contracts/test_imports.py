@@ -81,7 +81,7 @@ def test_imports_go_down_only(path):
 
 
 EXPERIMENTS = PROJECT / "experiments"
-COMMANDS = {"train", "plan", "tune", "compare", "benchmark", "prepare"}
+COMMANDS = {"train", "plan", "tune", "compare", "benchmark", "prepare", "reproduce"}
 # Rooms of experiments, as FLOORS; the commands are above them.
 EXPERIMENT_FLOORS = (
     ("building", "plotting"),
@@ -90,6 +90,7 @@ EXPERIMENT_FLOORS = (
     ("benchmarks",),
     ("comparing", "planning", "preparing"),
     ("tuning",),
+    ("reproducing",),
 )
 
 

@@ -1,0 +1,1 @@
+"""Reproduce figures of papers: run their settings, and compare with the published values."""

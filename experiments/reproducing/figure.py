@@ -1,0 +1,171 @@
+"""Figures of papers as data: files of TOML with settings and published values of every curve.
+
+Keys of a file, of which `curves` and the two scales are tables:
+
+- title, source, x, y: what is drawn, over what, and where it was published; y is a list.
+- kind: curves (y over x during the runs), ends (the last y of each run over a swept flag) or plan
+  (figures of plans, without training).
+- flags: of experiments.train, shared by all curves. tune: lists of values by flag, of which each
+  curve takes the best.
+- small, full: what a scale changes: flags, tune, seeds, cost (a text) and differs, a list of what
+  differs from the paper.
+- curves: name, flags, published (values by metric), tune; of kind ends, sweep: a flag, its values
+  and other flags in which {} is replaced by the value.
+- lines: name, x and y of lines that theory gives, drawn beside the first metric.
+"""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.building.config import Config
+from experiments.building.files import read_text
+from experiments.tuning.settings import with_flags
+from jaxlocal import ConfigurationError
+from jaxlocal.errors import lookup
+
+FOLDER = Path(__file__).parent / "figures"
+SCALES = ("small", "full")
+KINDS = ("curves", "ends", "plan")
+KEYS = {
+    *("title", "source", "kind", "x", "y", "log", "slopes", "flags", "tune", "curves", "lines"),
+    *SCALES,
+}
+SCALE_KEYS = {"flags", "tune", "seeds", "cost", "differs"}
+CURVE_KEYS = {"name", "flags", "published", "tune", "sweep", *SCALES}
+
+
+class Curve(NamedTuple):
+    """A curve, or with a sweep one of its points."""
+
+    name: str
+    config: Config
+    tune: dict[str, list[Any]]  # values by flag
+    published: dict[str, float]  # by metric
+    sweep: tuple[str, float] | None  # the swept flag and its value
+
+
+class Line(NamedTuple):
+    """A line of theory."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure at one scale."""
+
+    name: str
+    scale: str
+    title: str
+    source: str
+    kind: str
+    x: str
+    y: tuple[str, ...]
+    log: str  # the axes with a logarithmic scale: "", "x", "y" or "xy"
+    slopes: tuple[float, float] | None  # the range of x over which slopes of log y are fitted
+    seeds: int
+    cost: str
+    differs: tuple[str, ...]
+    curves: tuple[Curve, ...]
+    lines: tuple[Line, ...]
+
+
+def names() -> list[str]:
+    """The names of all figures."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def read_figure(name: str, scale: str, base: Config) -> Figure:
+    """Read the figure of a name at a scale.
+
+    Args:
+      base: of the flags that the figure does not give.
+
+    Raises:
+      ConfigurationError: the name or the scale is unknown, or the file of the figure is wrong.
+    """
+    path = lookup("figure", name, {known: FOLDER / f"{known}.toml" for known in names()})
+    lookup("scale", scale, dict.fromkeys(SCALES))
+    return parse_figure(read_text(path, "the figure"), name, scale, base)
+
+
+def parse_figure(text: str, name: str, scale: str, base: Config) -> Figure:
+    """Read a figure from the text of its file; see `read_figure`."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"figure {name}: {error}") from None
+    if scale not in table:
+        others = " and ".join(other for other in SCALES if other in table)
+        raise ConfigurationError(f"figure {name} has no scale {scale!r}, only {others}")
+    at = table[scale]
+    _check_keys(f"figure {name}", table, KEYS)
+    _check_keys(f"figure {name}, scale {scale}", at, SCALE_KEYS)
+    lookup("kind of figure", table.get("kind", "curves"), dict.fromkeys(KINDS))
+    shared = table.get("flags", {}) | at.get("flags", {})
+    tune = table.get("tune", {}) | at.get("tune", {})
+    curves = [
+        point
+        for curve in table["curves"]
+        for point in _points(name, curve, scale, shared, tune, base)
+    ]
+    slopes = table.get("slopes")
+    return Figure(
+        name=name,
+        scale=scale,
+        title=table["title"],
+        source=table["source"],
+        kind=table.get("kind", "curves"),
+        x=table["x"],
+        y=tuple(table["y"]),
+        log=table.get("log", ""),
+        slopes=None if slopes is None else (float(slopes[0]), float(slopes[1])),
+        seeds=at.get("seeds", 1),
+        cost=at.get("cost", "not measured"),
+        differs=tuple(at.get("differs", [])),
+        curves=tuple(curves),
+        lines=tuple(Line(**line) for line in table.get("lines", [])),
+    )
+
+
+def _points(
+    figure: str,
+    curve: dict[str, Any],
+    scale: str,
+    shared: dict[str, Any],
+    tune: dict[str, Any],
+    base: Config,
+) -> list[Curve]:
+    """A curve at a scale, or the points of its sweep."""
+    where = f"figure {figure}, curve {curve.get('name')!r}"
+    _check_keys(where, curve, CURVE_KEYS)
+    own = curve.get(scale, {})
+    flags = shared | curve.get("flags", {}) | own.get("flags", {})
+    chosen = tune | curve.get("tune", {}) | own.get("tune", {})
+    published = curve.get("published", {}) | own.get("published", {})
+    make = lambda more: with_flags(base, _words(flags | more), where)
+    sweep = own.get("sweep", curve.get("sweep"))
+    if sweep is None:
+        return [Curve(curve["name"], make({}), chosen, published, None)]
+    flag = sweep["flag"]
+    follow = lambda value: {k: v.format(value) for k, v in sweep.get("flags", {}).items()}
+    return [
+        Curve(curve["name"], make({flag: value} | follow(value)), chosen, published, (flag, value))
+        for value in sweep["values"]
+    ]
+
+
+def _words(flags: dict[str, Any]) -> list[str]:
+    """Flags as words of a command line."""
+    text = lambda value: str(value).lower() if isinstance(value, bool) else str(value)
+    return [f"--{name}={text(value)}" for name, value in flags.items()]
+
+
+def _check_keys(where: str, table: dict[str, Any], known: set[str]) -> None:
+    for key in table:
+        if key not in known:
+            raise ConfigurationError(f"{where}: unknown key {key!r}; there are {sorted(known)}")

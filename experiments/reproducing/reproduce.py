@@ -1,0 +1,122 @@
+"""Reproduce one figure: run, and write its measurements, its table and its picture."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.building.config import Config
+from experiments.launching.starting import start
+from experiments.plotting.curves import MEGABYTE
+from experiments.plotting.reproduction import Drawn, draw
+from experiments.reproducing.figure import SCALES, Figure, names, read_figure
+from experiments.reproducing.results import measurements, slopes, table
+from experiments.reproducing.running import Found, configs, run_figure
+from experiments.running.locking import locked
+from experiments.running.recording import write_whole, writing
+from experiments.tuning.runs import Stopped
+from jaxlocal import ConfigurationError
+
+CSV, TABLE, PICTURE = "figure.csv", "figure.md", "figure.png"
+
+
+def reproduce(name: str, scale: str, folder: Path | None, data_dir: str | None, jobs: int) -> int:
+    """Run a figure and write its files; returns the exit status.
+
+    Args:
+      name: of the figure.
+      scale: "small" or "full".
+      folder: of everything that is written; by default runs/reproduce/NAME-SCALE.
+      data_dir: of the datasets.
+      jobs: runs at once, each in a process.
+
+    Raises:
+      ConfigurationError: an unknown figure or scale, data that are not prepared, or flags that do
+        not fit, all before the first run.
+    """
+    figure = read_figure(name, scale, Config(data_dir=data_dir))
+    start(configs(figure), jobs)
+    folder = folder or Path("runs") / "reproduce" / f"{name}-{scale}"
+    with locked(folder):
+        try:
+            found = run_figure(figure, folder, jobs)
+        except Stopped as stopped:
+            print(f"error: {stopped.sentence}", file=sys.stderr)
+            return stopped.status
+        write_whole(folder / CSV, measurements(figure, found))
+        write_whole(folder / TABLE, table(figure, found))
+        with writing(folder / PICTURE):
+            draw_figure(figure, found, folder / PICTURE)
+    print(table(figure, found), *(folder / file for file in (CSV, TABLE, PICTURE)), sep="\n")
+    return 0
+
+
+def list_figures() -> str:
+    """The names of all figures, what each shows, and its cost at both scales."""
+    lines = []
+    for name in names():
+        at = {scale: _cost(name, scale) for scale in SCALES}
+        figure = next(figure for figure in at.values() if figure is not None)
+        costs = "; ".join(f"{s}: {f.cost}" for s, f in at.items() if f is not None)
+        lines.append(f"{name}\n    {figure.title}. {figure.source}.\n    {costs}")
+    return "\n".join(lines)
+
+
+def _cost(name: str, scale: str) -> Figure | None:
+    try:
+        return read_figure(name, scale, Config())
+    except ConfigurationError:
+        return None
+
+
+def draw_figure(figure: Figure, found: Sequence[Found], path: Path) -> None:
+    """Draw the picture of a figure."""
+    curves = {"curves": _over_runs, "ends": _over_sweep, "plan": _over_plan}[figure.kind]
+    panels = {metric: curves(figure, found, metric) for metric in figure.y}
+    fitted = slopes(figure, found)
+    named = lambda name: f"{name}, slope {fitted[name].value:.2f}" if name in fitted else name
+    first = figure.y[0]
+    panels[first] = [one._replace(name=named(one.name)) for one in panels[first]]
+    panels[first] += [Drawn(line.name, line.x, [line.y]) for line in figure.lines]
+    draw(panels, figure.x, figure.log, figure.kind == "ends", figure.title, path)
+
+
+def _over_runs(figure: Figure, found: Sequence[Found], metric: str) -> list[Drawn]:
+    drawn = []
+    for one in found:
+        length = min(map(len, one.runs))
+        runs = [lines[:length] for lines in one.runs]
+        x = [_value(line, figure.x) for line in runs[0]]
+        y = [[_value(line, metric) for line in lines] for lines in runs]
+        drawn.append(Drawn(one.curve.name, x, y, one.curve.published.get(metric)))
+    return drawn
+
+
+def _over_sweep(figure: Figure, found: Sequence[Found], metric: str) -> list[Drawn]:
+    drawn = []
+    for name in dict.fromkeys(one.curve.name for one in found):
+        ones = [one for one in found if one.curve.name == name]
+        x = [one.curve.sweep[1] for one in ones if one.curve.sweep]
+        seeds = range(len(ones[0].runs))
+        y = [[_value(one.runs[seed][-1], metric) for one in ones] for seed in seeds]
+        drawn.append(Drawn(name, x, y))
+    return drawn
+
+
+def _over_plan(figure: Figure, found: Sequence[Found], metric: str) -> list[Drawn]:
+    """H over the steps of each plan."""
+    drawn = []
+    for one in found:
+        segments = one.plan["local_steps"]
+        edges = [*(s["step"] for s in segments), one.plan["steps"]]
+        heights = [float(s["local_steps"]) for s in segments]
+        x = [float(edge) for pair in zip(edges, edges[1:], strict=False) for edge in pair]
+        drawn.append(Drawn(one.curve.name, x, [[h for h in heights for _ in range(2)]]))
+    return drawn
+
+
+def _value(line: dict[str, Any], name: str) -> float:
+    if name == "megabytes":
+        return (line["bits_workers"] + line["bits_hubs"]) / MEGABYTE
+    value = line.get(name)
+    return float("nan") if value is None else float(value)

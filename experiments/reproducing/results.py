@@ -1,0 +1,178 @@
+"""What a figure found: its table of curves with published values, and its measurements as CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from experiments.plotting.comparison import RESULTS
+from experiments.reproducing.figure import Figure
+from experiments.reproducing.running import Found
+from experiments.running.seeds import mean_and_error
+
+MEASURED = (
+    *("step", "round", "time_slots", "learning_rate", "train_loss", "eval_loss", "eval_accuracy"),
+    *("consensus_distance", "bits_workers", "bits_hubs"),
+)
+PLANNED = ("steps", "rounds", "communication_volume", "local_steps_max", "bits_workers", "hours")
+NAMES = RESULTS | {
+    "communication_volume": "volume",
+    "local_steps_max": "largest H",
+    "bits_workers": "bits sent by a worker",
+}
+CONFIDENCE = 0.95
+
+
+class Slope(NamedTuple):
+    """A fitted slope of log y over log x, and half the width of its confidence interval."""
+
+    value: float
+    half_width: float | None  # None where one line through two points has none
+
+
+def table(figure: Figure, found: Sequence[Found]) -> str:
+    """The curves of a figure in Markdown: measured ± standard error, beside the published value."""
+    tuned = list(dict.fromkeys(flag for one in found for flag in one.tuned))
+    swept = list(dict.fromkeys(one.curve.sweep[0] for one in found if one.curve.sweep))
+    measures = _measures(figure, found)
+    head = ["curve", *swept, *tuned]
+    for name in measures:
+        head += [NAMES.get(name, name), "published"]
+    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for one in found:
+        row = [one.curve.name]
+        row += [f"{one.curve.sweep[1]:g}" if one.curve.sweep else "" for _ in swept]
+        row += [_tuned(one, flag) for flag in tuned]
+        for name in measures:
+            row += [measured(figure, one, name), _number(one.curve.published.get(name))]
+        rows.append(row)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    differs = "; ".join(figure.differs) or "nothing that is known"
+    seeds = f"{figure.seeds} seed{'s' * (figure.seeds > 1)}"
+    about = [f"{figure.title}. {figure.source}.", "", *lines, ""]
+    about += [*_slope_lines(figure, found)]
+    about += [f"Scale {figure.scale}, {seeds}. Differs from the paper in: {differs}.", ""]
+    return "\n".join(about)
+
+
+def measurements(figure: Figure, found: Sequence[Found]) -> str:
+    """All measurements of a figure as CSV, a line for each; of a plan, a line for each curve."""
+    file = io.StringIO()
+    columns = PLANNED if figure.kind == "plan" else MEASURED
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["curve", "sweep", "seed", *columns])
+    for one in found:
+        sweep = "" if one.curve.sweep is None else one.curve.sweep[1]
+        if figure.kind == "plan":
+            writer.writerow([one.curve.name, sweep, "", *(one.plan.get(k, "") for k in columns)])
+        for number, lines in enumerate(one.runs):
+            for line in lines:
+                values = [line.get(name) for name in columns]
+                texts = ["" if value is None else value for value in values]
+                writer.writerow([one.curve.name, sweep, number, *texts])
+    return file.getvalue()
+
+
+def measured(figure: Figure, one: Found, name: str) -> str:
+    """The mean of a metric at the ends of the runs ± its standard error, as text."""
+    if figure.kind == "plan":
+        return _number(one.plan.get(name))
+    lost = sum(ended.startswith("diverged") for ended in one.ended)
+    if lost:
+        return f"{lost} of {len(one.ended)} diverged"
+    values = [lines[-1].get(name) for lines in one.runs]
+    if any(value is None for value in values):
+        return "—"
+    figures = mean_and_error([float(value) for value in values if value is not None])
+    error = figures["error"]
+    return _number(figures["mean"]) + ("" if error is None else f" ± {error:.2g}")
+
+
+def slopes(figure: Figure, found: Sequence[Found]) -> dict[str, Slope]:
+    """The slope of log y over log x of each curve in the range of the figure, y its first.
+
+    Of several seeds it is the mean of their slopes, with Student's interval over the seeds: the
+    points of one run are not independent. Of one deterministic sweep it is that of the line
+    through the ends, with the interval of its residuals.
+    """
+    if figure.slopes is None:
+        return {}
+    fitted: dict[str, Slope] = {}
+    for name in dict.fromkeys(one.curve.name for one in found):
+        ones = [one for one in found if one.curve.name == name]
+        lines = _lines_of(figure, ones)
+        fits = [_fit(x, y, figure.slopes) for x, y in lines]
+        if len(fits) > 1:
+            values = np.array([fit.value for fit in fits])
+            student = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+            error = float(values.std(ddof=1)) / len(values) ** 0.5
+            fitted[name] = Slope(float(values.mean()), student * error)
+        else:
+            fitted[name] = fits[0]
+    return fitted
+
+
+def _lines_of(figure: Figure, ones: list[Found]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """x and y of every seed of a curve."""
+    y = figure.y[0]
+    if figure.kind == "ends":
+        x = np.array([one.curve.sweep[1] for one in ones if one.curve.sweep])
+        seeds = range(len(ones[0].runs))
+        return [(x, np.array([float(one.runs[seed][-1][y]) for one in ones])) for seed in seeds]
+    return [(_column(lines, figure.x), _column(lines, y)) for one in ones for lines in one.runs]
+
+
+def _column(lines: list[dict[str, Any]], name: str) -> np.ndarray:
+    values = [line.get(name) for line in lines]
+    return np.array([np.nan if value is None else float(value) for value in values])
+
+
+def _fit(x: np.ndarray, y: np.ndarray, span: tuple[float, float]) -> Slope:
+    inside = (x >= span[0]) & (x <= span[1]) & (x > 0) & (y > 0)
+    if inside.sum() < 2:
+        return Slope(float("nan"), None)
+    fit = stats.linregress(np.log10(x[inside]), np.log10(y[inside]))
+    free = int(inside.sum()) - 2
+    if not free:
+        return Slope(float(fit.slope), None)
+    student = float(stats.t.ppf((1 + CONFIDENCE) / 2, free))
+    return Slope(float(fit.slope), student * float(fit.stderr))
+
+
+def _slope_lines(figure: Figure, found: Sequence[Found]) -> list[str]:
+    fitted = slopes(figure, found)
+    if not fitted or figure.slopes is None:
+        return []
+    low, high = figure.slopes
+    each = "; ".join(f"{name} {_slope(slope)}" for name, slope in fitted.items())
+    what = f"log {NAMES.get(figure.y[0], figure.y[0])} over log {figure.x}"
+    return [f"Slopes of {what} from {low:g} to {high:g}, 95 % intervals: {each}.", ""]
+
+
+def _slope(slope: Slope) -> str:
+    width = "" if slope.half_width is None else f" ± {slope.half_width:.2g}"
+    return f"{slope.value:.3f}{width}"
+
+
+def _measures(figure: Figure, found: Sequence[Found]) -> list[str]:
+    if figure.kind != "plan":
+        return list(figure.y)
+    published = [name for one in found for name in one.curve.published]
+    return list(dict.fromkeys([*figure.y, *published]))
+
+
+def _tuned(one: Found, flag: str) -> str:
+    if flag not in one.tuned:
+        return ""
+    return f"{one.tuned[flag]:g}" + " (edge)" * (flag in one.at_edge)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "—"
+    if isinstance(value, int) or float(value).is_integer() and abs(value) >= 10:
+        return f"{int(value):,}"
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.3e}"

@@ -1,0 +1,170 @@
+"""Figures of papers: their files, what a figure writes, and what of it is not run again."""
+
+import csv
+import math
+import re
+
+import numpy as np
+import pytest
+
+from experiments.building.config import Config
+from experiments.reproducing import figure as figures
+from experiments.reproducing import reproduce as reproducing
+from experiments.reproducing.figure import SCALES, names, parse_figure, read_figure
+from experiments.reproducing.reproduce import CSV, PICTURE, TABLE, list_figures, reproduce
+from experiments.reproducing.results import measured, slopes, table
+from experiments.reproducing.running import Found
+from experiments.tuning import runs
+from jaxlocal import ConfigurationError
+
+TUNED = """
+title = "Two methods"
+source = "nobody, 2026"
+x = "step"
+y = ["train_loss"]
+[flags]
+dataset = "least_squares"
+model = "linear"
+workers = 2
+batch_size = 8
+steps = 8
+momentum = 0
+eval_every = 4
+checkpoint_every = 0
+schedule = "constant"
+[small]
+seeds = 2
+differs = ["its size"]
+cost = "seconds"
+[[curves]]
+name = "Local SGD, H = 4"
+flags = { local_steps = 4 }
+tune = { learning_rate = [1e-3, 0.05] }
+published = { train_loss = 0.5 }
+[[curves]]
+name = "data parallel"
+flags = { method = "data_parallel", learning_rate = 0.05 }
+"""
+
+
+def found_of(y, sweep=None, x=None, seeds=1):
+    """Runs with given measurements, of a figure of one curve."""
+    curve = figures.Curve("a", Config(), {}, {}, sweep)
+    lines = [{"step": s, "train_loss": value} for s, value in zip(x, y, strict=True)]
+    return Found(curve, {}, (), [lines] * seeds, ["finished"] * seeds, {})
+
+
+@pytest.fixture
+def two_methods(monkeypatch, tmp_path):
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    (folder / "two_methods.toml").write_text(TUNED)
+    monkeypatch.setattr(figures, "FOLDER", folder)
+    return tmp_path / "out"
+
+
+def test_a_figure_is_tuned_run_and_written_once(two_methods, monkeypatch, capsys):
+    assert reproduce("two_methods", "small", two_methods, None, 1) == 0
+    text = (two_methods / TABLE).read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| Local SGD"))
+    assert re.fullmatch(r"\| Local SGD, H = 4 \| 0.05 \(edge\) \| \S+ ± \S+ \| 0.5000 \|", row), row
+    assert (
+        "2 seeds. Differs from the paper in: its size." in text and text in capsys.readouterr().out
+    )
+    lines = list(csv.DictReader((two_methods / CSV).open()))
+    ends = [float(x["train_loss"]) for x in lines if x["curve"][0] == "L" and x["step"] == "8"]
+    shown = row.split("|")[3].split("±")
+    assert float(shown[0]) == pytest.approx(np.mean(ends), rel=1e-3)
+    assert float(shown[1]) == pytest.approx(abs(ends[0] - ends[1]) / 2, rel=0.06)
+    assert len({x["seed"] for x in lines}) == 2 and (two_methods / PICTURE).stat().st_size > 10_000
+    monkeypatch.setattr(runs, "train", lambda config: pytest.fail("run again"))
+    assert reproduce("two_methods", "small", two_methods, None, 1) == 0
+
+
+def test_mistakes_are_one_sentence_before_the_first_run(two_methods):
+    for name, scale, words in (
+        ("two_method", "small", "two_methods"),
+        ("two_methods", "large", "scale"),
+        ("two_methods", "full", "has no scale 'full', only small"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            reproduce(name, scale, two_methods, None, 1)
+    assert not two_methods.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (TUNED.replace("title", "titel"), "unknown key 'titel'"),
+        (TUNED.replace("steps = 8", "stepps = 8", 1), "stepps"),
+        (TUNED.replace('"least_squares"', "="), "figure one"),
+        (TUNED.replace("momentum = 0", 'momentum = "much"'), "momentum"),
+    ],
+)
+def test_a_wrong_file_is_told_by_its_key(text, words):
+    with pytest.raises(ConfigurationError, match=words):
+        parse_figure(text, "one", "small", Config())
+
+
+def test_slopes_of_powers_are_their_exponents():
+    text = TUNED.replace('y = ["train_loss"]', 'y = ["train_loss"]\nslopes = [2, 64]')
+    figure = parse_figure(text, "one", "small", Config())
+    x = 2.0 ** np.arange(8)
+    slope = slopes(figure, [found_of(3 * x**-1.5, x=x)])["a"]
+    assert slope.value == pytest.approx(-1.5) and slope.half_width == pytest.approx(0, abs=1e-6)
+    noise = np.random.default_rng(0).normal(0, 0.1, x.size)
+    slope = slopes(figure, [found_of(np.exp(noise) / x, x=x)])["a"]
+    # By the textbook, of the six points in the range.
+    u, v = np.log(x[1:7]), (noise - np.log(x))[1:7]
+    by_hand = ((u - u.mean()) * (v - v.mean())).sum() / ((u - u.mean()) ** 2).sum()
+    rest = v - v.mean() - by_hand * (u - u.mean())
+    error = math.sqrt((rest**2).sum() / 4 / ((u - u.mean()) ** 2).sum())
+    assert slope.value == pytest.approx(by_hand)
+    assert slope.half_width == pytest.approx(2.7764 * error, rel=1e-4)  # Student's t, 4 degrees
+
+
+def test_a_diverged_run_has_no_mean():
+    figure = parse_figure(TUNED, "one", "small", Config())
+    one = found_of([1.0, 2.0], x=[0, 8], seeds=2)._replace(ended=["finished", "diverged: ∞"])
+    assert measured(figure, one, "train_loss") == "1 of 2 diverged"
+    assert "1 of 2 diverged" in table(figure, [one])
+
+
+def test_every_figure_is_listed_with_its_cost():
+    text = list_figures()
+    for name in names():
+        assert re.search(rf"^{name}$", text, re.MULTILINE)
+    assert text.count("small: ") + text.count("full: ") >= len(names())
+
+
+def scales():
+    text = lambda name: (figures.FOLDER / f"{name}.toml").read_text()
+    return [(name, scale) for name in names() for scale in SCALES if f"\n[{scale}]" in text(name)]
+
+
+@pytest.mark.parametrize(("name", "scale"), scales())
+def test_every_figure_is_read(name, scale):
+    figure = read_figure(name, scale, Config())
+    assert figure.curves and figure.seeds >= 1 and figure.cost
+    curves = [(curve.name, curve.sweep) for curve in figure.curves]
+    assert len(set(curves)) == len(curves)
+
+
+def test_the_bound_of_the_tight_instance_is_its_formula():
+    (bound,) = read_figure("overparam_lower_bound", "small", Config()).lines
+    expected = [1 / (4 * math.e * (rounds + 0.5)) for rounds in bound.x]
+    np.testing.assert_allclose(bound.y, expected, rtol=1e-6)
+
+
+def test_plans_need_no_runs(tmp_path, monkeypatch):
+    text = TUNED.replace('x = "step"', 'x = "step"\nkind = "plan"').replace(
+        'y = ["train_loss"]', 'y = ["local_steps_max"]'
+    )
+    text = re.sub(r"tune = .*", "", text).replace("train_loss = 0.5", "communication_volume = 0.25")
+    monkeypatch.setattr(
+        reproducing, "read_figure", lambda *_: parse_figure(text, "p", "small", Config())
+    )
+    assert reproduce("p", "small", tmp_path, None, 1) == 0
+    assert "| Local SGD, H = 4 | 4 | — | 0.2500 | 0.2500 |" in (tmp_path / TABLE).read_text()
+    rows = list(csv.DictReader((tmp_path / CSV).open()))
+    assert [row["rounds"] for row in rows] == ["2", "8"]
