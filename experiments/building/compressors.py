@@ -34,21 +34,26 @@ def ratio_by_formula(
 ) -> float | None:
     """Compression ratio R_C = 1 / (1/R_C2 + 1/(R_C1·H)) over data parallelism, as papers count it.
 
-    Messages of C2 are sent at every step, those of C1 at the end of a round of H steps. Indices,
-    and tensors too small to compress, are not counted. None for methods on networks of hubs, and
-    for compressors without a nominal ratio.
+    Messages of C2 are sent at every step, those of C1 at the end of a round of H steps, in the
+    released implementation of CSER in the place of that step's: there R_C = H / ((H−1)/R_C2 +
+    1/R_C1). Indices, and tensors too small to compress, are not counted. None for methods on
+    networks of hubs, and for compressors without a nominal ratio.
 
     >>> from jaxlocal.compression import grbs
     >>> cser = {"gradient": grbs(64), "reset": grbs(4)}
     >>> ratio_by_formula(Config(method="cser"), cser, steps_a_round=16)
     32.0
+    >>> released = Config(method="cser", cser_implementation="released")
+    >>> round(ratio_by_formula(released, cser, steps_a_round=16), 3)  # 16 / (15/64 + 1/4)
+    33.032
     """
     if METHODS[config.method].network:
         return None
     kinds = METHODS[config.method].compressors or ("sync",)
     ratios = {what: compressors[what].ratio if what in compressors else 1.0 for what in kinds}
-    steps = {"gradient": 1}
-    sent = sum(1 / (ratio * steps.get(what, steps_a_round)) for what, ratio in ratios.items())
+    a_step = 1 - 1 / steps_a_round if config.cser_implementation == "released" else 1
+    messages = {"gradient": a_step}  # in a step
+    sent = sum(messages.get(what, 1 / steps_a_round) / ratio for what, ratio in ratios.items())
     if math.isnan(sent):
         return None
     return 1 / sent if sent else math.inf

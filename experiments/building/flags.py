@@ -152,10 +152,11 @@ class MethodFlags:
         f"""Compressor of a model's change since the last synchronisation; in methods with hubs, of
         the messages to the hub. By default {_compressed("sync")}.""",
     )
-    cser_implementation: int | None = _compression(
+    cser_implementation: str | None = _compression(
         None,
-        f"""Implementation of {_owners("cser_implementation")}: 1 resets the errors, 2 averages the
-        selected part of the models.""",
+        f"""Implementation of {_owners("cser_implementation")}: 1 resets the errors; 2 averages the
+        selected part of the models; released is 2 as the authors' code has it, where the message of
+        a reset takes the place of that of its step.""",
     )
     error_decay: float | None = _compression(
         None,

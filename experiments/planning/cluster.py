@@ -48,7 +48,10 @@ def on_cluster(plan: Plan, options: Options) -> dict[str, Any]:
 def _planned(plan: Plan, cluster: Cluster, mesh: tuple[int, int]) -> Hours:
     """The hours of the plan: the sum over the turns of what ends its rounds."""
     method = plan.method
-    turns, steps = method.outer.turns, (method.inner.steps, method.outer.steps)
+    turns, ending = method.outer.turns, method.outer.steps
+    # Where the end of a round takes steps, its messages overlap with them; but not in this method.
+    overlaps = plan.config.cser_implementation != "released"
+    steps = (method.inner.steps, *((ending, 0) if overlaps else (0, ending)))
     by_turn = [
         hours(plan.lengths[turn::turns], cluster, *collectives(plan, mesh, turn), *steps)
         for turn in range(turns)

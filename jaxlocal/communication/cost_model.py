@@ -35,6 +35,7 @@ def hours(
     outer: Sequence[CollectiveRun] = (),
     inner_steps: int = 1,
     overlap_steps: int = 0,
+    end_steps: int = 0,
 ) -> Hours:
     """Predict the hours of a run on a cluster.
 
@@ -60,13 +61,14 @@ def hours(
       outer: the collectives of the end of a round, at which all devices wait for each other.
       inner_steps: the steps of one inner stage.
       overlap_steps: τ, the last steps of a round, without inner stages.
+      end_steps: steps of a round after its inner stages and before the collectives of its end.
 
     Returns:
       The hours of the mean device.
 
     Raises:
-      ConfigurationError: fewer than one inner step, a negative overlap, or devices that do not
-        divide into the groups of the inner collectives.
+      ConfigurationError: fewer than one inner step, negative steps, or devices that do not divide
+        into the groups of the inner collectives.
 
     >>> cluster = Cluster(8, 0, step_seconds=3.6, devices=2, jitter=0.1)
     >>> every_step = hours([100], cluster, inner=[("all-reduce", 1e9, 2)])
@@ -74,10 +76,10 @@ def hours(
     >>> [round(part, 4) for part in every_step], [round(part, 4) for part in rarely]
     ([0.1, 0.0278, 0.0056], [0.1, 0.0011, 0.0011])
     """
-    if inner_steps < 1 or overlap_steps < 0:
+    if inner_steps < 1 or min(overlap_steps, end_steps) < 0:
         raise ConfigurationError(
-            f"an inner stage takes at least 1 step and an overlap at least 0, got {inner_steps} "
-            f"and {overlap_steps}"
+            f"an inner stage takes at least 1 step, an overlap and an end at least 0, got "
+            f"{inner_steps}, {overlap_steps} and {end_steps}"
         )
     inner_seconds, outer_seconds = cluster.total_seconds(inner), cluster.total_seconds(outer)
     group = max((participants for *_, participants in inner), default=1)
@@ -85,7 +87,7 @@ def hours(
     step, seconds = float(cluster.step.mean()), np.zeros(3)
     for length, times in Counter(lengths).items():
         compute, hidden = length * step, min(overlap_steps, length) * step
-        stages = max(0, length - overlap_steps) // inner_steps
+        stages = max(0, length - overlap_steps - end_steps) // inner_steps
         communication = stages * inner_seconds + max(0.0, outer_seconds - hidden)
         waiting = max(0.0, until_slowest(length) - compute)
         seconds += times * np.array([compute, communication, waiting])

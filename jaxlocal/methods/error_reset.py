@@ -28,7 +28,7 @@ def cser(
     gradient_compressor: Compressor | str,
     reset_compressor: Compressor | str,
     period: Period | int = 1,
-    implementation: int = 1,
+    implementation: int | str = 1,
     model_state: str = "keep",
     worker_map: str | None = None,
 ) -> Method:
@@ -48,9 +48,11 @@ def cser(
         linear in the gradient.
       reset_compressor: C1; with C1 = identity and C2 = zero this is Local SGD.
       period: H, or a rule for it.
-      implementation: 1, as above, for any compressors; or 2, for compressors that keep the same
-        part of every worker's model (GRBS): after a whole local step x_i ← Σ_j a_j C2(x_j) + x_i −
-        C2(x_i), and at the end of a round the same with C1. It has neither errors nor anchor.
+      implementation: 1, as above, for any compressors. 2, for compressors that keep the same part
+        of every worker's model (GRBS): after a whole local step x_i ← Σ_j a_j C2(x_j) + x_i −
+        C2(x_i), and at the end of a round the same with C1. "released" is 2 as the authors' code
+        has it: at the last step of a round the message of C1 takes the place of that of C2, so that
+        R_C is H / ((H − 1)/R_2 + 1/R_1), and H at least 2. 2 and "released" have no anchor.
       model_state: "keep" or "average" model state such as batch statistics.
       worker_map: how a device runs its workers: "vmap", "map" or "blocks:N"; by default the
         fastest.
@@ -59,7 +61,8 @@ def cser(
       A `Method`, to be given to `RoundFn`.
 
     Raises:
-      ConfigurationError: another implementation, or compressors that do not fit the second one.
+      ConfigurationError: another implementation, compressors that do not fit the second one, or
+        rounds of one step in the released one.
 
     Source: Xie, Zheng, Koyejo, Gupta, Li, Lin, "CSER: Communication-efficient SGD with Error
     Reset", NeurIPS 2020, https://arxiv.org/abs/2007.13221: Algorithm 2 and, with momentum,
@@ -73,13 +76,21 @@ def cser(
     >>> cser(grad_fn, optax.sgd(0.1, momentum=0.9), period=16, **blocks).outer.anchored
     True
     """
-    build = {1: _by_anchor, 2: _by_models}
-    if implementation not in build:
-        raise ConfigurationError(f"M-CSER has the implementations 1 and 2, got {implementation}")
-    inner, outer = build[implementation](
+    build = {"1": _by_anchor, "2": _by_models, "released": _as_released}
+    if str(implementation) not in build:
+        raise ConfigurationError(
+            f"M-CSER has the implementations {', '.join(build)}, got {implementation}"
+        )
+    rule = periods.of(period, optimizer)
+    if implementation == "released" and rule.constant and rule.length(0, 2) == 1:
+        raise ConfigurationError(
+            "the released implementation of M-CSER sends the message of C1 in the place of that of "
+            "C2, and with H = 1 none would be of C2; use csea, or H of at least 2"
+        )
+    inner, outer = build[str(implementation)](
         grad_fn, optimizer, gradient_compressor, reset_compressor, model_state, worker_map
     )
-    return Method(inner, outer, optimizer, periods.of(period, optimizer))
+    return Method(inner, outer, optimizer, rule)
 
 
 @explain_arguments
@@ -172,15 +183,25 @@ def _by_models(
     grad_fn, optimizer, gradient_compressor, reset_compressor, model_state, worker_map
 ) -> tuple[Stage, Stage]:
     """The stages of M-CSER II."""
-    for compressor in (gradient_compressor, reset_compressor):
-        compressor = carried(mixing.mean(), compressor)
+    _check_shared_masks(gradient_compressor, reset_compressor)
+    step = local_step(grad_fn, optimizer, worker_map=worker_map)
+    average = partial_average(mixing.mean(), gradient_compressor, purpose=STEP_MESSAGE)
+    end = partial_average(mixing.mean(), reset_compressor, model_state=model_state)
+    return sequence(step, average), end
+
+
+def _as_released(grad_fn, optimizer, *others) -> tuple[Stage, Stage]:
+    """The stages of M-CSER II as released: the end of a round takes its last step."""
+    inner, end = _by_models(grad_fn, optimizer, *others)
+    return inner, sequence(local_step(grad_fn, optimizer, worker_map=others[-1]), end)
+
+
+def _check_shared_masks(*compressors: Compressor | str) -> None:
+    for one in compressors:
+        compressor = carried(mixing.mean(), one)
         if not compressor.shared_mask:
             raise ConfigurationError(
                 f"implementation 2 of M-CSER averages the same part of all models, and what "
                 f"{compressor.name} keeps differs from worker to worker; use grbs, random_k or "
                 f"implementation 1"
             )
-    step = local_step(grad_fn, optimizer, worker_map=worker_map)
-    average = partial_average(mixing.mean(), gradient_compressor, purpose=STEP_MESSAGE)
-    end = partial_average(mixing.mean(), reset_compressor, model_state=model_state)
-    return sequence(step, average), end

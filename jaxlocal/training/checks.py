@@ -69,8 +69,8 @@ def check_length(method: Method, steps: int) -> None:
     """Raise ConfigurationError where a round has no steps before its end begins."""
     if steps <= method.outer.steps:
         raise ConfigurationError(
-            f"a round of H = {steps} is too short for a synchronisation that is overlapped with "
-            f"its last τ = {method.outer.steps} steps"
+            f"a round of H = {steps} is too short: its end takes the last τ = {method.outer.steps} "
+            f"steps, after at least one other"
         )
 
 

@@ -203,6 +203,23 @@ def test_momentum_cser_in_the_second_implementation(optimizer, update, reset, me
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "update", "reset", "mesh", "rates"),
+    [
+        ("nesterov", "grbs:3", "grbs:2", (2, 2), 1.0),
+        ("adamw", "random_k:3", "random_k:3", (1, 1), [0.4, 0.7]),
+    ],
+)
+def test_momentum_cser_as_released(optimizer, update, reset, mesh, rates):
+    period, lengths = lengths_of("quadratic")
+    method = cser(optimizer, update, reset, period=period, implementation="released")
+
+    def loops(run):
+        return compressed.m_cser_released(run, lengths, at_steps(update), at_ends(reset)), None
+
+    compare(method, four(rates), mesh, optimizer, lengths, loops)
+
+
+@pytest.mark.parametrize(
     ("optimizer", "spec", "lengths", "mesh"),
     [
         ("momentum", "grbs:3", None, (2, 1)),

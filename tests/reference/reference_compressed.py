@@ -188,6 +188,26 @@ def m_cser_2(
     return workers.trajectories()[0]
 
 
+def m_cser_released(
+    run: Run, periods: Sequence[int], model_compress: Compress, reset_compress: Compress
+) -> Array:
+    """M-CSER as its authors' trainer has it: implementation II, but the last step of a round sends
+    one message, with C1.
+
+    every step: x_i ← x_i + u_i; then x_i ← PSync(x_i, C1) at the last step of a round, and
+    x_i ← PSync(x_i, C2) at the others
+    """
+    workers, step = _Workers(run), 0
+    for local_steps in periods:
+        for number in range(local_steps):
+            stepped = workers.models + workers.updates(step)
+            step += 1
+            compress = reset_compress if number == local_steps - 1 else model_compress
+            models, _ = psync(stepped, compress, run.weights, step)
+            workers.after_step(models, workers.errors)
+    return workers.trajectories()[0]
+
+
 def mll_sgd(
     run: Run,
     steps: int,

@@ -293,3 +293,51 @@ def test_feedback_reaches_the_optimum_where_the_same_compressor_without_it_stall
     distance = np.linalg.norm(fed_back[-1, 0] - optimum)
     assert distance < 0.03
     assert np.linalg.norm(without[-1] - optimum) > 5 * distance
+
+
+def drawn_block(ratio, seed):
+    """One of `ratio` blocks, drawn for each message and the same on all workers."""
+
+    def compress(vectors, message):
+        kept = vectors.shape[1] // ratio
+        at = kept * np.random.default_rng((seed, message)).integers(ratio)
+        sent = np.zeros_like(vectors)
+        sent[:, at : at + kept] = vectors[:, at : at + kept]
+        return sent
+
+    return compress
+
+
+def test_the_released_cser_is_between_the_implementations_of_the_paper():
+    """Noisy quadratics in 512 dimensions, R_C = 16: implementation II also averages the block of
+    every step in what workers already differ by, and the released one sends a message less."""
+    workers, steps, dim = 8, 160, 512
+    noise = np.random.default_rng(0).normal(size=(steps, workers, dim))
+    curvature = np.linspace(0.2, 1, dim)
+    gradient = lambda worker, x, step: curvature * x + noise[step, worker]
+    run = Run(gradient, np.ones(dim), lambda step: 0.1, np.ones(workers), sgd(0.9, nesterov=True))
+    arguments = (run, [16] * 10, drawn_block(32, 1), drawn_block(2, 2))
+
+    def distance(models):
+        return np.linalg.norm(models - models.mean(axis=1, keepdims=True), axis=2).mean()
+
+    first = distance(compressed.m_cser_1(*arguments)[0])
+    second = distance(compressed.m_cser_2(*arguments))
+    released = distance(compressed.m_cser_released(*arguments))
+    assert second < released < 0.97 * first and released < 1.01 * second
+
+
+def test_the_released_cser_sends_one_message_a_step():
+    """With H = 1 every message is that of a reset; with C1 = C2 implementation II sends the last
+    block of a round a second time, which changes nothing."""
+    sent = []
+
+    def counted(name, compress):
+        return lambda vectors, message: sent.append((name, message)) or compress(vectors, message)
+
+    run = make_run(RULES["momentum"])
+    compressors_of = counted("C2", BLOCK), counted("C1", BLOCK)
+    models = compressed.m_cser_released(run, [3, 2], *compressors_of)
+    assert sent == [("C2", 1), ("C2", 2), ("C1", 3), ("C2", 4), ("C1", 5)]
+    twice = compressed.m_cser_2(run, [3, 2], BLOCK, BLOCK)
+    np.testing.assert_allclose(models, twice, **EXACT)

@@ -73,12 +73,16 @@ def trajectory(round_fn, batches, periods):
         states.append((vectors(state.params), anchor))
 
     keep(state)
+    ending = round_fn.method.outer.steps
     for length in periods:
         for stop in range(start + size, start + length + 1, size):
-            state, info = round_fn.local_steps(state, steps_of(batches, stop - size, stop))
+            ends, fed = stop == start + length, steps_of(batches, stop - size, stop)
+            if not (ends and ending):
+                state, info = round_fn.local_steps(state, fed)
+            if ends:
+                state, last = round_fn.end_round(state, fed if ending else ())
+                info = last if ending else info
             active.append(np.asarray(info.worker["active"]).reshape(size, -1))
-            if stop == start + length:
-                state, _ = round_fn.end_round(state)
             keep(state)
         start += length
     models, anchors = zip(*states, strict=True)

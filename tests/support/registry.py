@@ -121,6 +121,7 @@ METHODS = {
     "cser": Entry(cser("top_k:3", "int8"), FLAT, half=False),
     "cser-powersgd": Entry(cser("powersgd:1", "powersgd:1"), FLAT, half=False),
     "cser-2": Entry(cser("grbs:2", "random_k:2", implementation=2), FLAT),
+    "cser-released": Entry(cser("grbs:2", "random_k:2", implementation="released"), FLAT),
     "csea": Entry(
         partial(jaxlocal.csea, reset_compressor=parse("grbs:2"), model_state="average"),
         FLAT,
@@ -186,6 +187,7 @@ CASES = [
     ("cser", "adamw"),
     ("cser-powersgd", "momentum"),
     ("cser-2", "momentum"),
+    ("cser-released", "momentum"),
     ("csea", "momentum"),
     ("cser_pl", "adamw"),
     ("sparse_loco", "adamw"),

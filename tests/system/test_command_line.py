@@ -81,10 +81,10 @@ from jaxlocal import ConfigurationError
             {"sync_compressor": "grbs:4"},
             ["--sync_compressor=grbs:4", "qsparse_local_sgd", "hl_sgd"],
         ),
-        ({"cser_implementation": 2}, ["--cser_implementation=2", "cser", "local_sgd"]),
-        ({"method": "cser", "cser_implementation": 3}, ["1 and 2", "got 3"]),
+        ({"cser_implementation": "2"}, ["--cser_implementation=2", "cser", "local_sgd"]),
+        ({"method": "cser", "cser_implementation": "3"}, ["1, 2, released", "got 3"]),
         (
-            {"method": "cser", "cser_implementation": 2, "gradient_compressor": "top_k:4"},
+            {"method": "cser", "cser_implementation": "2", "gradient_compressor": "top_k:4"},
             ["top_k:4", "implementation"],
         ),
         ({"fragments": 2}, ["--fragments=2", "streaming_diloco", "local_sgd"]),

@@ -82,6 +82,17 @@ def test_an_end_of_a_round_that_takes_steps_overlaps_them():
     assert seconds(figures["planned"]) == pytest.approx([0.192, 12 * (average - 0.008), 0])
 
 
+def test_the_released_cser_sends_one_message_a_step_of_which_none_overlaps():
+    compressors = {"gradient_compressor": "grbs:4", "reset_compressor": "identity"}
+    planned = job(method="cser", cser_implementation="released", workers=4, **compressors)
+    whole, quarter = (6 * 1e-3 + 1.5 * 4 * MODEL / ratio / 1e9 for ratio in (1, 4))
+    figures = on_cluster(planned, jitter=0.1)
+    assert seconds(figures["planned"])[1] == pytest.approx(36 * quarter + 12 * whole)
+    assert figures["planned"]["waiting_hours"] == pytest.approx(
+        figures["data_parallel"]["waiting_hours"]
+    )
+
+
 def test_all_fragments_together_cost_as_much_as_the_model():
     # The tensors of an MLP have unequal sizes, and so have the messages of the rounds.
     same = {"parameters": None, "model": "mlp", "workers": 4, "local_steps": 8}

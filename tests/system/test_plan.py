@@ -190,6 +190,11 @@ def test_the_published_ratios_of_cser(gradient, reset, local_steps, ratio):
             8 * 4 * 16,
         ),
         ({"method": "cser", "gradient_compressor": "zero", "reset_compressor": "identity"}, 4),
+        ({"method": "cser", "local_steps": 16}, 32),
+        (
+            {"method": "cser", "local_steps": 16, "cser_implementation": "released"},
+            pytest.approx(16 / (15 / 64 + 1 / 4)),
+        ),
         ({"method": "cser", "gradient_compressor": "zero", "reset_compressor": "zero"}, None),
         ({"method": "mll_sgd", "hubs": 2, "sync_compressor": "grbs:4"}, None),
         ({"method": "qsparse_local_sgd", "sync_compressor": "powersgd:2"}, None),

@@ -34,6 +34,17 @@ def test_messages_are_the_payload():
             block_bits,
             block_bits,
         ),
+        (
+            jaxlocal.cser(
+                *ARGUMENTS,
+                gradient_compressor=blocks,
+                reset_compressor="grbs:5",
+                implementation="released",
+                period=4,
+            ),
+            block_bits,
+            (400 + 10) * 32,
+        ),
         (jaxlocal.qsparse_local_sgd(*ARGUMENTS, compressor=top), 0, top_bits),
         (jaxlocal.csea(*ARGUMENTS, reset_compressor=blocks), 0, block_bits),
         (jaxlocal.data_parallel(*ARGUMENTS, compressor=blocks), block_bits, 0),
@@ -43,6 +54,17 @@ def test_messages_are_the_payload():
         assert round_fn.stage_bits(round_fn.shapes(params)) == expected
         alone = problems.on_one_device(method, Layout(1, 1))
         assert alone.stage_bits(alone.shapes(params)) == (MessageBits(), MessageBits())
+
+
+@pytest.mark.parametrize("implementation", [2, "released"])
+def test_a_reset_is_sent_besides_the_message_of_its_step_or_in_the_place_of_it(implementation):
+    compressors = {"gradient_compressor": "grbs:16", "reset_compressor": "grbs:4"}
+    method = jaxlocal.cser(*ARGUMENTS, **compressors, period=8, implementation=implementation)
+    round_fn = problems.on_one_device(method, Layout(1, 4))
+    shapes = round_fn.shapes({"w": jnp.zeros(64)})
+    steps = 8 if implementation == 2 else 7
+    sent = round_fn.message_bits(shapes, steps=24, rounds=3).workers
+    assert sent == 3 * 32 * (steps * 64 // 16 + 64 // 4)
 
 
 def test_a_hub_sends_all_payloads_that_cannot_be_averaged():
@@ -69,7 +91,7 @@ OWN_PLACES = compression.top_k(2)  # every worker sends other places
 
 def cser_with_own_places(implementation):
     compressors = {"gradient_compressor": OWN_PLACES, "reset_compressor": compression.grbs(2)}
-    return jaxlocal.cser(*ARGUMENTS, **compressors, implementation=implementation)
+    return jaxlocal.cser(*ARGUMENTS, **compressors, period=4, implementation=implementation)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +120,20 @@ def cser_with_own_places(implementation):
         ),
         (
             lambda: cser_with_own_places(implementation=3),
-            "implementations 1 and 2, got 3",
+            "implementations 1, 2, released, got 3",
+        ),
+        (
+            lambda: cser_with_own_places(implementation="released"),
+            "implementation 2.*top_k:2 keeps differs",
+        ),
+        (
+            lambda: jaxlocal.cser(
+                *ARGUMENTS,
+                gradient_compressor="grbs:4",
+                reset_compressor="grbs:2",
+                implementation="released",
+            ),
+            "released implementation.*H of at least 2",
         ),
         (
             lambda: jaxlocal.sparse_loco(*ARGUMENTS, error_decay=1.5),
