@@ -111,7 +111,7 @@ def random_words(
         return [jnp.zeros(0, jnp.uint32) for _ in counts]
     words = jax.random.bits(key, (sum(counts),), jnp.uint32)
     cut = lambda words: jnp.split(words, np.cumsum(counts)[:-1])
-    zeros = lambda words: [jnp.zeros(count, jnp.uint32) for count in counts]
+    zeros = lambda words: [jnp.zeros_like(part) for part in cut(words)]
     # XLA compiles what it does with equal tensors once, unless it fuses the cuts into it, each of
     # which is at another place. It does not fuse the results of a condition, which almost always
     # holds: zeros instead are one draw in 2³² more than there were.
