@@ -34,6 +34,11 @@ class Config(MethodFlags):
         for the workers of a hub or for all workers; or a released distribution: full, fixed,
         uniform, slow_one, fast_one, straggler.""",
     )
+    wait: bool = _workers(
+        False,
+        """Workers take all their steps, and averages wait for the slowest: --rates then lengthen
+        the rounds, in time slots, and no worker skips a step.""",
+    )
     worker_weights: str = _workers(
         "uniform",
         """Weights of the average: uniform, data (the share of the data that a worker holds), or

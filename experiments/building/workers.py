@@ -1,5 +1,6 @@
 """From flags to the workers: their grid, weights and rates, and the network of hubs."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ def worker_grid(config: Config) -> tuple[int, int]:
 
 
 def make_layout(config: Config, grid: tuple[int, int], shard_sizes: NDArray | None) -> Layout:
-    """The workers with their weights and rates.
+    """The workers with their weights and rates; with `--wait` they take all steps.
 
     Args:
       shard_sizes: [hubs, workers per hub], the examples that each worker holds; None without a
@@ -57,10 +58,20 @@ def make_layout(config: Config, grid: tuple[int, int], shard_sizes: NDArray | No
     Raises:
       ConfigurationError: weights or rates that do not fit the workers.
     """
-    per_hub = config.workers if METHODS[config.method].network == "workers" else grid[1]
-    named = lookup("rates", config.rates, RATES)(per_hub) if config.rates[:1].isalpha() else None
-    rates = named or _numbers("rates", config.rates, tuple(RATES))
-    return Layout(*grid, weights=_weights(config, shard_sizes), rates=rates)
+    layout = Layout(*grid, weights=_weights(config, shard_sizes), rates=_rates(config, grid[1]))
+    return dataclasses.replace(layout, rates=1.0) if config.wait else layout
+
+
+def step_rates(config: Config, layout: Layout) -> NDArray:
+    """The probability with which each worker takes a step in a time slot, [hubs, workers]."""
+    return dataclasses.replace(layout, rates=_rates(config, layout.workers_per_hub)).rate
+
+
+def _rates(config: Config, workers_per_hub: int) -> list[float] | float:
+    per_hub = config.workers if METHODS[config.method].network == "workers" else workers_per_hub
+    if config.rates[:1].isalpha():
+        return lookup("rates", config.rates, RATES)(per_hub)
+    return _numbers("rates", config.rates, tuple(RATES))
 
 
 def _weights(config: Config, shard_sizes: NDArray | None) -> Any:

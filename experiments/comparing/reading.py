@@ -13,7 +13,7 @@ from experiments.running.metrics import METRICS, read_metrics
 from jaxlocal import ConfigurationError
 
 KEYS = (
-    *("step", "round", "wall_seconds", "train_loss", "eval_loss", "eval_accuracy"),
+    *("step", "round", "time_slots", "wall_seconds", "train_loss", "eval_loss", "eval_accuracy"),
     *("bits_workers", "bits_hubs"),
 )
 
@@ -52,7 +52,9 @@ def too_short(folder: Path) -> bool:
 def _lines(folder: Path, least: int = 2) -> list[dict[str, Any]]:
     """The measurements of one seed."""
     path = folder / METRICS
-    lines = [{key: _number(line[key]) for key in KEYS} for line in read_metrics(folder)]
+    # Without a count of its own, a measurement is of a run that does not wait: a slot is a step.
+    measured = [{"time_slots": line["step"], **line} for line in read_metrics(folder)]
+    lines = [{key: _number(line[key]) for key in KEYS} for line in measured]
     if len(lines) < least:
         raise ConfigurationError(
             f"{path} holds {len(lines)} measurements, and a curve needs 2 or more"

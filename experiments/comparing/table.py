@@ -30,38 +30,45 @@ def cost_to_reach(run: Curves, target: float, cost: str) -> float | None:
 def show(runs: Sequence[Curves], target: float | None) -> None:
     """Print the last metrics of each run, and its costs to the end and to a target accuracy."""
     accuracies = any(run.has_accuracy for run in runs)
+    costs = [c for c in COSTS if c != "time slots" or any(run.waits for run in runs)]
     names = ["train loss", "test loss", *(["accuracy", "best"] if accuracies else [])]
-    names += ["rounds", "sent", "seconds"]
-    names += (
-        [f"{cost} to {target:.4f}" for cost in ("sent", "seconds")] if target is not None else []
-    )
+    names += ["rounds", *costs]
+    names += [f"{cost} to {target:.4f}" for cost in costs] if target is not None else []
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     for name in names:
         table.add_column(name, justify="right")
     for run in runs:
-        table.add_row(Text(run.label), *map(Text, _row(run, accuracies, target)))
+        table.add_row(Text(run.label), *map(Text, _row(run, accuracies, costs, target)))
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 200)  # a file has no width at which lines must wrap
     console.print(table, highlight=False)
 
 
-def _row(run: Curves, accuracies: bool, target: float | None) -> list[str]:
+def _row(run: Curves, accuracies: bool, costs: list[str], target: float | None) -> list[str]:
     cells = [_last(run, "train_loss", ".4g"), _last(run, "eval_loss", ".4g")]
     if accuracies:
         best = np.nanmax(run.mean("eval_accuracy")) if run.has_accuracy else None
         cells += [_last(run, "eval_accuracy", ".4f"), _or_dash(best, "{:.4f}".format)]
-    cells += [number(round(run.mean("round")[-1])), _size(run.mean("megabytes")[-1])]
-    cells += [f"{run.mean('wall_seconds')[-1]:.1f}"]
+    cells += [number(round(run.mean("round")[-1]))]
+    columns = [COSTS[cost] for cost in costs]
+    cells += [form(run.mean(key)[-1]) for key, form in columns]
     if target is not None:
-        cells += [_or_dash(cost_to_reach(run, target, "megabytes"), _size)]
-        cells += [_or_dash(cost_to_reach(run, target, "wall_seconds"), "{:.1f}".format)]
+        cells += [_or_dash(cost_to_reach(run, target, key), form) for key, form in columns]
     return cells
 
 
 def _size(megabytes: float) -> str:
     return data_size(round(megabytes * MEGABYTE))
+
+
+# The columns of costs: the key of the metrics, and how a value is written.
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "sent": ("megabytes", _size),
+    "seconds": ("wall_seconds", "{:.1f}".format),
+    "time slots": ("time_slots", "{:,.0f}".format),
+}
 
 
 def _last(run: Curves, key: str, form: str) -> str:

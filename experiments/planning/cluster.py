@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.building.job import Plan
+from experiments.building.workers import step_rates
 from experiments.planning.options import Options
 from experiments.planning.step_time import step_time
 from experiments.plotting.display import number, show_table
@@ -23,8 +24,8 @@ def on_cluster(plan: Plan, options: Options) -> dict[str, Any]:
     """Predict the hours of a run on a cluster, and those of data parallelism.
 
     Data parallelism takes the same number of steps, with an all-reduce of a whole model at each.
-    A worker of rate p < 1 skips steps, and no other worker waits for it. In data parallelism, where
-    no step is skipped, it needs 1/p times as long, and all workers wait.
+    A worker of rate p < 1 skips steps, and no other worker waits for it. In data parallelism and
+    with `--wait`, where no step is skipped, it needs 1/p times as long, and all workers wait.
 
     Raises:
       ConfigurationError: workers that do not divide over the devices, or options out of range.
@@ -40,7 +41,7 @@ def on_cluster(plan: Plan, options: Options) -> dict[str, Any]:
     return {
         **{f.name: getattr(cluster, f.name) for f in dataclasses.fields(Cluster)},
         "step_ms": step,
-        "planned": _parts(_planned(plan, cluster, mesh)),
+        "planned": _parts(_planned(plan, all_steps if plan.config.wait else cluster, mesh)),
         "data_parallel": _parts(hours([plan.steps], all_steps, [model])),
     }
 
@@ -120,7 +121,8 @@ def _without_skips(plan: Plan, cluster: Cluster, mesh: tuple[int, int]) -> tuple
     """The slowdown of each device where no step is skipped: a worker of rate p needs 1/p times as
     long."""
     hubs, workers = plan.layout.shape
-    blocks = (1 / plan.layout.rate).reshape(mesh[0], hubs // mesh[0], mesh[1], workers // mesh[1])
+    rate = step_rates(plan.config, plan.layout)
+    blocks = (1 / rate).reshape(mesh[0], hubs // mesh[0], mesh[1], workers // mesh[1])
     factors = blocks.mean((1, 3)).reshape(-1) * cluster.step / cluster.step_seconds
     return tuple(float(factor) for factor in factors)
 

@@ -13,6 +13,7 @@ COSTS = {
     "step": "steps",
     "megabytes": "communication: MB sent by a worker and its hub",
     "wall_seconds": "seconds, with compilation",
+    "time_slots": "time slots",
 }
 RESULTS = {"train_loss": "train loss", "eval_loss": "test loss", "eval_accuracy": "test accuracy"}
 _WIDTH = 150  # characters in a row of the legend
@@ -31,24 +32,33 @@ class Curves(NamedTuple):
         return self.values[key].mean(0)
 
     @property
+    def waits(self) -> bool:
+        """Whether its averages wait for slow workers, so that it takes more time slots than
+        steps."""
+        return bool((self.values["time_slots"] != self.values["step"]).any())
+
+    @property
     def has_accuracy(self) -> bool:
         """Whether the run is a classification."""
         return bool(np.isfinite(self.mean("eval_accuracy")).any())
 
 
 def plot_comparison(runs: Sequence[Curves], path: Path) -> None:
-    """Draw losses and accuracy of runs over steps, communication and time."""
+    """Draw losses and accuracy of runs over steps, communication and time, and over time slots if
+    one of them waits."""
     results = [k for k in RESULTS if k != "eval_accuracy" or any(r.has_accuracy for r in runs)]
+    costs = [k for k in COSTS if k != "time_slots" or any(r.waits for r in runs)]
+    size = (13 * len(costs) / 3, 3.2 * len(results) + 1)
     figure, axes = load_pyplot().subplots(
-        len(results), 3, figsize=(13, 3.2 * len(results) + 1), sharey="row", layout="constrained"
+        len(results), len(costs), figsize=size, sharey="row", layout="constrained"
     )
     for row, result in zip(axes, results, strict=True):
-        for axis, cost in zip(row, COSTS, strict=True):
+        for axis, cost in zip(row, costs, strict=True):
             _draw(axis, runs, cost, result)
         row[0].set_ylabel(RESULTS[result])
         _scale_results(row[0], runs, result)
-    for axis, name in zip(axes[-1], COSTS.values(), strict=True):
-        axis.set_xlabel(name)
+    for axis, cost in zip(axes[-1], costs, strict=True):
+        axis.set_xlabel(COSTS[cost])
     figure.align_ylabels()
     longest = max(len(run.label) for run in runs)
     figure.legend(

@@ -13,31 +13,32 @@ MEGABYTE = 8e6  # bits
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw loss and accuracy over steps and communication, H and consensus distance over steps.
 
+    If averages wait for slow workers, also loss and accuracy over time slots.
+
     Args:
       lines: the measurements of a run.
       path: of the image, a .png.
     """
-    figure, axes = _figure(2, 3, title)
-    steps = [line["step"] for line in lines]
-    sent = [(line["bits_workers"] + line["bits_hubs"]) / MEGABYTE for line in lines]
-    for row, (x, label) in enumerate(
-        [(steps, "steps"), (sent, "communication: MB sent by a worker and its hub")]
-    ):
+    costs = _costs(lines)
+    figure, axes = _figure(len(costs), 3, title)
+    for row, (label, x) in enumerate(costs.items()):
         _losses(axes[row, 0], x, lines, label)
         _accuracy(axes[row, 1], x, lines, label)
-    _local_steps(axes[0, 2], steps, lines)
-    _distance(axes[1, 2], steps, lines)
+    _local_steps(axes[0, 2], costs["steps"], lines)
+    _distance(axes[1, 2], costs["steps"], lines)
+    for axis in axes[2:, 2]:
+        axis.set_axis_off()
     save_figure(figure, path)
 
 
 def plot_several(runs: list[list[dict[str, Any]]], path: Path, title: str) -> None:
-    """Draw the mean over seeds of losses and accuracy, in a band of its standard error, over steps
-    and over communication."""
-    figure, axes = _figure(2, 2, f"{title}: mean and standard error")
+    """Draw the mean over seeds of losses and accuracy, in a band of its standard error, over the
+    same costs as `plot_curves`."""
     lines = min(runs, key=len)  # a run may have stopped early; the bands end there
-    sent = [(line["bits_workers"] + line["bits_hubs"]) / MEGABYTE for line in lines]
-    labels = ("steps", "communication: MB sent by a worker and its hub")
-    for row, x in enumerate(([line["step"] for line in lines], sent)):
+    each = [_costs(run[: len(lines)]) for run in runs]
+    costs = {label: np.mean([one[label] for one in each], axis=0) for label in each[0]}
+    figure, axes = _figure(len(costs), 2, f"{title}: mean and standard error")
+    for row, (cost, x) in enumerate(costs.items()):
         for key, name, column in (
             ("train_loss", "train", 0),
             ("eval_loss", "test", 0),
@@ -45,9 +46,9 @@ def plot_several(runs: list[list[dict[str, Any]]], path: Path, title: str) -> No
         ):
             values = [[_number(line[key]) for line in run[: len(lines)]] for run in runs]
             color = "tab:green" if column else None
-            band(axes[row, column], x, values, name, color)
-        axes[row, 0].set(xlabel=labels[row], ylabel="loss of the average model")
-        axes[row, 1].set(xlabel=labels[row], ylabel="test accuracy of the average model")
+            band(axes[row, column], x.tolist(), values, name, color)
+        axes[row, 0].set(xlabel=cost, ylabel="loss of the average model")
+        axes[row, 1].set(xlabel=cost, ylabel="test accuracy of the average model")
         axes[row, 0].legend()
         for axis in axes[row]:
             axis.grid(alpha=0.3)
@@ -62,6 +63,15 @@ def band(axis: Any, x: list[float], ys: list[list[float]], label: str, color: An
     if len(values) > 1:
         error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
         axis.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.25, lw=0)
+
+
+def _costs(lines: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """What a run has cost at each measurement, by the label of an axis."""
+    steps = [line["step"] for line in lines]
+    slots = [line.get("time_slots", line["step"]) for line in lines]
+    sent = [(line["bits_workers"] + line["bits_hubs"]) / MEGABYTE for line in lines]
+    costs = {"steps": steps, "communication: MB sent by a worker and its hub": sent}
+    return costs | ({"time slots": slots} if slots[-1] != steps[-1] else {})
 
 
 def _figure(rows: int, columns: int, title: str) -> tuple[Any, Any]:
@@ -104,7 +114,7 @@ def _accuracy(axis: Any, x: list[float], lines: list[dict[str, Any]], label: str
         axis.plot(x, values, marker=_marker(lines), markersize=4, color="tab:green")
 
 
-def _local_steps(axis: Any, steps: list[int], lines: list[dict[str, Any]]) -> None:
+def _local_steps(axis: Any, steps: list[float], lines: list[dict[str, Any]]) -> None:
     axis.step(
         steps, [line["local_steps"] for line in lines], where="pre", color="tab:purple", label="H"
     )
@@ -120,7 +130,7 @@ def _local_steps(axis: Any, steps: list[int], lines: list[dict[str, Any]]) -> No
     axis.legend(handles, ["H", "η"], loc="center left")
 
 
-def _distance(axis: Any, steps: list[int], lines: list[dict[str, Any]]) -> None:
+def _distance(axis: Any, steps: list[float], lines: list[dict[str, Any]]) -> None:
     values = [_number(line["consensus_distance"]) for line in lines]
     axis.plot(steps, values, marker=_marker(lines), markersize=4, color="tab:red")
     axis.set(xlabel="steps", ylabel="consensus distance", ylim=(0, None))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from experiments.building.job import Job
+from experiments.building.time_slots import make_time_slots
 from experiments.running.feeding import read_all
 from jaxlocal import RoundFn
 from jaxlocal.training.evaluation import Evaluation, Reestimation
@@ -39,6 +40,7 @@ class Measure:
         test = _sample(config.test_eval_examples, data.test_examples, config.seed)
         self._job, self._start = job, time.perf_counter() - seconds
         self._train, self._test = _evaluations(job, round_fn, train, test)
+        self._time_slots = make_time_slots(job)
         self._reestimate = None
         if config.model_state == "reestimate":
             self._reestimate = _reestimation(job, round_fn, first_batches)
@@ -58,6 +60,7 @@ class Measure:
         return {
             "step": progress.step,
             "round": progress.round,
+            "time_slots": self._time_slots(progress.step),
             "wall_seconds": round(self.seconds, 3),
             "train_loss": self._train(state)["loss"],
             "eval_loss": test["loss"],

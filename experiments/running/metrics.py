@@ -9,6 +9,7 @@ from jaxlocal import ConfigurationError
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 WHOLE = ("step", "round", "local_steps", "bits_workers", "bits_hubs")
+WHOLE_IF_ANY = ("time_slots",)  # which runs of earlier versions do not have
 REAL = ("wall_seconds", "learning_rate")
 REAL_OR_NONE = ("train_loss", "eval_loss", "eval_accuracy", "consensus_distance")
 LARGEST_NUMBER = 1e300
@@ -56,7 +57,8 @@ def _is_complete(values: dict[str, Any]) -> bool:
     """Whether a line has every figure of a measurement, each of its type."""
     if not all(name in values for name in (*WHOLE, *REAL, *REAL_OR_NONE)):
         return False
-    whole = all(type(values[name]) is int and 0 <= values[name] < LARGEST_NUMBER for name in WHOLE)
+    counted = [*WHOLE, *(name for name in WHOLE_IF_ANY if name in values)]
+    whole = all(type(values[n]) is int and 0 <= values[n] < LARGEST_NUMBER for n in counted)
     known = [values[name] for name in REAL_OR_NONE if values[name] is not None]
     real = [values[name] for name in REAL] + known
     return whole and all(type(x) in (int, float) and abs(x) < LARGEST_NUMBER for x in real)

@@ -8,6 +8,7 @@
 - `cost_model`: the hours of a run on a cluster.
 - `collective_costs`: the seconds of a collective on a cluster.
 - `stragglers`: waiting for the slowest of several devices.
+- `time_slots`: the time slots of a run that waits for its slowest workers.
 - `hours_fit`: compute and communication of runs whose hours are known.
 """
 

@@ -131,6 +131,22 @@ def test_the_table_shows_the_last_measurements_and_the_costs(tmp_path, capsys):
     assert "sent to 0.0000" in capsys.readouterr().out.splitlines()[0]
 
 
+def test_a_run_that_waits_is_compared_over_time_slots(tmp_path, drawn, capsys):
+    """A run without the count is one of an earlier version, whose slots are its steps."""
+    waiting = [line | {"time_slots": 3 * line["step"]} for line in lines()]
+    folders = [write_run(tmp_path / "waits", waiting), write_run(tmp_path / "earlier")]
+    compare(folders, tmp_path / "compare.png", None)
+    header, *rows = capsys.readouterr().out.splitlines()[:3]
+    assert "time slots" in header and "time slots to 0.9000" in header
+    assert [row.split()[-1] for row in rows] == ["60", "20"]
+    axes = np.array(drawn[0].axes).reshape(3, 4)
+    drawn_over = [list(line.get_xdata()) for line in axes[2, 3].get_lines()]
+    assert drawn_over == [[0, 30, 60, 90], [0, 10, 20, 30]]
+    assert axes[2, 3].get_xlabel() == "time slots"
+    compare(folders[1:], tmp_path / "compare.png", None)
+    assert "slots" not in capsys.readouterr().out and len(drawn[1].axes) == 9
+
+
 def test_the_picture_has_every_result_over_every_cost(tmp_path, rendered):
     folders = [
         write_run(tmp_path / name, lines(bits=b))

@@ -127,6 +127,12 @@ def test_workers_that_skip_steps_make_others_wait_only_in_data_parallelism():
     assert model_bits(planned.state.params) == 32 * MODEL
 
 
+def test_a_run_that_waits_takes_as_long_as_its_slowest_worker():
+    planned = job(period="constant", workers=4, rates="0.25,1,1,1", wait=True)
+    figures = on_cluster(planned)
+    assert seconds(figures["planned"])[::2] == pytest.approx([24 * 1.75, 24 * 2.25])
+
+
 def test_a_step_that_is_not_given_is_measured_without_compilation(monkeypatch):
     calls = []
 

@@ -65,6 +65,7 @@ def test_an_incomplete_last_line_is_left_out(torn, tmp_path):
         (line(step=4.0), "its line 2 is not a measurement"),
         (line(step=-1), "its line 2 is not a measurement"),
         (line(step=4, bits_hubs=10**400), "its line 2 is not a measurement"),
+        (line(step=4, time_slots="9"), "its line 2 is not a measurement"),
         (line(step=4, train_loss="low"), "its line 2 is not a measurement"),
         (line(step=4, wall_seconds=None), "its line 2 is not a measurement"),
         (line(step=3), "its line 2 is of step 3, and the one before it of step 3"),
