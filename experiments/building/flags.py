@@ -158,6 +158,12 @@ class MethodFlags:
         selected part of the models; released is 2 as the authors' code has it, where the message of
         a reset takes the place of that of its step.""",
     )
+    decay_outside_compressor: bool = _compression(
+        False,
+        """In ef_sgd and qsparse_local_sgd: weight decay moves the common model, with a momentum of
+        its own, and is in no message. By default it is a part of the updates, and what a compressor
+        leaves of it arrives late.""",
+    )
     error_decay: float | None = _compression(
         None,
         f"In {_owners('error_decay')}: factor by which a round shrinks the residual.",

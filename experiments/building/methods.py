@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from experiments.building.config import Config
-from experiments.building.optimizers import make_outer_optimizer
+from experiments.building.optimizers import make_decay_optimizer, make_outer_optimizer
 from experiments.building.schedules import switch_step
 from jaxlocal import Layout
 from jaxlocal.methods import METHODS
@@ -49,6 +49,7 @@ def _common(parts: Parts) -> dict[str, Any]:
         "layout": parts.layout,
         "learning_rate": parts.schedule,
         "outer_optimizer": make_outer_optimizer(config),
+        "decay_optimizer": make_decay_optimizer(config, parts.schedule),
         "optimizer_state": config.optimizer_state,
         "model_state": "average" if config.model_state == "average" else "keep",
         "worker_map": config.worker_map,

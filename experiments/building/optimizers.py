@@ -13,7 +13,37 @@ from jaxlocal.methods import METHODS
 
 def make_optimizer(config: Config, schedule: Callable) -> optax.GradientTransformation:
     """The optimizer of a worker; its learning rate follows the steps of the run."""
-    chain = _directions(config.optimizer, config.momentum, config.weight_decay)
+    decay = 0.0 if config.decay_outside_compressor else config.weight_decay
+    chain = _directions(config.optimizer, config.momentum, decay)
+    return optax.chain(*chain, jaxlocal.scale_by_step(schedule))
+
+
+def make_decay_optimizer(config: Config, schedule: Callable) -> optax.GradientTransformation | None:
+    """The optimizer of `--decay_outside_compressor`: the part of the worker's updates that is due
+    to weight decay; None without the flag.
+
+    Raises:
+      ConfigurationError: the method has no such option, there is no weight decay, or updates are
+        not the sum of a part of the gradient and a part of the decay.
+    """
+    if not config.decay_outside_compressor:
+        return None
+    flag = "--decay_outside_compressor"
+    owners = [name for name, spec in METHODS.items() if spec.takes("decay_optimizer")]
+    if config.method not in owners:
+        raise ConfigurationError(f"{flag} is for {' and '.join(owners)}, not for {config.method}")
+    if not config.weight_decay:
+        raise ConfigurationError(
+            f"{flag} needs a --weight_decay above 0, got {config.weight_decay}"
+        )
+    momenta = {"sgd": config.momentum, "nesterov": config.momentum, "adamw": 0.0, "lion": 0.0}
+    if config.optimizer not in momenta:
+        raise ConfigurationError(
+            f"{flag} is for the optimizers {', '.join(momenta)}, whose updates are a part of the "
+            f"gradient and a part of the decay, not for {config.optimizer}"
+        )
+    name, momentum = config.optimizer, momenta[config.optimizer]
+    chain = _directions(name if momentum else "sgd", momentum, config.weight_decay)
     return optax.chain(*chain, jaxlocal.scale_by_step(schedule))
 
 

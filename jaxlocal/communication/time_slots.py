@@ -62,17 +62,17 @@ class TimeSlots:
         if step < self._step:
             self._restart()
         while self._step < step:
-            self._clock = self._clock + self._random.geometric(self._rates)
+            self._clock += self._random.geometric(self._rates)
             self._step += 1
             if self._hubs_wait and self._step % self._inner_steps == 0:
-                self._clock = self._of_hubs() + np.zeros_like(self._clock)
+                self._clock[:] = self._of_hubs()
             if self._step == self._end:
                 self._end_round()
         return int(self._clock.max())
 
     def _restart(self) -> None:
         self._random = np.random.default_rng(self._seed)
-        self._clock: np.ndarray = np.zeros(self._rates.shape, np.int64)  # slots of each worker
+        self._clock = np.zeros(self._rates.shape, np.int64)  # slots of each worker
         self._remaining = iter(self._lengths)
         self._end: int = next(self._remaining, 0)  # of the round
         self._step: int = 0
@@ -83,5 +83,5 @@ class TimeSlots:
 
     def _end_round(self) -> None:
         slots = np.where(self._links, self._of_hubs(), 0).max(0)  # [D]: of hub j over its column
-        self._clock = slots[:, None] + np.zeros_like(self._clock)
+        self._clock[:] = slots[:, None]
         self._end += next(self._remaining, 0)

@@ -10,7 +10,8 @@ from jaxlocal import compression, periods
 from jaxlocal.communication import mixing
 from jaxlocal.errors import explain_arguments
 from jaxlocal.methods.spec import OuterDefault, momentum_sgd
-from jaxlocal.stages.error_feedback import error_feedback
+from jaxlocal.stages.compose import sequence
+from jaxlocal.stages.error_feedback import common_decay, error_feedback
 from jaxlocal.stages.gradient import GradFn
 from jaxlocal.stages.local_step import local_step
 from jaxlocal.types import Compressor, Method, Period
@@ -25,6 +26,7 @@ def qsparse_local_sgd(
     *,
     compressor: Compressor | str,
     period: Period | int = 1,
+    decay_optimizer: optax.GradientTransformation | None = None,
     optimizer_state: str = "keep",
     model_state: str = "keep",
     worker_map: str | None = None,
@@ -35,13 +37,18 @@ def qsparse_local_sgd(
         every H steps:  p_i = e_i + x_i − y;  y ← y + Σ_j a_j C(p_j);  e_i ← p_i − C(p_i);  x_i ← y
 
     Symbols: u_i the update of worker i's optimizer (−η g_i in plain SGD), e_i what its messages
-    have left out so far, y the anchor, a_j the weight of a worker.
+    have left out so far, y the anchor, a_j the weight of a worker. With a decay optimizer also
+    y ← y + d and x_i ← x_i + d at every step, where d is its update at y on gradients of zero.
 
     Args:
       grad_fn: the gradient of one worker, as `gradients(loss)` makes it.
       optimizer: any optax transformation; every worker runs its own state of it.
       compressor: C; `compression.identity()` makes this Local SGD.
       period: H, or a rule for it.
+      decay_optimizer: keeps weight decay outside the compressor, with momentum of its own, as in
+        `optax.chain(optax.add_decayed_weights(5e-4), optax.trace(0.9), optax.scale(-0.1))`; the
+        optimizer then has none. By default decay is a part of u_i, goes through C with the rest,
+        and what C leaves of it arrives late.
       optimizer_state: at an average "keep", "average" or "reset" optimizer states, see
         `stages.sync`.
       model_state: "keep" or "average" model state such as batch statistics.
@@ -68,6 +75,8 @@ def qsparse_local_sgd(
         model_state=model_state,
     )
     step = local_step(grad_fn, optimizer, worker_map=worker_map)
+    if decay_optimizer is not None:
+        step = sequence(step, common_decay(decay_optimizer))
     return Method(step, send, optimizer, periods.of(period, optimizer))
 
 
@@ -77,6 +86,7 @@ def ef_sgd(
     optimizer: optax.GradientTransformation,
     *,
     compressor: Compressor | str,
+    decay_optimizer: optax.GradientTransformation | None = None,
     model_state: str = "keep",
     worker_map: str | None = None,
 ) -> Method:
@@ -85,10 +95,12 @@ def ef_sgd(
         every step:  p_i = e_i + u_i;  x ← x + Σ_j a_j C(p_j);  e_i ← p_i − C(p_i)
 
     It is `qsparse_local_sgd` with H = 1. u_i is the update of the worker's own optimizer, momentum
-    included.
+    included. A decay optimizer, as the released code of CSER has one here, moves x by its update on
+    gradients of zero.
 
     Args:
-      grad_fn, optimizer, compressor, model_state, worker_map: as in `qsparse_local_sgd`.
+      grad_fn, optimizer, compressor, decay_optimizer, model_state, worker_map: as in
+        `qsparse_local_sgd`.
 
     Returns:
       A `Method`, to be given to `RoundFn`. Its rounds are one step long.
@@ -103,7 +115,12 @@ def ef_sgd(
     'constant, H = 1'
     """
     return qsparse_local_sgd(
-        grad_fn, optimizer, compressor=compressor, model_state=model_state, worker_map=worker_map
+        grad_fn,
+        optimizer,
+        compressor=compressor,
+        decay_optimizer=decay_optimizer,
+        model_state=model_state,
+        worker_map=worker_map,
     )
 
 

@@ -9,6 +9,7 @@
 | `partial_average` | 0 | average the part of the models that a compressor keeps |
 | `outer_step` | 0 | an outer optimizer steps on the pseudo-gradient |
 | `error_feedback` | 0 | send compressed differences; add what is left out to the next message |
+| `common_decay` | 0 | weight decay of all models by the same amount, which is not sent |
 | `error_reset` | 0 | partially synchronise the differences from the anchor |
 | `overlapped` | τ | an outer step of a fragment while local steps run |
 | `repeat`, `sequence`, `in_turn` | | stages made of stages |
@@ -19,7 +20,7 @@ stage, an outer stage, an optimizer and a period.
 
 from jaxlocal.stages.averaged_gradients import averaged_gradients
 from jaxlocal.stages.compose import NOTHING, in_turn, repeat, sequence
-from jaxlocal.stages.error_feedback import error_feedback
+from jaxlocal.stages.error_feedback import common_decay, error_feedback
 from jaxlocal.stages.error_reset import error_reset, partial_average
 from jaxlocal.stages.fragments import fragments_of
 from jaxlocal.stages.gradient import GradFn, accumulate, gradients
@@ -60,6 +61,7 @@ __all__ = [
     "TrainState",
     "accumulate",
     "averaged_gradients",
+    "common_decay",
     "error_feedback",
     "error_reset",
     "fed_adam",

@@ -97,6 +97,41 @@ def error_feedback(
     return _from_hub(mixer, compressor, error_decay, after, policy)
 
 
+def common_decay(decay_optimizer: optax.GradientTransformation) -> Stage:
+    """Let all models decay by the same amount, which no message has to carry.
+
+        d = decay(0, y);  y ← y + d;  x_i ← x_i + d
+
+    y is the anchor. x_i − y stays as it is, so that weight decay does not pass through the
+    compressor of `error_feedback`.
+
+    Args:
+      decay_optimizer: any optax transformation; it is given gradients of zero at y, and `step` of
+        the local step before. Its state exists once, for all workers.
+
+    Returns:
+      A stage of no steps, to follow a local step; it needs the anchor.
+
+    Source: the code released with Xie et al., NeurIPS 2020, https://arxiv.org/abs/2007.13221, for
+    EF-SGD.
+
+    >>> common_decay(optax.chain(optax.add_decayed_weights(5e-4), optax.scale(-0.1))).anchored
+    True
+    """
+    update = update_of(decay_optimizer, "decay optimizer")
+
+    def apply(state, memory, batches, context):
+        zeros = jax.tree.map(jnp.zeros_like, state.anchor)
+        moves, memory = update(zeros, memory.single, state.anchor, step=state.step - 1)
+        anchor = apply_updates(state.anchor, moves)
+        move = lambda x, d: x + d.astype(x.dtype)[None, None]
+        params = jax.tree.map(move, state.params, moves)
+        return state._replace(params=params, anchor=anchor), Memory(single=memory), Info()
+
+    init = lambda state: Memory(single=init_of(decay_optimizer, state.anchor))
+    return Stage(init, apply, 0, lambda state, number=0: [], anchored=True)
+
+
 def _from_anchor(mixer, compressor, outer_optimizer, error_decay, policy) -> Stage:
     if outer_optimizer is not None:
         update = update_of(outer_optimizer, "outer optimizer")

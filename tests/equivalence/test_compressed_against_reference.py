@@ -148,6 +148,34 @@ def test_qsparse_local_sgd(spec, optimizer, rule, mesh, rates):
 
 
 @pytest.mark.parametrize(
+    ("spec", "optimizer", "momentum", "nesterov", "mesh", "rates"),
+    [
+        ("grbs:3", "nesterov", 0.7, True, (2, 2), 1.0),
+        ("sign", "momentum", 0.8, False, (1, 1), [0.4, 0.7]),
+        ("top_k:4", "adamw", 0.0, False, (1, 2), 1.0),
+    ],
+)
+def test_decay_outside_the_compressor(spec, optimizer, momentum, nesterov, mesh, rates):
+    """EF-SGD with the first of them, QSparse-local-SGD with the others."""
+    trace = [optax.trace(momentum, nesterov)] if momentum else []
+    decay = descent(optax.add_decayed_weights(0.3), *trace)
+    if optimizer == "nesterov":
+        lengths = [1] * STEPS
+        method = built("ef_sgd", optimizer, compressor=spec, decay_optimizer=decay)
+    else:
+        period, lengths = lengths_of("quadratic")
+        options = {"compressor": spec, "period": period}
+        method = built("qsparse_local_sgd", optimizer, decay_optimizer=decay, **options)
+
+    def loops(run):
+        return compressed.qsparse_with_decay_outside(
+            run, lengths, at_ends(spec), 0.3, momentum, nesterov
+        )
+
+    compare(method, four(rates), mesh, optimizer, lengths, loops)
+
+
+@pytest.mark.parametrize(
     ("update", "reset", "rule", "mesh"),
     [
         ("grbs:3", "grbs:2", "constant", (2, 2)),

@@ -102,6 +102,40 @@ def qsparse_local_sgd(run: Run, periods: Sequence[int], compress: Compress) -> t
     return workers.trajectories()
 
 
+def qsparse_with_decay_outside(
+    run: Run,
+    periods: Sequence[int],
+    compress: Compress,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool = False,
+) -> tuple[Array, Array]:
+    """QSparse-local-SGD whose weight decay moves the common model and is in no message; with rounds
+    of one step it is EF-SGD as in the released code of CSER, arXiv 2007.13221.
+
+    every step: x_i ← x_i + u_i; w ← β w + λ y; d = −η w, with Nesterov −η (λ y + β w);
+                y ← y + d; x_i ← x_i + d
+    every H:    as in QSparse-local-SGD
+    """
+    workers, common, step = _Workers(run), np.asarray(run.start, np.float64), 0
+    velocity = np.zeros_like(common)
+    for local_steps in periods:
+        for _ in range(local_steps):
+            updates = workers.updates(step)
+            pull = weight_decay * common
+            velocity = momentum * velocity + pull
+            towards_zero = pull + momentum * velocity if nesterov else velocity
+            decay = -run.learning_rate(step) * towards_zero
+            common = common + decay
+            workers.after_step(workers.models + updates + decay, workers.errors)
+            step += 1
+        wanted = workers.errors + workers.models - common
+        sent = compress(wanted, step)
+        common = common + weighted_mean(sent, run.weights)
+        workers.after_round(common, wanted - sent)
+    return workers.trajectories()
+
+
 def sparse_loco(
     run: Run,
     periods: Sequence[int],

@@ -341,3 +341,38 @@ def test_the_released_cser_sends_one_message_a_step():
     assert sent == [("C2", 1), ("C2", 2), ("C1", 3), ("C2", 4), ("C1", 5)]
     twice = compressed.m_cser_2(run, [3, 2], BLOCK, BLOCK)
     np.testing.assert_allclose(models, twice, **EXACT)
+
+
+def with_decay(rule, weight_decay):
+    """The rule with λx added to the gradient."""
+    return lambda x, state, g, rate: rule(x, state, g + weight_decay * x, rate)
+
+
+@pytest.mark.parametrize(("beta", "nesterov"), [(0.0, False), (0.8, False), (0.8, True)])
+def test_decay_outside_a_compressor_that_sends_everything_is_decay_inside(beta, nesterov):
+    """Updates of SGD are linear in g + λx, and with H = 1 every x_i is y."""
+    rule = sgd(beta, nesterov)
+    outside, _ = compressed.qsparse_with_decay_outside(
+        make_run(rule), [1] * STEPS, compressors.identity, 0.3, beta, nesterov
+    )
+    inside, _ = compressed.ef_sgd(make_run(with_decay(rule, 0.3)), STEPS, compressors.identity)
+    np.testing.assert_allclose(outside, inside, **EXACT)
+
+
+def test_decay_outside_a_compressor_that_sends_nothing_shrinks_the_model():
+    """y decays by 1 − ηλ a step, where decay inside the compressor never arrives."""
+    run = Run(noisy_quadratic, START, lambda step: 0.1, WEIGHTS)
+    models, _ = compressed.qsparse_with_decay_outside(run, [2] * 6, compressors.zero, 0.3, 0.0)
+    np.testing.assert_allclose(models[-1], np.tile(0.97**12 * START, (WORKERS, 1)), **EXACT)
+    inside = run._replace(rule=with_decay(sgd(), 0.3))
+    models, _ = compressed.qsparse_local_sgd(inside, [2] * 6, compressors.zero)
+    np.testing.assert_allclose(models[-1], np.tile(START, (WORKERS, 1)), **EXACT)
+
+
+def test_decay_outside_the_compressor_by_hand():
+    """Gradient 1, η = 1, λ = 1/2, β = 1/2, heavy ball, nothing sent: y = 4; w = 2, y = 2; w = 2,
+    y = 0; w = 1, y = −1."""
+    run = Run(lambda worker, x, step: np.ones(1), np.full(1, 4.0), lambda step: 1.0, [1])
+    models, errors = compressed.qsparse_with_decay_outside(run, [1] * 3, compressors.zero, 0.5, 0.5)
+    assert models[:, 0, 0].tolist() == [4, 2, 0, -1]
+    assert errors[:, 0, 0].tolist() == [0, -1, -2, -3]

@@ -118,6 +118,17 @@ METHODS = {
         ),
         FLAT,
     ),
+    "qsparse_local_sgd-decay": Entry(
+        partial(
+            jaxlocal.qsparse_local_sgd,
+            compressor="top_k:2",
+            period=4,
+            decay_optimizer=optax.chain(
+                optax.add_decayed_weights(0.1), optax.trace(0.5), optax.scale(-0.1)
+            ),
+        ),
+        FLAT,
+    ),
     "cser": Entry(cser("top_k:3", "int8"), FLAT, half=False),
     "cser-powersgd": Entry(cser("powersgd:1", "powersgd:1"), FLAT, half=False),
     "cser-2": Entry(cser("grbs:2", "random_k:2", implementation=2), FLAT),
@@ -184,6 +195,7 @@ CASES = [
     ("data_parallel-qsgd", "momentum"),
     ("ef_sgd", "momentum"),
     ("qsparse_local_sgd", "adamw"),
+    ("qsparse_local_sgd-decay", "momentum"),
     ("cser", "adamw"),
     ("cser-powersgd", "momentum"),
     ("cser-2", "momentum"),

@@ -87,6 +87,21 @@ from jaxlocal import ConfigurationError
             {"method": "cser", "cser_implementation": "2", "gradient_compressor": "top_k:4"},
             ["top_k:4", "implementation"],
         ),
+        (
+            {"decay_outside_compressor": True},
+            ["--decay_outside_compressor", "ef_sgd and qsparse_local_sgd", "local_sgd"],
+        ),
+        (
+            {"method": "ef_sgd", "decay_outside_compressor": True},
+            ["--decay_outside_compressor", "--weight_decay", "got 0"],
+        ),
+        (
+            {
+                **{"method": "ef_sgd", "decay_outside_compressor": True},
+                **{"weight_decay": 0.1, "optimizer": "adam"},
+            },
+            ["--decay_outside_compressor", "sgd, nesterov, adamw, lion", "adam"],
+        ),
         ({"fragments": 2}, ["--fragments=2", "streaming_diloco", "local_sgd"]),
         ({"method": "diloco", "delay_steps": 0}, ["--delay_steps=0", "streaming_diloco"]),
         ({"method": "streaming_diloco", "fragments": 0}, ["--fragments", "got 0"]),
