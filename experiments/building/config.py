@@ -67,16 +67,20 @@ class Config(MethodFlags):
     partition: str = _data(
         "iid",
         """Which examples a worker holds: iid (a shuffle in every epoch, disjoint shards), fresh
-        (draws from the whole dataset), sorted or sorted:OFFSET (shards of the dataset sorted by
-        label, shifted by a fraction of a shard), dirichlet or dirichlet:ALPHA (every label is
-        spread over the workers by a Dirichlet draw), unequal or unequal:FRACTIONS.""",
+        (draws from the whole dataset), reused:STEPS (a subset that is drawn every STEPS steps, for
+        all passes until the next), sorted or sorted:OFFSET (shards of the dataset sorted by label,
+        shifted by a fraction of a shard), by_distance (sorted by the distance to the hyperplane of
+        perceptron), dirichlet or dirichlet:ALPHA (every label is spread over the workers by a
+        Dirichlet draw), unequal or unequal:FRACTIONS.""",
     )
     plot_partition: bool = _data(
         False, "Draw which examples the workers hold, as partition.png.", identity=False
     )
     augment: str = _data(
         "none",
-        "Augmentation of images: none, or crop[:PAD] and flip, separated by a comma.",
+        """Augmentation of training images: none, or some of crop[:PAD] or resized_crop[:AREA],
+        flip, randaugment[:N:M] (with --stream), jitter[:STRENGTH] and pca[:STRENGTH], separated by
+        commas.""",
     )
     stream: bool = _data(
         False,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from experiments.building.checks import check_numbers, mesh_shape
 from experiments.building.compressors import make_compressors
 from experiments.building.config import Config
+from experiments.building.data import check_data
 from experiments.building.methods import Parts, build_method
 from experiments.building.models import build_model, make_gradients, make_metrics
 from experiments.building.optimizers import make_optimizer
@@ -24,7 +25,7 @@ from experiments.building.schedules import count_steps, make_period, make_schedu
 from experiments.building.workers import make_layout, mixing_matrix, worker_grid
 from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh, periods
 from jaxlocal.communication import topology
-from jaxlocal.data import CropFlip, Dataset, load, parse_augmentation, plan_batches
+from jaxlocal.data import Augmentation, Dataset, load, parse_augmentation, plan_batches
 from jaxlocal.methods import METHODS
 from jaxlocal.models import Model
 from jaxlocal.stages.gradient import GradFn
@@ -65,7 +66,7 @@ class Job(Plan):
     dataset: Dataset
     model: Model
     metrics: Callable[[Tree, Tree, Tree], dict[str, jax.Array]]
-    augmentation: CropFlip | None  # of the training images
+    augmentation: Augmentation | None  # of the training images
 
 
 class _Task(NamedTuple):
@@ -109,6 +110,7 @@ def build_job(config: Config) -> Job:
         raise without_model(config, "training needs one")
     grid, augmentation = worker_grid(config), parse_augmentation(config.augment)
     dataset = _load(config.dataset, _data_folder(config), config.seed)
+    check_data(config, dataset, augmentation)
     check_same_data(dataset)
     model = build_model(config, dataset)
     shapes, example = jax.eval_shape(model.init, jax.random.key(0)), dataset.train_source()[0]

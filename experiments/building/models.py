@@ -9,10 +9,10 @@ import numpy as np
 import jaxlocal
 from experiments.building.config import Config
 from jaxlocal import ConfigurationError
-from jaxlocal.data import CropFlip, Dataset, crop_and_flip
+from jaxlocal.data import Augmentation, Dataset
 from jaxlocal.errors import lookup
 from jaxlocal.models import Model, build, in_precision, outputs_for
-from jaxlocal.models.supervised import evaluation_metrics, training_loss
+from jaxlocal.models.supervised import Loss, evaluation_metrics, training_loss
 from jaxlocal.stages.gradient import GradFn
 from jaxlocal.types import Tree
 
@@ -53,30 +53,26 @@ def _starting_at(start: jax.Array, model: Model) -> Model:
 
 
 def make_gradients(
-    config: Config, dataset: Dataset, model: Model, augmentation: CropFlip | None
+    config: Config, dataset: Dataset, model: Model, augmentation: Augmentation | None
 ) -> GradFn:
     """The gradient of the loss on a worker's batch.
 
     Examples of the resident pool are augmented here; those of a stream are augmented where they are
     read.
-
-    Raises:
-      ConfigurationError: an augmentation of examples that are not images.
     """
     loss = training_loss(model, dataset.normalize, dataset.classes)
-    if augmentation is not None and len(dataset.input_shape) != 3:
-        raise ConfigurationError(
-            f"--augment={config.augment} is for images; the examples of {config.dataset} have "
-            f"shape {dataset.input_shape}"
-        )
+    if augmentation is not None and not config.stream:
+        loss = _augmented(loss, augmentation)
+    grad_fn = jaxlocal.gradients(loss, stateful=True)
+    return jaxlocal.accumulate(grad_fn, config.accumulation)
 
+
+def _augmented(loss: Loss, augmentation: Augmentation) -> Loss:
     def augmented(params, model_state, batch, key):
-        inputs = crop_and_flip(batch["inputs"], batch["shift"], batch["flip"])
+        inputs = augmentation.apply(batch["inputs"], batch)
         return loss(params, model_state, {**batch, "inputs": inputs}, key)
 
-    resident = augmentation is not None and not config.stream
-    grad_fn = jaxlocal.gradients(augmented if resident else loss, stateful=True)
-    return jaxlocal.accumulate(grad_fn, config.accumulation)
+    return augmented
 
 
 def make_metrics(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.building.job import Job
-from jaxlocal.data import Batches, Stream, make_batches
+from jaxlocal.data import Batches, Stream, make_batches, parse_partition
 from jaxlocal.data.checks import check_examples
 from jaxlocal.data.examples import Examples, ExampleSource
 from jaxlocal.parallel.mesh import local_rows, place_rows
@@ -39,12 +39,7 @@ class Feed:
         self.pool: Tree = (
             () if config.stream else read_all(data.train_source, data.name, data.classes)
         )
-        self.targets: np.ndarray = (
-            self.pool["targets"] if isinstance(self.pool, dict) else data.targets()
-        )
-        self.batches: Batches = make_batches(
-            config.partition, self.targets, *self._grid, config.batch_size, config.seed
-        )
+        self.batches = self._make_batches()
         self._mesh = job.mesh if config.stream and job.mesh.is_multi_process else None
         self._stream = self._make_stream() if config.stream else None
 
@@ -67,6 +62,11 @@ class Feed:
         )
         return {"index": index, **drawn}
 
+    @functools.cached_property
+    def targets(self) -> np.ndarray:
+        """The targets of all training examples; a stream has to read the files for them."""
+        return self.pool["targets"] if isinstance(self.pool, dict) else self._dataset.targets()
+
     def first(self, steps: int) -> Tree:
         """The batches of the first steps as they are stored, without augmentation."""
         index = self.batches.indices(0, steps)
@@ -79,6 +79,17 @@ class Feed:
     def _placed(self, batches: Tree) -> Tree:
         """Global arrays, of the batches that every process reads for its workers alone."""
         return place_rows(batches, self._mesh, self._grid, axis=1) if self._mesh else batches
+
+    def _make_batches(self) -> Batches:
+        config, data = self.config, self._dataset
+        partition = parse_partition(config.partition)
+        distances = data.distances() if partition.kind == "by_distance" else None
+        # The others need the number of the targets only.
+        unread = np.broadcast_to(np.int32(0), data.train_examples)
+        targets = self.targets if partition.sorts else unread
+        return make_batches(
+            config.partition, targets, *self._grid, config.batch_size, config.seed, distances
+        )
 
     def _make_stream(self) -> Stream:
         config = self.config

@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlocal.data import seeds
 from jaxlocal.data.checks import check_count, check_memory, check_whole, labels_of
 from jaxlocal.data.partitions import Partition, assign, parse_partition, shard_sizes
 from jaxlocal.errors import ConfigurationError
-
-# The second entry of every seed in `jaxlocal.data` is distinct: other files use 0, 1, 5 and 6.
-_EPOCH, _DRAW, _PASS = 2, 3, 4
 
 # fill(start_step, out) writes the example numbers of the steps from start_step on to
 # out [steps, workers, batch].
@@ -102,14 +100,19 @@ def make_batches(
     workers_per_hub: int,
     batch_size: int,
     seed: int,
+    distances: NDArray[Any] | None = None,
 ) -> Batches:
     """Make the batches of a run: the example numbers of each worker at each step.
 
     - `iid`: every epoch takes one permutation of all examples, without repeats. The examples that
       do not fill a step are left out; they differ from epoch to epoch.
     - `fresh`: every batch is drawn uniformly from all examples, with replacement.
-    - `sorted`, `unequal`, `dirichlet`: each worker shuffles its shard before each pass over it. The
-      examples that do not fill a batch are left out of that pass.
+    - `reused:STEPS`: every STEPS steps, each worker draws 1/workers of all examples, without
+      replacement and independently of the others. It shuffles them before each pass over them; the
+      examples that do not fill a batch are left out of that pass. With STEPS the steps between hub
+      averages, it is what the code released with MLL-SGD does.
+    - `sorted`, `by_distance`, `unequal`, `dirichlet`: each worker shuffles its shard before each
+      pass over it. The examples that do not fill a batch are left out of that pass.
 
     Args:
       spec: the partition, see `jaxlocal.data.partitions`.
@@ -118,12 +121,14 @@ def make_batches(
       hubs, workers_per_hub, batch_size: numbers of hubs, of workers in a hub and of examples in a
         batch, all at least 1.
       seed: the seed of all random choices here, not negative.
+      distances: [examples], the signed distances to a separating hyperplane, by which `by_distance`
+        partitions.
 
     Returns:
       The batches; `indices` may be called from any thread.
 
     Raises:
-      ConfigurationError: see `plan_batches`.
+      ConfigurationError: see `plan_batches`; or there are no distances for `by_distance`.
 
     >>> batches = make_batches("iid", np.zeros(100), 2, 3, 4, seed=0)
     >>> batches.indices(0, 10).shape
@@ -134,6 +139,8 @@ def make_batches(
     targets, grid = labels_of(targets), (hubs, workers_per_hub)
     plan = plan_batches(spec, len(targets), *grid, batch_size, lambda: targets, seed)
     partition, workers = parse_partition(spec), hubs * workers_per_hub
+    if partition.kind == "by_distance":
+        targets = _checked(distances, len(targets))
     shards = assign(partition, targets, workers, seed, batch_size) if partition.fixed else []
     fill = _fill(partition, len(targets), workers, shards, batch_size, seed)
 
@@ -145,6 +152,20 @@ def make_batches(
         return out.reshape(steps, *grid, batch_size)
 
     return Batches(indices, *plan, shards)
+
+
+def _checked(distances: NDArray[Any] | None, examples: int) -> NDArray[Any]:
+    if distances is None:
+        raise ConfigurationError(
+            "partition 'by_distance' is for a dataset that defines a separating hyperplane"
+        )
+    distances = labels_of(distances)
+    if distances.shape != (examples,):
+        raise ConfigurationError(
+            f"there must be one distance for each of {examples} examples, got the shape "
+            f"{list(distances.shape)}"
+        )
+    return distances
 
 
 def _fill(
@@ -159,6 +180,8 @@ def _fill(
         return _fill_iid(examples, workers, batch_size, seed)
     if partition.kind == "fresh":
         return _fill_fresh(examples, seed)
+    if partition.kind == "reused":
+        return _fill_reused(examples, workers, batch_size, partition.steps, seed)
     return _fill_shards(shards, batch_size, seed)
 
 
@@ -168,7 +191,7 @@ def _fill_iid(examples: int, workers: int, batch_size: int, seed: int) -> _Fill:
 
     @functools.lru_cache(maxsize=1)
     def epoch(number: int) -> NDArray[Any]:
-        order = np.random.default_rng((seed, _EPOCH, number)).permutation(examples)
+        order = np.random.default_rng((seed, seeds.EPOCH, number)).permutation(examples)
         return order[:used].reshape(steps, workers, batch_size)
 
     def fill(start_step: int, out: NDArray[np.int32]) -> None:
@@ -181,8 +204,35 @@ def _fill_iid(examples: int, workers: int, batch_size: int, seed: int) -> _Fill:
 def _fill_fresh(examples: int, seed: int) -> _Fill:
     def fill(start_step: int, out: NDArray[np.int32]) -> None:
         for step, batch in enumerate(out, start_step):
-            generator = np.random.default_rng((seed, _DRAW, step))
+            generator = np.random.default_rng((seed, seeds.DRAW, step))
             batch[:] = generator.integers(examples, size=batch.shape, dtype=np.int32)
+
+    return fill
+
+
+def _fill_reused(examples: int, workers: int, batch_size: int, period: int, seed: int) -> _Fill:
+    size = examples // workers
+    steps = size // batch_size  # of a pass
+
+    @functools.lru_cache(maxsize=1)
+    def subsets(number: int) -> NDArray[np.int32]:
+        """The examples of each worker after draw `number`, [workers, size]."""
+        generator = np.random.default_rng((seed, seeds.REUSED, number))
+        drawn = [generator.choice(examples, size, replace=False) for _ in range(workers)]
+        return np.array(drawn, np.int32)
+
+    @functools.lru_cache(maxsize=1)
+    def reshuffled(number: int, time: int) -> NDArray[np.int32]:
+        """The batches of a pass over the examples of a draw, [steps, workers, batch]."""
+        generator = np.random.default_rng((seed, seeds.REUSED, number, time))
+        order = generator.permuted(subsets(number), axis=1)[:, : steps * batch_size]
+        return order.reshape(workers, steps, batch_size).swapaxes(0, 1)
+
+    def fill(start_step: int, out: NDArray[np.int32]) -> None:
+        for number, within, target in _passes(start_step, len(out), period):
+            part = out[target]
+            for time, source, place in _passes(within.start, len(part), steps):
+                part[place] = reshuffled(number, time)[source]
 
     return fill
 
@@ -211,7 +261,7 @@ def _fill_group(
 
     @functools.lru_cache(maxsize=1)
     def reshuffled(number: int) -> NDArray[Any]:
-        order = np.random.default_rng((seed, _PASS, size, number)).permuted(held, axis=1)
+        order = np.random.default_rng((seed, seeds.PASS, size, number)).permuted(held, axis=1)
         batches = order[:, : steps * batch_size].reshape(len(members), steps, batch_size)
         return batches.swapaxes(0, 1)
 

@@ -4,11 +4,13 @@
 |---|---|
 | `iid` | all examples are shuffled for each epoch and dealt in equal disjoint parts |
 | `fresh` | every batch is drawn uniformly from all examples, with replacement |
+| `reused:STEPS` | every STEPS steps, each worker draws 1/workers of all, and passes over them |
 | `sorted`, `sorted:OFFSET` | examples are sorted by label; each worker holds a contiguous shard |
+| `by_distance` | the same, sorted by the signed distance to the dataset's hyperplane |
 | `unequal`, `unequal:F1,F2,...` | groups of workers hold these fractions of shuffled examples |
 | `dirichlet`, `dirichlet:ALPHA` | each class is dealt by shares drawn from a Dirichlet |
 
-Under the last three, each worker holds a fixed shard for the whole run.
+Under the last four, each worker holds a fixed shard for the whole run.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +29,7 @@ from jaxlocal.data.shards import (
 )
 from jaxlocal.errors import ConfigurationError, unknown
 
-PARTITIONS = ("iid", "fresh", "sorted", "unequal", "dirichlet")
+PARTITIONS = ("iid", "fresh", "reused", "sorted", "by_distance", "unequal", "dirichlet")
 UNEQUAL_FRACTIONS = (0.05, 0.1, 0.2, 0.25, 0.4)  # those of the code released with MLL-SGD
 
 
@@ -38,11 +40,17 @@ class Partition(NamedTuple):
     offset: float = 0.0  # sorted: rotation, in shards
     fractions: tuple[float, ...] = ()  # unequal: of the examples, one for each group of workers
     alpha: float = 0.0  # dirichlet: concentration
+    steps: int = 0  # reused: between two draws
 
     @property
     def fixed(self) -> bool:
         """Whether a worker keeps the same examples over the whole run."""
-        return self.kind in ("sorted", "unequal", "dirichlet")
+        return self.kind in ("sorted", "by_distance", "unequal", "dirichlet")
+
+    @property
+    def sorts(self) -> bool:
+        """Whether the shards depend on the values of the targets, or on distances."""
+        return self.kind in ("sorted", "by_distance", "dirichlet")
 
     @property
     def labelled(self) -> bool:
@@ -61,7 +69,8 @@ def parse_partition(spec: str) -> Partition:
 
     Raises:
       ConfigurationError: the kind is unknown, the offset is outside [0, 1), the fractions are not
-        positive or do not sum to 1 within 1e-6, or alpha is outside [1e-6, 1e6].
+        positive or do not sum to 1 within 1e-6, alpha is outside [1e-6, 1e6], or the steps of
+        `reused` are not 1 to 2^31 - 1.
 
     >>> parse_partition("sorted:0.5").offset
     0.5
@@ -81,6 +90,8 @@ def parse_partition(spec: str) -> Partition:
         return Partition(kind, fractions=fractions)
     if kind == "dirichlet":
         return Partition(kind, alpha=_alpha(spec, argument) if colon else 0.5)
+    if kind == "reused":
+        return Partition(kind, steps=_steps(spec, argument))
     if colon:
         raise ConfigurationError(f"partition {kind!r} takes no argument, got {spec!r}")
     return Partition(kind)
@@ -89,7 +100,8 @@ def parse_partition(spec: str) -> Partition:
 def shard_sizes(partition: Partition, examples: int, workers: int) -> NDArray[np.int64]:
     """Number of examples that each worker holds, without reading any example.
 
-    Under `iid`, the number is that of an epoch; under `fresh`, each worker holds all examples.
+    Under `iid`, the number is that of an epoch; under `reused`, that of a draw; under `fresh`, each
+    worker holds all examples.
 
     Args:
       partition: the partition.
@@ -114,9 +126,9 @@ def shard_sizes(partition: Partition, examples: int, workers: int) -> NDArray[np
     if partition.kind == "fresh":
         return np.full(workers, examples)
     check_enough(examples, workers)
-    if partition.kind == "iid":
+    if partition.kind in ("iid", "reused"):
         return np.full(workers, examples // workers)
-    if partition.kind == "sorted":
+    if partition.kind in ("sorted", "by_distance"):
         return sorted_sizes(examples, workers)
     return unequal_sizes(partition.fractions, examples, workers)
 
@@ -127,10 +139,11 @@ def assign(
     """Assign every example to exactly one worker, for the whole run.
 
     Args:
-      partition: of the kind `sorted`, `unequal` or `dirichlet`.
-      targets: [examples], the labels; `sorted` takes any values that can be sorted.
+      partition: one with fixed shards.
+      targets: [examples], the labels; for `by_distance` the distances. `sorted` takes any values
+        that can be sorted.
       workers: number of workers in all hubs.
-      seed: the seed of `unequal` and `dirichlet`; `sorted` uses none.
+      seed: the seed of `unequal` and `dirichlet`; the others use none.
       least: number of examples that a worker needs at least, such as a batch; `dirichlet` draws
         again until each worker holds them, and the other kinds ignore it.
 
@@ -158,7 +171,7 @@ def assign(
             f"partition {partition.kind!r} needs one label for each example, and the targets have "
             f"the shape {list(targets.shape)}"
         )
-    if partition.kind == "sorted":
+    if partition.kind in ("sorted", "by_distance"):
         return sorted_shards(targets, workers, partition.offset)
     return dirichlet_shards(targets, workers, partition.alpha, seed, least)
 
@@ -191,6 +204,15 @@ def _alpha(spec: str, text: str) -> float:
             f"the alpha in partition {spec!r} must be from 1e-6 to 1e6, got {alpha}"
         )
     return alpha
+
+
+def _steps(spec: str, text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise ConfigurationError(
+            "partition 'reused' needs the number of steps between two draws, from 1 to 2^31 - 1, "
+            f"such as reused:16; got {spec!r}"
+        )
+    return int(text)
 
 
 def _number(spec: str, text: str) -> float:

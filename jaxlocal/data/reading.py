@@ -13,12 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlocal.data.augment import CropFlip, crop_and_flip_on_host
+from jaxlocal.data import seeds
+from jaxlocal.data.augmentation import Augmentation
 from jaxlocal.data.checks import check_memory
 from jaxlocal.errors import ConfigurationError
 
-# The second entry of every seed in `jaxlocal.data` is distinct: other files use 0 to 5.
-_TRANSFORM = 6
 _ON_DEVICE = {
     np.dtype(np.int64): np.dtype(np.int32),
     np.dtype(np.uint64): np.dtype(np.uint32),
@@ -59,7 +58,7 @@ class Reader:
         source: Source,
         indices: Callable[[int, int], NDArray[Any]],
         seed: int,
-        augmentation: CropFlip | None,
+        augmentation: Augmentation | None,
         transform: Transform | None,
         workers: Sequence[int] | NDArray[Any] | None = None,
     ):
@@ -89,14 +88,17 @@ class Reader:
         self._form = _form(first)
         if not self._form:
             raise ConfigurationError("an example must be a dictionary of arrays, got an empty one")
-        if augmentation is not None and not isinstance(augmentation, CropFlip):
+        if augmentation is not None and not isinstance(augmentation, Augmentation):
             raise ConfigurationError(
-                f"the augmentation of a stream is a CropFlip, got {type(augmentation).__name__}"
+                "the augmentation of a stream is an Augmentation such as CropFlip, got "
+                f"{type(augmentation).__name__}"
             )
-        if augmentation and ("inputs" not in first or first["inputs"].ndim != 3):
+        if augmentation and "inputs" not in first:
             raise ConfigurationError(
                 f"{augmentation} needs inputs [height, width, channels], got {_shown(self._form)}"
             )
+        if augmentation:
+            augmentation.check(*self._form["inputs"])
 
     @property
     def step_bytes(self) -> int:
@@ -127,8 +129,8 @@ class Reader:
         }
         if self._augmentation:
             draws = self._augmentation.draw(self._seed, step, 1, *self._whole)
-            moves = (self._of_workers(draws[name][0]) for name in ("shift", "flip"))
-            batches["inputs"] = crop_and_flip_on_host(batches["inputs"], *moves)
+            mine = {name: self._of_workers(values[0]) for name, values in draws.items()}
+            batches["inputs"] = self._augmentation.apply_on_host(batches["inputs"], mine)
         return batches
 
     def _numbers(self, step: int) -> NDArray[Any]:
@@ -167,7 +169,7 @@ class Reader:
     def _prepared(self, example: Any, step: int, position: int) -> dict[str, NDArray[Any]]:
         if self._transform:
             row, column = divmod(position, self._grid[-1])
-            seed = (self._seed, _TRANSFORM, step, self._workers[row], column)
+            seed = (self._seed, seeds.TRANSFORM, step, self._workers[row], column)
             example = self._transform(example, np.random.default_rng(seed))
         arrays = {name: np.asarray(value) for name, value in example.items()}
         for name, array in arrays.items():

@@ -5,10 +5,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlocal.data import seeds
 from jaxlocal.errors import ConfigurationError
 
-# The second entry of every seed in `jaxlocal.data` is distinct: other files use 0 and 2 to 6.
-_ASSIGNMENT = 1
 _DRAWS = 1000  # largest number of draws of a Dirichlet partition
 
 
@@ -65,7 +64,7 @@ def unequal_shards(
     Hierarchical Networks", ICLR 2021, https://arxiv.org/abs/2007.13819 (100 workers in five groups)
     """
     sizes = unequal_sizes(fractions, examples, workers)
-    order = np.random.default_rng((seed, _ASSIGNMENT)).permutation(examples).astype(np.int32)
+    order = np.random.default_rng((seed, seeds.ASSIGNMENT)).permutation(examples).astype(np.int32)
     return _deal(order, sizes)
 
 
@@ -111,7 +110,7 @@ def dirichlet_shards(
         raise ConfigurationError(
             f"{len(targets)} examples are too few for {workers} workers that need {least} each"
         )
-    generator = np.random.default_rng((seed, _ASSIGNMENT))
+    generator = np.random.default_rng((seed, seeds.ASSIGNMENT))
     counts = _dirichlet_counts(generator, np.unique_counts(targets).counts, workers, alpha, least)
     shuffled = generator.permutation(len(targets)).astype(np.int32)
     by_class = shuffled[np.argsort(targets[shuffled], kind="stable")]

@@ -24,7 +24,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from jaxlocal.data.augment import CropFlip
+from jaxlocal.data.augmentation import Augmentation
 from jaxlocal.data.checks import check_whole
 from jaxlocal.data.reading import Reader, Source, StreamError, Transform, in_one_line, pickled
 from jaxlocal.errors import ConfigurationError
@@ -70,7 +70,7 @@ class Stream:
         source: Source,
         indices: Callable[[int, int], NDArray[Any]],
         seed: int = 0,
-        augmentation: CropFlip | None = None,
+        augmentation: Augmentation | None = None,
         transform: Transform | None = None,
         processes: int = 0,
         buffer_bytes: int = 2**28,

@@ -1,131 +1,88 @@
-"""Augmentation: the same draws for every cut of the steps, the same images on host and device."""
+"""Specs of augmentations; and augmentations together: draws of every cut, host and device."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
-from jaxlocal.data.augment import CropFlip, crop_and_flip, crop_and_flip_on_host, parse_augmentation
+from jaxlocal.data import (
+    ColourJitter,
+    Composed,
+    CropFlip,
+    PcaNoise,
+    RandAugment,
+    ResizedCrop,
+    parse_augmentation,
+)
 from jaxlocal.errors import ConfigurationError
 
-
-def reference(image, down, right, mirrored):
-    """Pixel by pixel, from the definition."""
-    height, width, _ = image.shape
-    out = np.zeros_like(image)
-    for y in range(height):
-        for x in range(width):
-            row, column = y + down, (width - 1 - x if mirrored else x) + right
-            if 0 <= row < height and 0 <= column < width:
-                out[y, x] = image[row, column]
-    return out
+ON_DEVICE = [
+    CropFlip(2),
+    ResizedCrop(0.1),
+    ColourJitter(0.9),
+    PcaNoise(0.5),
+    Composed(ResizedCrop(), CropFlip(0), ColourJitter(), PcaNoise()),
+]
 
 
-def padded_window(image, down, right, mirrored, pad):
-    """The definition in papers: pad, cut, mirror."""
-    height, width, _ = image.shape
-    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
-    cut = padded[pad + down :, pad + right :][:height, :width]
-    return cut[:, ::-1] if mirrored else cut
+@pytest.mark.parametrize("augmentation", ON_DEVICE, ids=str)
+def test_host_and_device_give_the_same_bits(augmentation):
+    images = np.random.default_rng(1).integers(256, size=(6, 8, 11, 7, 3), dtype=np.uint8)
+    draws = augmentation.draw(5, 0, 1, 1, 6, 8)
+    draws = {name: values[0, 0] for name, values in draws.items()}
+    host = augmentation.apply_on_host(images, draws)
+    device = np.asarray(jax.jit(augmentation.apply)(images, {**draws, "targets": np.zeros(6)}))
+    assert host.dtype == device.dtype == np.uint8 and host.shape == images.shape
+    np.testing.assert_array_equal(host, device)
+    assert (host != images).any(axis=(2, 3, 4)).mean() > 0.9
 
 
-@st.composite
-def problems(draw):
-    # Few shapes, since each is compiled; some are smaller than the padding.
-    shape = draw(st.sampled_from([(3, 5, 4, 3), (2, 4, 4, 1), (4, 1, 2, 2)]))
-    dtype = draw(st.sampled_from([np.uint8, np.float32]))
-    augmentation = CropFlip(draw(st.integers(0, 6)), draw(st.booleans()))
-    seed = draw(st.integers(0, 2**40))
-    images = np.random.default_rng(seed).integers(1, 256, shape).astype(dtype)
-    return images, augmentation, seed
-
-
-crop_and_flip_compiled = jax.jit(crop_and_flip)
-
-
-@given(problems())
-def test_images_on_host_and_device_are_those_of_the_definition(problem):
-    images, augmentation, seed = problem
-    draws = augmentation.draw(seed, 3, 1, 1, 1, len(images))
-    shift, flip = draws["shift"][0, 0, 0], draws["flip"][0, 0, 0]
-    each = [(*moved, mirror) for moved, mirror in zip(shift.tolist(), flip.tolist(), strict=True)]
-    expected = np.stack([reference(x, *how) for x, how in zip(images, each, strict=True)])
-    for image, how, result in zip(images, each, expected, strict=True):
-        np.testing.assert_array_equal(padded_window(image, *how, augmentation.pad), result)
-    host = crop_and_flip_on_host(images, shift, flip)
-    device = np.asarray(crop_and_flip_compiled(images, shift, flip))
-    assert host.dtype == device.dtype == images.dtype
-    np.testing.assert_array_equal(host, expected)
-    np.testing.assert_array_equal(device, expected)
-
-
-def test_it_compiles_in_shard_map_scan_map_and_vmap():
-    hubs, workers, steps, batch = 2, 4, 3, 2
-    draws = CropFlip(2).draw(0, 0, steps, hubs, workers, batch)
-    shape = (steps, hubs, workers, batch, 5, 6, 3)
-    images = np.random.default_rng(0).integers(256, size=shape).astype(np.uint8)
-    mesh = jax.make_mesh((hubs, workers), ("hubs", "workers"), axis_types=(AxisType.Auto,) * 2)
-
-    def over_workers(images, shift, flip):
-        return jax.vmap(lambda *hub: jax.lax.map(lambda one: crop_and_flip(*one), hub))(
-            images, shift, flip
-        )
-
-    def rounds(*batches):
-        def body(total, step):
-            out = over_workers(*step)
-            return total + out.astype(jnp.int32).sum(), out
-
-        zero = jax.lax.pcast(jnp.int32(0), ("hubs", "workers"), to="varying")
-        total, out = jax.lax.scan(body, zero, batches)
-        return jax.lax.psum(total, ("hubs", "workers")), out
-
-    spec = P(None, "hubs", "workers")
-    program = jax.shard_map(
-        rounds, mesh=mesh, in_specs=(spec, spec, spec), out_specs=(P(), spec), check_vma=True
-    )
-    total, out = jax.jit(program)(images, draws["shift"], draws["flip"])
-    expected = crop_and_flip_on_host(images, draws["shift"], draws["flip"])
-    np.testing.assert_array_equal(out, expected)
-    assert int(total) == int(expected.astype(np.int64).sum())
-
-
-@given(
-    st.integers(0, 9), st.booleans(), st.lists(st.integers(0, 30), min_size=2), st.integers(0, 99)
-)
-def test_draws_do_not_depend_on_the_calls_and_hubs_that_they_are_cut_into(pad, flip, cuts, seed):
-    augmentation, cuts = CropFlip(pad, flip), sorted(cuts)
-    start, stop = cuts[0], cuts[-1]
-    whole = augmentation.draw(seed, start, stop - start, 1, 6, 3)
-    parts = [
-        augmentation.draw(seed, a, b - a, 2, 3, 3) for a, b in zip(cuts, cuts[1:], strict=False)
-    ]
+@pytest.mark.parametrize("augmentation", [*ON_DEVICE, RandAugment(3)], ids=str)
+def test_draws_do_not_depend_on_the_calls_and_hubs_that_they_are_cut_into(augmentation):
+    whole = augmentation.draw(7, 3, 5, 1, 6, 2)
+    parts = [augmentation.draw(7, *cut, 2, 3, 2) for cut in ((3, 2), (5, 0), (5, 3))]
+    other = augmentation.draw(8, 3, 5, 1, 6, 2)
+    assert any((other[name] != values).any() for name, values in whole.items())
     for name, values in whole.items():
         joined = np.concatenate([part[name] for part in parts])
         np.testing.assert_array_equal(joined.reshape(values.shape), values)
-    assert whole["shift"].dtype == np.int8 and whole["flip"].dtype == bool
-    assert (np.abs(whole["shift"]) <= pad).all() and (flip or not whole["flip"].any())
+        assert values.shape[:4] == (5, 1, 6, 2)
 
 
-def test_draws_are_uniform_and_differ():
-    draws = CropFlip(2).draw(1, 0, 100, 2, 5, 40)
-    # 80,000 shifts on 5 values, 40,000 flips: five deviations of a binomial, √(n p (1 - p)).
-    counts = np.bincount(draws["shift"].ravel() + 2, minlength=5)
-    assert len(counts) == 5 and abs(counts - 16_000).max() < 5 * np.sqrt(80_000 * 0.2 * 0.8)
-    assert abs(draws["flip"].sum() - 20_000) < 5 * np.sqrt(40_000 / 4)
-    batches = {batch.tobytes() for batch in draws["shift"].reshape(-1, 80)}
-    assert len(batches) == 1000  # those of all workers and steps differ
-    other = CropFlip(2).draw(2, 0, 100, 2, 5, 40)
-    assert (other["shift"] != draws["shift"]).any(axis=(-1, -2)).all()
+def test_kinds_share_no_draws():
+    """Two that drew from one generator would be correlated."""
+    kinds = [*ON_DEVICE[:4], RandAugment()]
+    assert len({kind.seed_entry for kind in kinds}) == len(kinds)
+    names = [name for kind in kinds for name in kind.draw(0, 0, 1, 1, 1, 1)]
+    assert len(set(names)) == len(names)  # as those of a composition are merged
 
 
-def test_flips_do_not_change_the_crops():
-    with_flip, without = (CropFlip(3, flip).draw(0, 5, 4, 1, 2, 8) for flip in (True, False))
-    np.testing.assert_array_equal(with_flip["shift"], without["shift"])
+def test_a_composition_is_one_after_another():
+    images = np.random.default_rng(2).integers(256, size=(1, 1, 1, 4, 6, 6, 3), dtype=np.uint8)
+    first, second = ColourJitter(0.9), PcaNoise(0.9)
+    draws = Composed(first, second).draw(0, 2, 1, 1, 1, 4)
+    expected = second.apply_on_host(
+        first.apply_on_host(images, first.draw(0, 2, 1, 1, 1, 4)), second.draw(0, 2, 1, 1, 1, 4)
+    )
+    np.testing.assert_array_equal(Composed(first, second).apply_on_host(images, draws), expected)
+    assert Composed(first, second) != Composed(second, first)
+    assert Composed(first, RandAugment()).only_on_host and not Composed(first).only_on_host
+
+
+@pytest.mark.parametrize(
+    "augmentation, shape, dtype, message",
+    [
+        (CropFlip(), (32,), np.uint8, r"needs inputs \[height, width, channels\], got \[32\]"),
+        (ResizedCrop(), (8, 8, 3), np.float32, "needs images of uint8, got float32"),
+        (ResizedCrop(), (1 << 15, 8, 3), np.uint8, "16384 pixels a side at most"),
+        (ColourJitter(), (8, 8, 2), np.uint8, "1 or 3 channels, got 2"),
+        (PcaNoise(), (8, 8, 1), np.uint8, "3 channels, got 1"),
+        (RandAugment(), (8, 8, 4), np.uint8, "1 or 3 channels, got 4"),
+        (Composed(CropFlip(), PcaNoise()), (8, 8, 1), np.uint8, "3 channels, got 1"),
+    ],
+)
+def test_images_that_do_not_fit_are_errors(augmentation, shape, dtype, message):
+    with pytest.raises(ConfigurationError, match=message):
+        augmentation.check(shape, dtype)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +95,18 @@ def test_flips_do_not_change_the_crops():
         ("crop,flip", CropFlip(4, True)),
         ("crop:7,flip", CropFlip(7, True)),
         ("flip, crop", CropFlip(4, True)),
+        ("resized_crop", ResizedCrop(0.08)),
+        ("resized_crop:0.25,flip", Composed(ResizedCrop(0.25), CropFlip(0, True))),
+        ("jitter", ColourJitter(0.4)),
+        ("jitter:1", ColourJitter(1.0)),
+        ("pca:0.2", PcaNoise(0.2)),
+        ("randaugment", RandAugment(2, 10)),
+        ("randaugment:3", RandAugment(3, 10)),
+        ("randaugment:1:7.5", RandAugment(1, 7.5)),
+        (
+            "pca,jitter,randaugment,flip,crop:2",
+            Composed(CropFlip(2, True), RandAugment(), ColourJitter(), PcaNoise()),
+        ),
     ],
 )
 def test_specs(spec, expected):
@@ -157,14 +126,20 @@ def test_specs(spec, expected):
         ("crop:128", "from 1 to 127, got '128'"),
         ("flip,flip", "'flip,flip' names 'flip' more than once"),
         ("none,flip", "'none' cannot be combined, got 'none,flip'"),
+        ("none:1", "'none' takes no argument, got 'none:1'"),
+        ("crop,resized_crop", "'crop,resized_crop' crops twice"),
+        ("crop:1:2", "'crop' takes one number, got 'crop:1:2'"),
+        ("resized_crop:0", "area of a crop must be above 0 and at most 1, got 0.0"),
+        ("resized_crop:nan", "got nan"),
+        ("resized_crop:half", "'half' in augmentation 'resized_crop:half' is not a number"),
+        ("jitter:1.5", "colour jitter must be above 0 and at most 1, got 1.5"),
+        ("pca:-1", "PCA noise must be above 0 and at most 1, got -1.0"),
+        ("randaugment:0", "takes 1 to 10 operations, got 0"),
+        ("randaugment:1.5", "'1.5' in augmentation 'randaugment:1.5' is not a whole number"),
+        ("randaugment:2:31", "magnitude of RandAugment must be 0 to 30, got 31.0"),
+        ("randaugment:2:3:4", "'randaugment' takes two numbers at most, got 'randaugment:2:3:4'"),
     ],
 )
 def test_wrong_specs_are_errors(spec, message):
     with pytest.raises(ConfigurationError, match=message):
         parse_augmentation(spec)
-
-
-@pytest.mark.parametrize("pad", [-1, 128])
-def test_a_pad_out_of_range_is_an_error(pad):
-    with pytest.raises(ConfigurationError, match=f"0 to 127 pixels, got {pad}"):
-        CropFlip(pad)

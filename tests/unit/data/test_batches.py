@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxlocal.data import assign, make_batches, parse_partition, plan_batches
 from jaxlocal.errors import ConfigurationError
 
-SPECS = ["iid", "fresh", "sorted", "sorted:0.3", "unequal:0.4,0.6", "dirichlet:5"]
+SPECS = ["iid", "fresh", "reused:7", "sorted", "sorted:0.3", "unequal:0.4,0.6", "dirichlet:5"]
 FIXED = [spec for spec in SPECS if parse_partition(spec).fixed]
 
 
@@ -172,3 +172,56 @@ def test_wrong_sizes_seeds_and_steps_are_errors():
         make_batches("iid", np.zeros(10), 1, 2, 1, seed=-3)
     with pytest.raises(ValueError, match="-1"):
         make_batches("iid", np.zeros(10), 1, 2, 1, seed=0).indices(-1, 2)
+
+
+@given(runs(["reused:1", "reused:7", "reused:12"]))
+def test_reused_subsets_are_those_of_the_released_loop(run):
+    """Once in a period every worker draws a subset, and passes over it, shuffled, until the next.
+
+    The loop is that of the code released with MLL-SGD, over single steps.
+    """
+    spec, targets, hubs, per_hub, batch, _ = run
+    period, workers = int(spec.split(":")[1]), hubs * per_hub
+    size = len(targets) // workers
+    taken = make_batches(*run).indices(0, 3 * period).reshape(3, period, workers, batch)
+    subsets = {}
+    for draw in range(3):
+        for worker in range(workers):
+            held, left = set(), 0
+            for step in range(period):
+                if left < batch:  # a pass takes whole batches of the subset
+                    seen, left = set(), size
+                mine = taken[draw, step, worker].tolist()
+                assert len(set(mine)) == batch and not seen & set(mine)
+                seen, held, left = seen | set(mine), held | set(mine), left - batch
+            assert len(held) <= size  # whatever was taken in the period is of one subset
+            subsets[draw, worker] = frozenset(held)
+    if size >= 8 and len(targets) >= 4 * size and period * batch >= size:
+        assert len(set(subsets.values())) == len(subsets)  # drawn anew, and by each worker
+
+
+def test_reused_subsets_are_uniform_and_passes_are_shuffled():
+    batches = make_batches("reused:8", np.zeros(400), 1, 4, 25, seed=3)
+    taken = batches.indices(0, 8 * 50).reshape(50, 2, 4, 4, 25)  # draws, passes, steps, workers
+    first, second = (taken[:, n].swapaxes(1, 2).reshape(50, 4, 100) for n in (0, 1))
+    np.testing.assert_array_equal(np.sort(first, -1), np.sort(second, -1))  # the same examples
+    assert (first != second).any(-1).all()
+    counts = np.bincount(first.ravel(), minlength=400)
+    # Each example is in each of 200 subsets with probability 1/4: five deviations of a binomial.
+    assert abs(counts - 50).max() < 5 * np.sqrt(200 * 3 / 16)
+    # Two workers share a quarter of their examples: they draw independently.
+    shared = [len(set(a) & set(b)) for a, b in first[:, :2].tolist()]
+    # A hypergeometric with the mean 25 and the variance 100 (1/4) (3/4) (300/399) = 14.1.
+    assert abs(np.mean(shared) - 25) < 5 * np.sqrt(14.1 / 50)
+    assert (batches.shard_sizes == 100).all() and batches.epoch_steps == 4 and not batches.shards
+
+
+def test_distances_order_the_shards():
+    distances = np.array([0.5, -2.0, 1.5, -0.25, -1.0, 3.0])
+    batches = make_batches("by_distance", np.zeros(6), 1, 3, 2, seed=0, distances=distances)
+    assert [sorted(shard.tolist()) for shard in batches.shards] == [[1, 4], [0, 3], [2, 5]]
+    assert sorted(batches.indices(5, 1)[0, 0, 2].tolist()) == [2, 5]
+    with pytest.raises(ConfigurationError, match="dataset that defines a separating hyperplane"):
+        make_batches("by_distance", np.zeros(6), 1, 3, 2, seed=0)
+    with pytest.raises(ConfigurationError, match=r"for each of 6 examples, got the shape \[5\]"):
+        make_batches("by_distance", np.zeros(6), 1, 3, 2, seed=0, distances=distances[:5])

@@ -185,7 +185,7 @@ def numbers(value, shape=(1, 1, 2, 3)):
         ({"workers": [1, 0]}, r"ascending numbers from 0 to 1, got \[1, 0\]"),
         ({"workers": [2]}, r"ascending numbers from 0 to 1, got \[2\]"),
         ({"workers": []}, r"ascending numbers from 0 to 1, got \[\]"),
-        ({"augmentation": "crop"}, "is a CropFlip, got str"),
+        ({"augmentation": "crop"}, "is an Augmentation such as CropFlip, got str"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"processes": 1.5}, "processes must be a whole number, got 1.5"),
         ({"buffer_bytes": -1}, "buffer_bytes must not be negative, got -1"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlocal.data import DATASETS, ArraySource, load, prepared
+from jaxlocal.data import DATASETS, ArraySource, load, make_batches, prepared
 from jaxlocal.errors import ConfigurationError
 
 PREPARED = Path(__file__).parents[3].parent / "shared" / "data" / "tfds"
@@ -77,6 +77,26 @@ def test_perceptron_has_the_margin_along_one_direction():
         truth /= np.linalg.norm(truth)
         assert direction @ truth > 0.9 * np.linalg.norm(direction)
         assert (sides * (examples["inputs"] @ truth)).min() > 0.5 - 1e-5  # float32 of 32 terms
+
+
+def test_perceptron_has_distances_to_its_hyperplane():
+    data = load("perceptron", seed=3)
+    train, distances = data.train(), data.distances()
+    truth = np.random.default_rng((3, 0)).normal(size=32)
+    expected = train["inputs"].astype(float) @ (truth / np.linalg.norm(truth))
+    np.testing.assert_allclose(distances, expected, atol=1e-5)  # float32 of 32 terms
+    np.testing.assert_array_equal(distances > 0, train["targets"] == 1)
+    with pytest.raises(ConfigurationError, match="'least_squares' defines no separating hyperpl"):
+        load("least_squares").distances()
+
+
+def test_workers_by_distance_hold_slabs_between_parallel_hyperplanes():
+    data = load("perceptron")
+    distances = data.distances()
+    batches = make_batches("by_distance", data.targets(), 1, 10, 8, seed=0, distances=distances)
+    held = [distances[shard] for shard in batches.shards]
+    assert all(one.max() <= two.min() for one, two in zip(held, held[1:], strict=False))
+    assert sum(map(len, held)) == 4096
 
 
 @pytest.mark.parametrize("rate, steps", [(1.0, 1), (1.0, 5), (0.1, 1), (0.1, 20)])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxlocal.data import make_batches
-from jaxlocal.data.augment import CropFlip, crop_and_flip
+from jaxlocal.data.crop_flip import CropFlip, crop_and_flip
 from jaxlocal.data.reading import StreamError
 from jaxlocal.data.streaming import Stream
 from jaxlocal.errors import ConfigurationError
