@@ -36,7 +36,7 @@ def _path(flag: str) -> Path | None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("scale", "small", "small: on a CPU; full: as in the paper.")
+    flags.DEFINE_string("scale", None, "small: on a CPU; full: as in the paper.")
     flags.DEFINE_integer("jobs", 1, "Runs at once, each in a process.", lower_bound=1)
     flags.DEFINE_bool("list", False, "Name all figures, with what they cost.")
     flags.DEFINE_string("workdir", None, "Folder; by default runs/reproduce/NAME-SCALE.")

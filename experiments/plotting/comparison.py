@@ -70,7 +70,7 @@ def plot_comparison(runs: Sequence[Curves], path: Path) -> None:
 
 
 def _draw(axis: Any, runs: Sequence[Curves], cost: str, result: str) -> None:
-    for run, color in zip(runs, _colors(len(runs)), strict=True):
+    for run, color in zip(runs, colors(len(runs)), strict=True):
         band(axis, run.mean(cost).tolist(), run.values[result].tolist(), run.label, color)
     if cost == "megabytes":
         sent = [run.mean(cost) for run in runs]
@@ -98,7 +98,7 @@ def _scale_results(axis: Any, runs: Sequence[Curves], result: str) -> None:
             axis.set_yscale("log")
 
 
-def _colors(count: int) -> list[Any]:
+def colors(count: int) -> list[Any]:
     """Colors that are easy to distinguish, as far as possible."""
     import matplotlib
 

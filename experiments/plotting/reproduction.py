@@ -1,16 +1,18 @@
 """The picture of a figure of a paper: curves with their published ends, or points of a sweep."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.plotting.comparison import COSTS, RESULTS
+from experiments.plotting.comparison import COSTS, RESULTS, colors
 from experiments.plotting.curves import band
 from experiments.plotting.figures import load_pyplot, save_figure
 
-LABELS = COSTS | RESULTS | {"round": "rounds", "rounds": "rounds", "time_slots": "time slots"}
+LABELS = COSTS | RESULTS | {"round": "rounds", "local_steps": "H, steps in a round"}
+_WIDTH = 80  # characters of the title in a row, of one panel
 
 
 class Drawn(NamedTuple):
@@ -22,24 +24,23 @@ class Drawn(NamedTuple):
     published: float | None = None
 
 
-def draw(
-    panels: Mapping[str, Sequence[Drawn]], x: str, log: str, marked: bool, title: str, path: Path
-) -> None:
+def draw(panels: Mapping[str, Sequence[Drawn]], x: str, log: str, title: str, path: Path) -> None:
     """Draw a panel for every metric: means over seeds in a band of their standard error.
+
+    A cross at the right end of a curve is the published value.
 
     Args:
       panels: the curves by metric.
       x: what the horizontal axis shows.
       log: the axes with a logarithmic scale, of "x" and "y".
-      marked: whether points are marked, as of a sweep.
       path: of the image.
     """
     figure, axes = load_pyplot().subplots(
-        1, len(panels), figsize=(6.2 * len(panels), 4.2), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(7 * len(panels), 5), squeeze=False, layout="constrained"
     )
     for axis, (metric, curves) in zip(axes[0], panels.items(), strict=True):
-        for number, curve in enumerate(curves):
-            _draw(axis, curve, f"C{number % 10}", marked)
+        for curve, color in zip(curves, colors(len(curves)), strict=True):
+            _draw(axis, curve, color)
         axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(metric, metric))
         if "x" in log:
             axis.set_xscale("log")
@@ -48,17 +49,21 @@ def draw(
         else:
             _focus(axis, curves)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small")
-    figure.suptitle(title)
+    place = {"loc": "outside lower center", "ncols": 2 * len(panels)}
+    figure.legend(handles=_named(axes[0, 0]), fontsize="small", **place)
+    figure.suptitle("\n".join(textwrap.wrap(title, _WIDTH * len(panels))))
     save_figure(figure, path)
 
 
-def _draw(axis: Any, curve: Drawn, color: str, marked: bool) -> None:
+def _named(axis: Any) -> list[Any]:
+    return [line for line in axis.get_lines() if not line.get_label().startswith("_")]
+
+
+def _draw(axis: Any, curve: Drawn, color: Any) -> None:
     band(axis, curve.x, curve.y, curve.name, color)
-    if marked:
-        axis.plot(curve.x, np.mean(curve.y, axis=0), "o", color=color, markersize=4)
     if curve.published is not None and curve.x:
-        axis.plot(curve.x[-1], curve.published, "x", color=color, markersize=8, clip_on=False)
+        at = (curve.x[-1], curve.published)
+        axis.plot(*at, "x", color=color, markersize=9, clip_on=False, label="_published")
 
 
 def _focus(axis: Any, curves: Sequence[Drawn]) -> None:

@@ -11,6 +11,7 @@ Keys of a file, of which `curves` and the two scales are tables:
   differs from the paper.
 - curves: name, flags, published (values by metric), tune; of kind ends, sweep: a flag, its values
   and other flags in which {} is replaced by the value.
+  group: of kind plan, curves whose hours follow from the two that have published hours.
 - lines: name, x and y of lines that theory gives, drawn beside the first metric.
 """
 
@@ -33,7 +34,7 @@ KEYS = {
     *SCALES,
 }
 SCALE_KEYS = {"flags", "tune", "seeds", "cost", "differs"}
-CURVE_KEYS = {"name", "flags", "published", "tune", "sweep", *SCALES}
+CURVE_KEYS = {"name", "flags", "published", "tune", "sweep", "group", *SCALES}
 
 
 class Curve(NamedTuple):
@@ -44,6 +45,7 @@ class Curve(NamedTuple):
     tune: dict[str, list[Any]]  # values by flag
     published: dict[str, float]  # by metric
     sweep: tuple[str, float] | None  # the swept flag and its value
+    group: str | None = None  # of curves whose hours follow from two that are known
 
 
 class Line(NamedTuple):
@@ -79,28 +81,32 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def read_figure(name: str, scale: str, base: Config) -> Figure:
+def read_figure(name: str, scale: str | None, base: Config) -> Figure:
     """Read the figure of a name at a scale.
 
     Args:
+      scale: "small" or "full"; None for "small", or the only one that the figure has.
       base: of the flags that the figure does not give.
 
     Raises:
       ConfigurationError: the name or the scale is unknown, or the file of the figure is wrong.
     """
     path = lookup("figure", name, {known: FOLDER / f"{known}.toml" for known in names()})
-    lookup("scale", scale, dict.fromkeys(SCALES))
+    if scale is not None:
+        lookup("scale", scale, dict.fromkeys(SCALES))
     return parse_figure(read_text(path, "the figure"), name, scale, base)
 
 
-def parse_figure(text: str, name: str, scale: str, base: Config) -> Figure:
+def parse_figure(text: str, name: str, scale: str | None, base: Config) -> Figure:
     """Read a figure from the text of its file; see `read_figure`."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"figure {name}: {error}") from None
+    scales = [scale for scale in SCALES if scale in table]
+    scale = scale or scales[0]
     if scale not in table:
-        others = " and ".join(other for other in SCALES if other in table)
+        others = " and ".join(scales)
         raise ConfigurationError(f"figure {name} has no scale {scale!r}, only {others}")
     at = table[scale]
     _check_keys(f"figure {name}", table, KEYS)
@@ -150,7 +156,7 @@ def _points(
     make = lambda more: with_flags(base, _words(flags | more), where)
     sweep = own.get("sweep", curve.get("sweep"))
     if sweep is None:
-        return [Curve(curve["name"], make({}), chosen, published, None)]
+        return [Curve(curve["name"], make({}), chosen, published, None, curve.get("group"))]
     flag = sweep["flag"]
     follow = lambda value: {k: v.format(value) for k, v in sweep.get("flags", {}).items()}
     return [

@@ -20,12 +20,14 @@ from jaxlocal import ConfigurationError
 CSV, TABLE, PICTURE = "figure.csv", "figure.md", "figure.png"
 
 
-def reproduce(name: str, scale: str, folder: Path | None, data_dir: str | None, jobs: int) -> int:
+def reproduce(
+    name: str, scale: str | None, folder: Path | None, data_dir: str | None, jobs: int
+) -> int:
     """Run a figure and write its files; returns the exit status.
 
     Args:
       name: of the figure.
-      scale: "small" or "full".
+      scale: "small" or "full"; None for "small", or the only one that the figure has.
       folder: of everything that is written; by default runs/reproduce/NAME-SCALE.
       data_dir: of the datasets.
       jobs: runs at once, each in a process.
@@ -36,7 +38,7 @@ def reproduce(name: str, scale: str, folder: Path | None, data_dir: str | None, 
     """
     figure = read_figure(name, scale, Config(data_dir=data_dir))
     start(configs(figure), jobs)
-    folder = folder or Path("runs") / "reproduce" / f"{name}-{scale}"
+    folder = folder or Path("runs") / "reproduce" / f"{name}-{figure.scale}"
     with locked(folder):
         try:
             found = run_figure(figure, folder, jobs)
@@ -78,7 +80,7 @@ def draw_figure(figure: Figure, found: Sequence[Found], path: Path) -> None:
     first = figure.y[0]
     panels[first] = [one._replace(name=named(one.name)) for one in panels[first]]
     panels[first] += [Drawn(line.name, line.x, [line.y]) for line in figure.lines]
-    draw(panels, figure.x, figure.log, figure.kind == "ends", figure.title, path)
+    draw(panels, figure.x, figure.log, figure.title, path)
 
 
 def _over_runs(figure: Figure, found: Sequence[Found], metric: str) -> list[Drawn]:

@@ -53,8 +53,9 @@ def table(figure: Figure, found: Sequence[Found]) -> str:
     differs = "; ".join(figure.differs) or "nothing that is known"
     seeds = f"{figure.seeds} seed{'s' * (figure.seeds > 1)}"
     about = [f"{figure.title}. {figure.source}.", "", *lines, ""]
-    about += [*_slope_lines(figure, found)]
-    about += [f"Scale {figure.scale}, {seeds}. Differs from the paper in: {differs}.", ""]
+    about += _slope_lines(figure, found)
+    runs = "Planned, not trained" if figure.kind == "plan" else f"Scale {figure.scale}, {seeds}"
+    about += [f"{runs}. Differs from the paper in: {differs}.", ""]
     return "\n".join(about)
 
 
@@ -161,7 +162,8 @@ def _measures(figure: Figure, found: Sequence[Found]) -> list[str]:
     if figure.kind != "plan":
         return list(figure.y)
     published = [name for one in found for name in one.curve.published]
-    return list(dict.fromkeys([*figure.y, *published]))
+    hours = ["hours"] if any("hours" in one.plan for one in found) else []
+    return list(dict.fromkeys(["communication_volume", *hours, *published]))
 
 
 def _tuned(one: Found, flag: str) -> str:

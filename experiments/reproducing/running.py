@@ -14,6 +14,7 @@ from experiments.running.metrics import read_metrics
 from experiments.tuning.results import diverged, rank
 from experiments.tuning.runs import run_all
 from jaxlocal import ConfigurationError
+from jaxlocal.communication.hours_fit import fit
 
 Lines = list[dict[str, Any]]
 
@@ -42,10 +43,8 @@ def run_figure(figure: Figure, folder: Path, jobs: int) -> list[Found]:
     """
     plans = [_planned(figure, curve) for curve in figure.curves]
     if figure.kind == "plan":
-        return [
-            Found(curve, {}, (), [], [], plan)
-            for curve, plan in zip(figure.curves, plans, strict=True)
-        ]
+        pairs = list(zip(figure.curves, plans, strict=True))
+        return [Found(curve, {}, (), [], [], plan | _hours(curve, pairs)) for curve, plan in pairs]
     places = [folder / _slug(curve) for curve in figure.curves]
     trials = {
         str(place): [_trial(curve, values, place) for values in _grid(curve)]
@@ -86,6 +85,24 @@ def _planned(figure: Figure, curve: Curve) -> dict[str, Any]:
         return plan_figures(build_plan(curve.config))
     except ConfigurationError as error:
         raise ConfigurationError(f"figure {figure.name}, {curve.name}: {error}") from None
+
+
+def _hours(curve: Curve, pairs: list[tuple[Curve, dict[str, Any]]]) -> dict[str, float]:
+    """The hours of a curve by T = C + v·S, through the two of its group whose hours are known.
+
+    Raises:
+      ConfigurationError: the group has not two curves with published hours, or they do not fit.
+    """
+    if curve.group is None:
+        return {}
+    group = [(c, plan["communication_volume"]) for c, plan in pairs if c.group == curve.group]
+    known = [(volume, c.published["hours"]) for c, volume in group if "hours" in c.published]
+    if len(known) != 2:
+        raise ConfigurationError(
+            f"group {curve.group!r} has {len(known)} curves with published hours; a fit needs 2"
+        )
+    volume = next(volume for c, volume in group if c.name == curve.name)
+    return {"hours": fit(*known).hours(volume)}
 
 
 def _seeds(figure: Figure, curve: Curve) -> range:
