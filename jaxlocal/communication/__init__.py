@@ -9,12 +9,14 @@
 - `collective_costs`: the seconds of a collective on a cluster.
 - `stragglers`: waiting for the slowest of several devices.
 - `time_slots`: the time slots of a run that waits for its slowest workers.
+- `bounds`: the convergence bound of Multi-Level Local SGD.
 - `hours_fit`: compute and communication of runs whose hours are known.
 """
 
 from jaxlocal.communication import accounting, audit, mixing, topology
 from jaxlocal.communication.accounting import by_kind, collectives, message_bits, model_bits
 from jaxlocal.communication.audit import Audited
+from jaxlocal.communication.bounds import MllBound, mll_bound
 from jaxlocal.communication.collective_costs import ALL_REDUCE, Cluster
 from jaxlocal.communication.cost_model import Hours, hours
 from jaxlocal.communication.hours_fit import Fit, fit
@@ -26,6 +28,7 @@ __all__ = [
     "Cluster",
     "Fit",
     "Hours",
+    "MllBound",
     "accounting",
     "audit",
     "by_kind",
@@ -36,6 +39,7 @@ __all__ = [
     "message_bits",
     "mixing",
     "mixing_matrix",
+    "mll_bound",
     "model_bits",
     "topology",
     "zeta",

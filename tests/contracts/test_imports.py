@@ -88,7 +88,7 @@ EXPERIMENT_FLOORS = (
     ("launching",),
     ("running",),
     ("benchmarks",),
-    ("comparing", "planning", "preparing"),
+    ("comparing", "planning", "preparing", "theory"),
     ("tuning",),
     ("reproducing",),
 )

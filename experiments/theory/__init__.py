@@ -1,0 +1,1 @@
+"""The convergence bound of Multi-Level Local SGD beside exact moments and measured runs."""
