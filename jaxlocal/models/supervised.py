@@ -1,5 +1,6 @@
 """Losses and metrics of a model for classification and regression, in training and evaluation."""
 
+import functools
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any
@@ -11,6 +12,13 @@ import optax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model
+from jaxlocal.models.soft_targets import (
+    before,
+    check_soft_targets,
+    mix,
+    mixing_share,
+    uniform_cross_entropy,
+)
 from jaxlocal.parallel.leaves import check_fits, wide
 
 Tree = Any
@@ -116,11 +124,24 @@ def _check_shapes(outputs: tuple[int, ...], targets: tuple[int, ...], classes: i
         )
 
 
-def training_loss(model: Model, normalize: Normalize, classes: int) -> Loss:
+def training_loss(
+    model: Model,
+    normalize: Normalize,
+    classes: int,
+    *,
+    label_smoothing: float = 0.0,
+    mixup: float = 0.0,
+) -> Loss:
     """Make the loss of a model for `jaxlocal.gradients(..., stateful=True)`: the mean over a batch.
 
     Batches are {"inputs": [batch, ...], "targets": [batch]}, or for sequences {"inputs": [batch,
-    length], "targets": [batch, length]}.
+    length], "targets": [batch, length]}. With label smoothing ε and mixup of λ ~ Beta(α, α) it is
+
+        mean_n λ ℓ_ε(x̃_n, y_n) + (1 − λ) ℓ_ε(x̃_n, y_{n−1}),  where x̃_n = λ x_n + (1 − λ) x_{n−1}
+        and ℓ_ε(x, y) = (1 − ε) ℓ(x, y) + ε Σ_c ℓ(x, c) / classes
+
+    for the examples x_n of classes y_n and the cross-entropy ℓ. λ is drawn from the key: one for
+    each worker, step and micro-batch. `evaluation_metrics` knows neither.
 
     Args:
       model: the model.
@@ -128,9 +149,19 @@ def training_loss(model: Model, normalize: Normalize, classes: int) -> Loss:
         It runs in the compiled step, so that a device stores and moves the smaller dtype. It has
         to leave tokens as they are.
       classes: number of classes; 0 for regression. `example_metrics` describes the losses.
+      label_smoothing: ε, in [0, 1).
+      mixup: α ≥ 0; 0 for none.
 
     Returns:
       `loss(params, model_state, batch, key)`, which gives (loss, (model_state, {})).
+
+    Raises:
+      ConfigurationError: an ε or α out of its range or for a regression; when the loss is called,
+        mixup of tokens, of a single example or without a key.
+
+    Sources: label smoothing, Szegedy et al., CVPR 2016, https://arxiv.org/abs/1512.00567; mixup,
+    Zhang et al., ICLR 2018, https://arxiv.org/abs/1710.09412. Differs from the paper of mixup in:
+    an example is mixed with the one before it, not with a random one; batches are in random order.
 
     >>> from jaxlocal.models import build
     >>> model = build("logistic", (3,), outputs=1)
@@ -142,17 +173,36 @@ def training_loss(model: Model, normalize: Normalize, classes: int) -> Loss:
     0.6931
     """
     check_classes(classes)
+    check_soft_targets(classes, label_smoothing, mixup)
+    losses = functools.partial(_smoothed, classes=classes, label_smoothing=label_smoothing)
 
     def loss(
         params: Tree, model_state: Tree, batch: Tree, key: jax.Array | None
     ) -> tuple[jax.Array, tuple[Tree, Tree]]:
         raw, targets = _of_batch(batch)
         inputs = normalize(raw)
+        if mixup:
+            share, key = mixing_share(mixup, key)
+            inputs, others = mix(inputs, share), before(targets)
         outputs, model_state = model.apply(params, model_state, inputs, key, True)
-        values = example_metrics(outputs, targets, classes)["loss"]
+        values = losses(outputs, targets)
+        if mixup:
+            share = share.astype(values.dtype)
+            values = share * values + (1 - share) * losses(outputs, others)
         return values.mean(), (model_state, {})
 
     return loss
+
+
+def _smoothed(
+    outputs: jax.Array, targets: jax.Array, classes: int, label_smoothing: float
+) -> jax.Array:
+    """The loss of each example, where another class than its own has the chance ε / classes."""
+    losses = example_metrics(outputs, targets, classes)["loss"]
+    if not label_smoothing:
+        return losses
+    uniform = _of_examples({"loss": uniform_cross_entropy(outputs, targets, classes)})["loss"]
+    return (1 - label_smoothing) * losses + label_smoothing * uniform
 
 
 def evaluation_metrics(model: Model, normalize: Normalize, classes: int) -> Metrics:
