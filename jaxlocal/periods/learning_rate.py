@@ -19,6 +19,7 @@ def qsr(
     coefficient: float,
     base: int,
     warmup_steps: int = 0,
+    warmup_period: int | None = None,
     multiple: int = 1,
 ) -> Period:
     """Quadratic Synchronization Rule (QSR): synchronise less often as the learning rate falls.
@@ -40,12 +41,15 @@ def qsr(
       base: H_base, steps; 4 or 8 in the paper.
       warmup_steps: the length of a warm-up in which the rule takes the rate right after it. Needed
         only where that is not the peak; a rise is seen in the schedule.
-      multiple: H is rounded down to a multiple of it, which must divide H_base: τ on hubs, the
-        number of fragments in streaming DiLoCo.
+      warmup_period: H of the rounds that start within `warmup_steps`, instead of what the rule
+        gives; any number of steps, as `init_h` in the released code.
+      multiple: H is rounded down to a multiple of it, which must divide H_base and `warmup_period`:
+        τ on hubs, the number of fragments in streaming DiLoCo.
 
     Raises:
-      ConfigurationError: a coefficient below 0, an H_base that is not a multiple of `multiple`;
-        when the length of a round is asked for, a learning rate below 0.
+      ConfigurationError: a coefficient below 0, an H_base that is not a multiple of `multiple`, a
+        `warmup_period` without a warm-up; when the length of a round is asked for, a learning rate
+        below 0.
 
     >>> import jaxlocal, optax
     >>> schedule = optax.cosine_decay_schedule(0.1, 200)
@@ -64,6 +68,7 @@ def qsr(
         base=base,
         exponent=2,
         warmup_steps=warmup_steps,
+        warmup_period=warmup_period,
         multiple=multiple,
     )
 
@@ -74,6 +79,7 @@ def linear(
     coefficient: float,
     base: int,
     warmup_steps: int = 0,
+    warmup_period: int | None = None,
     multiple: int = 1,
 ) -> Period:
     """Linear synchronization rule: H = max(H_base, ⌊α/η_t⌋).
@@ -90,6 +96,7 @@ def linear(
         base=base,
         exponent=1,
         warmup_steps=warmup_steps,
+        warmup_period=warmup_period,
         multiple=multiple,
     )
 
@@ -100,6 +107,7 @@ def cubic(
     coefficient: float,
     base: int,
     warmup_steps: int = 0,
+    warmup_period: int | None = None,
     multiple: int = 1,
 ) -> Period:
     """Cubic synchronization rule: H = max(H_base, ⌊(α/η_t)³⌋).
@@ -116,6 +124,7 @@ def cubic(
         base=base,
         exponent=3,
         warmup_steps=warmup_steps,
+        warmup_period=warmup_period,
         multiple=multiple,
     )
 
@@ -127,6 +136,7 @@ def power(
     base: int,
     exponent: int,
     warmup_steps: int = 0,
+    warmup_period: int | None = None,
     multiple: int = 1,
 ) -> Period:
     """Synchronization rule with any power: H = max(H_base, ⌊(α/η_t)^exponent⌋).
@@ -139,7 +149,8 @@ def power(
     >>> list(lengths(power(falling, coefficient=0.2, base=1, exponent=2), total_steps=200))
     [4, 100, 96]
     """
-    _check_power(coefficient, base, exponent, warmup_steps, multiple)
+    _check_power(coefficient, base, exponent, multiple)
+    _check_warmup(warmup_steps, warmup_period, multiple)
     rate_at = rates(learning_rate)
 
     def steps_at(rate: float, remaining: int) -> int:
@@ -149,6 +160,8 @@ def power(
         return max(1, min(max(base, wanted - wanted % multiple), remaining))
 
     def length(step: int, remaining: int) -> int:
+        if warmup_period is not None and step < warmup_steps:
+            return min(warmup_period, remaining)
         start = max(step, warmup_steps)
         if not rate_at(start) >= 0:
             raise ConfigurationError(
@@ -166,12 +179,12 @@ def power(
 
     name = {1: "linear", 2: "quadratic", 3: "cubic"}.get(exponent, f"power {exponent}")
     description = f"{name}, H = max({base}, ⌊({coefficient:g}/η)^{exponent}⌋)"
+    if warmup_period is not None:
+        description += f", {warmup_period} in the warm-up"
     return Period(length, description, learning_rate)
 
 
-def _check_power(
-    coefficient: float, base: int, exponent: int, warmup_steps: int, multiple: int
-) -> None:
+def _check_power(coefficient: float, base: int, exponent: int, multiple: int) -> None:
     at_least_one("H_base", base)
     if not (is_real(coefficient) and np.isfinite(coefficient) and coefficient >= 0):
         raise ConfigurationError(
@@ -182,7 +195,21 @@ def _check_power(
         raise ConfigurationError(
             f"the period's exponent must be a number from 1 to {_HIGHEST}, got {exponent!r}"
         )
-    if not isinstance(warmup_steps, numbers.Integral) or warmup_steps < 0:
-        raise ConfigurationError(f"a warm-up must be an integer of ≥ 0 steps, got {warmup_steps}")
     if base % multiple:
         raise ConfigurationError(f"H_base = {base} steps is not a multiple of {multiple} steps")
+
+
+def _check_warmup(warmup_steps: int, warmup_period: int | None, multiple: int) -> None:
+    if not isinstance(warmup_steps, numbers.Integral) or warmup_steps < 0:
+        raise ConfigurationError(f"a warm-up must be an integer of ≥ 0 steps, got {warmup_steps}")
+    if warmup_period is None:
+        return
+    at_least_one("H in the warm-up", warmup_period)
+    if warmup_steps == 0:
+        raise ConfigurationError(
+            f"H = {warmup_period} in the warm-up needs the length of the warm-up, got 0 steps"
+        )
+    if warmup_period % multiple:
+        raise ConfigurationError(
+            f"H = {warmup_period} in the warm-up is not a multiple of {multiple} steps"
+        )

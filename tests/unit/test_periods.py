@@ -88,6 +88,21 @@ def test_in_a_warm_up_a_rule_takes_the_peak():
         assert rule.length(60, 1000) > 12
 
 
+def test_h_in_the_warm_up_can_be_given():
+    schedule = optax.warmup_cosine_decay_schedule(1e-6, 0.1, 10, 100)
+    rule = periods.qsr(schedule, coefficient=0.35, base=1, warmup_steps=10, warmup_period=4)
+    assert list(lengths(rule, 40))[:4] == [4, 4, 4, 12]  # the third starts within the warm-up
+    assert rule.length(9, 3) == 3 and "4 in the warm-up" in rule.description
+    for options, sentence in [
+        ({"warmup_steps": 0}, "needs the length of the warm-up, got 0 steps"),
+        ({"warmup_period": 0}, "H in the warm-up must be an integer of at least 1 step, got 0"),
+        ({"base": 3, "multiple": 3}, "H = 4 in the warm-up is not a multiple of 3 steps"),
+    ]:
+        given = {"base": 1, "warmup_steps": 10, "warmup_period": 4, **options}
+        with refused(sentence):
+            periods.qsr(schedule, coefficient=0.35, **given)
+
+
 def test_a_warm_up_that_ends_above_the_rate_after_it():
     # As in "cosine_step", whose powers of two begin below the peak.
     schedule = lambda step: jnp.where(step < 10, 0.08 * step / 10, 0.05)
