@@ -138,9 +138,9 @@ class MethodFlags:
     gradient_compressor: str | None = _compression(
         None,
         f"""Compressor of gradients and updates, which are sent at every step: identity, zero,
-        grbs:RATIO, random_k:RATIO, top_k:RATIO[:chunk|tensor|model], sign, qsgd:BITS, int8,
-        bfloat16 or powersgd:RANK; the values of a sparse one may be coded too, as in
-        top_k:64+int8. By default {_compressed("gradient")}.""",
+        grbs:RATIO, grbs_tensors:RATIO:GROUPS, random_k:RATIO, top_k:RATIO[:chunk|tensor|model],
+        sign, qsgd:BITS, int8, bfloat16 or powersgd:RANK; the values of a sparse one may be coded
+        too, as in top_k:64+int8. By default {_compressed("gradient")}.""",
     )
     reset_compressor: str | None = _compression(
         None,

@@ -47,7 +47,11 @@ def compare(graph: str, seeds: int) -> Compared:
     matrix = topology.mixing_matrix(adjacency, LAYOUT.hub_weight)
     zeta, problem = topology.zeta(matrix), in_own_basis()
     exact = exact_moments(problem, LAYOUT, matrix, **PERIODS, **RUN)
-    task: dict[str, Any] = {"smoothness": max(problem.curvatures), "noise": NOISE, "gap": problem.gap}
+    task: dict[str, Any] = {
+        "smoothness": max(problem.curvatures),
+        "noise": NOISE,
+        "gap": problem.gap,
+    }
     spread, moved = (f(LAYOUT, zeta, **PERIODS) for f in (noise_spread, drift))
     consensus = 2 * RUN["learning_rate"] ** 2 * (NOISE * spread + moved * exact.at_workers)
     measured = [measure(matrix, seed) for seed in range(seeds)]

@@ -1,7 +1,8 @@
 """Lossy compressors: each encodes a tree of arrays as a payload and decodes it.
 
-Sparsifiers are `grbs`, `random_k` and `top_k`; quantisers `sign`, `two_bit`, `qsgd`, `int8` and
-`bfloat16`; `powersgd` sends low-rank factors. `parse` reads a compressor's spec string.
+Sparsifiers are `grbs`, `grbs_tensors`, `random_k` and `top_k`; quantisers `sign`, `two_bit`,
+`qsgd`, `int8` and `bfloat16`; `powersgd` sends low-rank factors. `parse` reads a compressor's spec
+string.
 
 A compressor of your own is a `Coder` of values, made into one by `quantizer`; or a `Codec` of a
 `Selection` and a coder, by `compressor`; or any `types.Compressor`. An `Entry` in `COMPRESSORS`
@@ -24,6 +25,7 @@ from jaxlocal.compression.payload import payload_bits, payload_shapes
 from jaxlocal.compression.quantize import bfloat16, int8, qsgd, quantizer, sign, two_bit
 from jaxlocal.compression.sparsify import grbs, random_k, top_k
 from jaxlocal.compression.specs import COMPRESSORS, parse
+from jaxlocal.compression.tensor_groups import grbs_tensors
 
 __all__ = [
     "COMPRESSORS",
@@ -37,6 +39,7 @@ __all__ = [
     "bfloat16",
     "compressor",
     "grbs",
+    "grbs_tensors",
     "identity",
     "int8",
     "parse",

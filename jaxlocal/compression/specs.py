@@ -5,6 +5,7 @@ from jaxlocal.compression.grammar import Argument, Entry, build, check_text
 from jaxlocal.compression.low_rank import powersgd
 from jaxlocal.compression.quantize import BITS, bfloat16, int8, qsgd, sign, two_bit
 from jaxlocal.compression.sparsify import grbs, random_k, top_k
+from jaxlocal.compression.tensor_groups import grbs_tensors
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Compressor
 
@@ -24,6 +25,7 @@ COMPRESSORS = {
     "qsgd": Entry(qsgd, (BITS,)),
     "int8": Entry(int8),
     "bfloat16": Entry(bfloat16),
+    "grbs_tensors": Entry(grbs_tensors, (RATIO, Argument("a number of groups", int, "8"))),
     "powersgd": Entry(powersgd, (Argument("a rank", int, "2"),)),
 }
 
@@ -35,6 +37,7 @@ def parse(spec: str) -> Compressor:
     |---|---|
     | `identity`, `zero` | everything or nothing is sent |
     | `grbs:R`, `random_k:R` | one value in R, the same on all workers |
+    | `grbs_tensors:R:G` | one value in R of one group of tensors in G, the same on all workers |
     | `top_k:R`, `top_k:R:GRANULARITY` | the largest values of a chunk, tensor or model |
     | `sign`, `two_bit`, `qsgd:BITS`, `int8`, `bfloat16` | every value in fewer bits |
     | `powersgd:RANK` | two factors of every matrix |

@@ -180,6 +180,7 @@ def test_decay_outside_the_compressor(spec, optimizer, momentum, nesterov, mesh,
     [
         ("grbs:3", "grbs:2", "constant", (2, 2)),
         ("top_k:4", "random_k:3", "quadratic", (1, 1)),
+        ("grbs_tensors:3:2", "grbs_tensors:2:2", "constant", (1, 2)),
         ("sign", "sign", "quadratic", (2, 1)),
     ],
 )

@@ -12,7 +12,7 @@ NAMES = [
     *("identity", "zero", "sign", "two_bit", "int8", "bfloat16", "qsgd:2", "qsgd:8", "powersgd:3"),
     *("grbs:64", "grbs:2.5", "random_k:8", "top_k:64", "top_k:8:tensor", "top_k:8:model"),
     *("grbs:8+int8", "random_k:8+qsgd:4", "top_k:64+bfloat16", "top_k:8:model+sign"),
-    "top_k:64+two_bit",
+    *("top_k:64+two_bit", "grbs_tensors:64:8", "grbs_tensors:1:4"),
 ]
 
 
@@ -105,6 +105,8 @@ def test_ratios_and_granularities():
             "topk:64+int8",
             "unknown compressor 'topk'; did you mean 'top_k'? known: " + ", ".join(COMPRESSORS),
         ),
+        ("grbs_tensors:8", "grbs_tensors needs a number of groups, as in grbs_tensors:64:8, got "
+         "'grbs_tensors:8'"),
         ("two_bit:2", "two_bit takes no argument, got 'two_bit:2'"),
         ("grbs:8+int", "unknown value coder 'int'; did you mean 'int8'? known: sign, two_bit, "
          "qsgd, int8, bfloat16"),
