@@ -1,0 +1,78 @@
+"""Every figure at full scale builds, and each of its settings takes two steps on random images."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from short_runs import run
+
+from experiments.building import job
+from experiments.building.config import Config
+from experiments.reproducing import figure as figures
+from experiments.reproducing.figure import names, read_figure
+from experiments.reproducing.running import configs
+from jaxlocal.data import load
+from jaxlocal.data.dataset import Dataset
+from jaxlocal.data.examples import ArraySource
+
+pytestmark = pytest.mark.slow
+
+# Shape of an image and number of classes.
+IMAGES = {
+    "mnist_binary": ((28, 28, 1), 2),
+    "mnist": ((28, 28, 1), 10),
+    "emnist/letters": ((28, 28, 1), 62),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "imagenet2012": ((224, 224, 3), 1000),
+}
+TRAIN, TEST, WORKERS = 200, 4, 10
+
+
+def trained():
+    """Names of the figures that are trained at full scale."""
+    text = {name: (figures.FOLDER / f"{name}.toml").read_text() for name in names()}
+    return [n for n, t in text.items() if "\n[full]" in t and 'kind = "plan"' not in t]
+
+
+def random_images(spec, data_dir, seed, *_):
+    """Random images in the place of a dataset that must be prepared."""
+    if spec not in IMAGES:
+        return load(spec, data_dir, seed)
+    shape, classes = IMAGES[spec]
+
+    def source(count):
+        random = np.random.default_rng(seed)
+        return ArraySource(
+            {
+                "inputs": random.integers(0, 256, (count, *shape), np.uint8),
+                "targets": random.integers(0, classes, count).astype(np.int32),
+            }
+        )
+
+    return Dataset(
+        spec, lambda: source(TRAIN), lambda: source(TEST), TRAIN, TEST, shape, classes,
+        mean=(0.5,) * shape[-1], scale=(0.25,) * shape[-1],
+    )  # fmt: skip
+
+
+def reduced(config: Config) -> Config:
+    """Two steps of the same settings, with fewer workers and small batches."""
+    steps = {"steps": None, "rounds": 2} if config.rounds else {"steps": 2}
+    return dataclasses.replace(
+        config, **steps, workers=min(config.workers, max(config.hubs, WORKERS)),
+        batch_size=min(config.batch_size, 2),
+        local_steps=1, hub_period=1, warmup_steps=0, eval_every=2, checkpoint_every=0,
+        train_eval_examples=4, test_eval_examples=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", trained())
+def test_its_settings_take_two_steps(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "_load", random_images)
+    # Curves that are the same when they are reduced are run once.
+    chosen = {reduced(config) for config in configs(read_figure(name, "full", Config()))}
+    for number, config in enumerate(sorted(chosen, key=str)):
+        status, lines = run(config, tmp_path / str(number))
+        assert status == 0 and lines[-1]["round"] == 2 / config.local_steps
+        assert np.isfinite(lines[-1]["train_loss"])
