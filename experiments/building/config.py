@@ -55,9 +55,15 @@ class Config(MethodFlags):
     )
     dataset: str = _data(
         "digits",
-        """digits, docstrings[:LENGTH], mnist_binary, least_squares, perceptron,
-        two_quadratics:ROUNDS, or any image dataset of TensorFlow Datasets that is prepared: mnist,
-        cifar10, cifar100, fashion_mnist, emnist/letters, ….""",
+        """digits, docstrings[:LENGTH], mnist_binary, emnist_letters (from its original files),
+        least_squares, perceptron, two_quadratics:ROUNDS, or any image dataset of TensorFlow
+        Datasets that is prepared: mnist, cifar10, cifar100, fashion_mnist, emnist/letters,
+        imagenet2012, ….""",
+    )
+    image_size: int | None = _data(
+        None,
+        """Height and width in pixels to which images of varying size are resized, with --stream: a
+        random resized crop in training, the middle square in evaluations. By default 224.""",
     )
     data_dir: str | None = _data(
         None,
@@ -99,8 +105,10 @@ class Config(MethodFlags):
     )
     model: str = _model(
         "mll_cnn",
-        """logistic, linear, mlp, mll_cnn, small_resnet_NORM or resnet18_NORM with layer_norm or
-        batch_norm for NORM, resnet18_group_norm, small_transformer or transformer.""",
+        """Any inputs: logistic, linear, mlp. Small images: mll_cnn, cifarnet, small_resnet_NORM or
+        resnet18_NORM with layer_norm or batch_norm for NORM, resnet18_group_norm, wide_resnet_16_4,
+        wide_resnet_40_8, small_vit. Large images: resnet18_imagenet, resnet50, resnet50_v2,
+        resnet101, resnet152, vit_s16, vit_b16. Sequences: small_transformer, transformer.""",
     )
     precision: str = _model(
         "float32",
@@ -118,22 +126,54 @@ class Config(MethodFlags):
     learning_rate: float = _optimizer(0.05, "Peak learning rate η.")
     schedule: str = _optimizer(
         "cosine",
-        """Learning rate after the warm-up: constant, cosine, linear, step (a tenth at 1/3 and 2/3
-        of the run) or cosine_step (the power of two nearest to cosine).""",
+        """Learning rate after the warm-up: constant, cosine, linear, step (see --decay_steps) or
+        cosine_step (the power of two nearest to cosine).""",
     )
+    decay_steps: str | None = _optimizer(
+        None,
+        """Steps of the run, separated by commas, from which on the schedule step multiplies the
+        learning rate by --decay_factor. By default 1/3 and 2/3 of the run.""",
+    )
+    decay_epochs: str | None = _optimizer(None, "The same in epochs, such as 60,120,160.")
+    decay_factor: float = _optimizer(0.1, "Factor of the schedule step.")
     warmup_steps: int = _optimizer(
         0, "Steps over which the learning rate rises linearly to its peak."
     )
+    warmup_epochs: float | None = _optimizer(None, "The same in epochs.")
     weight_decay: float = _optimizer(
         0.0, "λ: decoupled in adamw, lamb and lion, added to the gradient in the others."
     )
     momentum: float = _optimizer(0.9, "β of sgd and nesterov.")
+    clip_norm: float | None = _optimizer(
+        None,
+        """Largest norm of the gradient of all parameters, to which longer ones are scaled down: of
+        each worker's, or of the average in data_parallel. By default gradients are not clipped.""",
+    )
+    label_smoothing: float = _optimizer(
+        0.0, "ε: share of a training target that is spread evenly over the classes."
+    )
+    mixup: float = _optimizer(
+        0.0,
+        """α: each training example is mixed with the one before it in its batch, and so are their
+        classes, with a share from Beta(α, α) for each worker and step; 0: none.""",
+    )
     steps: int | None = _run(None, "Local steps that every worker takes. By default 440.")
+    epochs: float | None = _run(
+        None,
+        """Epochs of the run, instead of --steps. An epoch is ⌊examples / (workers · batch size)⌋
+        steps; on hubs the run is rounded down to a multiple of τ steps.""",
+    )
     rounds: int | None = _run(
         None, "Number of rounds, instead of --steps, where H does not follow a schedule."
     )
     stop_train_loss: float | None = _run(
         None, "Stop when a measurement of the training loss is below this value."
+    )
+    weight_average: str | None = _run(
+        None,
+        """Average the average model over the rounds, too, and evaluate the result beside it:
+        swa:STEP, the mean of the models at the ends of rounds from a step on, or ema:DECAY, their
+        exponential moving average.""",
     )
     eval_every: int | None = _run(
         None,

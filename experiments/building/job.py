@@ -17,6 +17,7 @@ from experiments.building.checks import check_numbers, mesh_shape
 from experiments.building.compressors import make_compressors
 from experiments.building.config import Config
 from experiments.building.data import check_data
+from experiments.building.epochs import in_steps, steps_of_epoch
 from experiments.building.methods import Parts, build_method
 from experiments.building.models import build_model, make_gradients, make_metrics
 from experiments.building.optimizers import make_optimizer
@@ -45,6 +46,7 @@ class Plan:
     """What a config describes without data: workers, devices, method, length and state."""
 
     config: Config
+    in_steps: Config  # with steps in place of epochs
     layout: Layout
     mesh: Mesh
     method: Method
@@ -77,6 +79,7 @@ class _Task(NamedTuple):
     shard_sizes: NDArray | None = None  # [hubs, workers per hub]
     example_bytes: int = INDEX_BYTES
     pool_bytes: int = 0
+    epoch: int | None = None  # its steps
 
 
 def build_plan(config: Config) -> Plan:
@@ -109,7 +112,7 @@ def build_job(config: Config) -> Job:
     if config.parameters is not None:
         raise without_model(config, "training needs one")
     grid, augmentation = worker_grid(config), parse_augmentation(config.augment)
-    dataset = _load(config.dataset, _data_folder(config), config.seed)
+    dataset = _load(config.dataset, _data_folder(config), config.seed, config.image_size)
     check_data(config, dataset, augmentation)
     check_same_data(dataset)
     model = build_model(config, dataset)
@@ -121,6 +124,7 @@ def build_job(config: Config) -> Job:
         plan_batches(config.partition, *sizes, dataset.targets, config.seed).shard_sizes,
         INDEX_BYTES + (_nbytes(example) if config.stream else 0),
         0 if config.stream else _pool_bytes(dataset),
+        steps_of_epoch(config, dataset.train_examples),
     )
     metrics = make_metrics(config, dataset, model, shapes, example)
     own = {"dataset": dataset, "model": model, "metrics": metrics, "augmentation": augmentation}
@@ -135,12 +139,14 @@ def without_model(config: Config, why: str) -> ConfigurationError:
 
 
 def _plan(config: Config, grid: tuple[int, int], task: _Task) -> Plan:
-    layout, steps = make_layout(config, grid, task.shard_sizes), count_steps(config)
-    parts = _parts(config, task.grad_fn, layout, steps)
+    layout, counted = make_layout(config, grid, task.shard_sizes), in_steps(config, task.epoch)
+    steps = count_steps(counted)
+    parts = _parts(counted, task.grad_fn, layout, steps)
     method, mesh = build_method(parts), make_mesh(layout, shape=mesh_shape(config))
     state = RoundFn(method, layout, mesh).shapes(*task.model_shapes)
     return Plan(
         config=config,
+        in_steps=counted,
         layout=layout,
         mesh=mesh,
         method=method,

@@ -15,8 +15,8 @@ def prepare(name: str, data_dir: str | None) -> str:
     """Prepare a dataset unless it is prepared already; returns a sentence about it.
 
     Raises:
-      ConfigurationError: an unknown name, a dataset that is not one of labelled images of one size
-        or that is damaged, or packages that are not installed.
+      ConfigurationError: an unknown name, a dataset that is not one of labelled images or that is
+        damaged, or packages that are not installed.
       Failure: the download failed.
     """
     name = SOURCES.get(name, name)
@@ -26,9 +26,11 @@ def prepare(name: str, data_dir: str | None) -> str:
     if not ready:
         _download(name, folder)
     found = prepared.find(name, folder)
+    sides = found.input_shape
+    shape = "varying size" if None in sides else list(sides)
     return (
         f"{name} is {'already ' * ready}prepared in {folder}: {len(found.train):,} training and "
-        f"{len(found.test):,} test images of {list(found.input_shape)}, {found.classes} classes"
+        f"{len(found.test):,} test images of {shape}, {found.classes} classes"
     )
 
 
@@ -36,7 +38,9 @@ def _download(name: str, folder: str) -> None:
     import tensorflow_datasets as tfds
 
     if name in DATASETS and name not in tfds.list_builders(with_community_datasets=False):
-        raise ConfigurationError(f"dataset {name!r} is not read from files: nothing to prepare")
+        raise ConfigurationError(
+            f"dataset {name!r} is not one of TensorFlow Datasets: there is nothing to prepare"
+        )
     prepared.check_known(name, DATASETS)
     missing = [module for module in NEEDED if not importlib.util.find_spec(module)]
     if missing:

@@ -13,6 +13,7 @@ from experiments.building.job import Job
 from jaxlocal.data import Batches, Stream, make_batches, parse_partition
 from jaxlocal.data.checks import check_examples
 from jaxlocal.data.examples import Examples, ExampleSource
+from jaxlocal.data.varying import ResizedImages
 from jaxlocal.parallel.mesh import local_rows, place_rows
 from jaxlocal.training.evaluation import read_examples
 from jaxlocal.types import Tree
@@ -92,12 +93,16 @@ class Feed:
         )
 
     def _make_stream(self) -> Stream:
-        config = self.config
+        config, source, transform = self.config, self._dataset.train_source(), None
+        augmentation = self.augmentation
+        if isinstance(source, ResizedImages):
+            source, transform, augmentation = source.streamed(augmentation)
         return Stream(
-            self._dataset.train_source(),
+            source,
             self.batches.indices,
             config.seed,
-            self.augmentation,
+            augmentation,
+            transform,
             processes=config.stream_workers,
             workers=local_rows(self._mesh, self._grid) if self._mesh else None,
         )

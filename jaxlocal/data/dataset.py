@@ -93,3 +93,4 @@ class Request(NamedTuple):
     argument: str | None  # what follows the colon
     data_dir: str | os.PathLike[str] | None
     seed: int
+    image_size: int | None  # in pixels, of images of varying size

@@ -44,15 +44,20 @@ def check_described(folder: str | os.PathLike[str]) -> None:
 def check_sizes(name: str, shape: tuple[int | None, ...], classes: int | None) -> None:
     """Check the shape of the images and the number of classes of a dataset.
 
+    Height and width may be None: images of varying size. These have 1 or 3 channels.
+
     Raises:
-      ConfigurationError: a size is not known or not positive, or there are not 2 to a million
-        classes.
+      ConfigurationError: a size is not positive, the number of channels is not known or is not 1 or
+        3 where sizes vary, or there are not 2 to a million classes.
 
     >>> check_sizes("mnist", (28, 28, 1), 10)
+    >>> check_sizes("imagenet2012", (None, None, 3), 1000)
     """
-    if len(shape) != 3 or not all(shape) or min(side or 0 for side in shape) < 1:
+    known = len(shape) == 3 and all(side is None or side > 0 for side in shape)
+    if not known or shape[-1] not in ((1, 3) if None in shape else shape[-1:]):
         raise ConfigurationError(
-            f"the images of dataset {name!r} have no fixed size: their shape is {shape}"
+            f"the images of dataset {name!r} must be [height, width, channels], with 1 or 3 "
+            f"channels where their size varies, and their shape is {shape}"
         )
     if classes is None or not 2 <= classes <= MOST_CLASSES:
         raise ConfigurationError(
@@ -66,7 +71,7 @@ def image_and_label(name: str, features: Any) -> tuple[str, str]:
 
     Raises:
       ConfigurationError: there is no image or no label, there are several and none has the usual
-        name, or the images are not uint8 of one size.
+        name, or the images are not uint8.
     """
     import tensorflow_datasets as tfds
 

@@ -31,7 +31,10 @@ Folder = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class PreparedSplit:
-    """The examples of one split by number: {"inputs": image, "targets": int32 label}."""
+    """The examples of one split by number: {"inputs": image, "targets": int32 label}.
+
+    Where images vary in size, the inputs are the bytes of encoded images.
+    """
 
     name: str
     folder: str
@@ -39,7 +42,7 @@ class PreparedSplit:
     length: int
     image: str  # name of the feature with the image
     label: str  # name of the feature with the label
-    shape: tuple[int, ...]  # of an image
+    shape: tuple[Any, ...]  # of an image; None for a side that varies
     labels: int  # how many labels there are
     classes: tuple[int, ...] = ()  # the class of each label; () where they are equal
 
@@ -51,7 +54,7 @@ class PreparedSplit:
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         found = [range(self.length)[number] for number in numbers]
-        with _in_one_sentence(self.name, self.folder):
+        with in_one_sentence(self.name, self.folder):
             return [
                 {"inputs": self._input(example), "targets": self._target(example)}
                 for example in self._images.__getitems__(found)
@@ -65,7 +68,7 @@ class PreparedSplit:
     def targets(self) -> NDArray[np.int32]:
         """Read all labels [n], without decoding an image."""
         out = np.empty(self.length, np.int32)
-        with _in_one_sentence(self.name, self.folder):
+        with in_one_sentence(self.name, self.folder):
             source = self._open({self.image})
             for start in range(0, self.length, _AT_ONCE):
                 records = source.__getitems__(range(start, min(start + _AT_ONCE, self.length)))
@@ -74,7 +77,7 @@ class PreparedSplit:
 
     @cached_property
     def _images(self) -> Any:
-        return self._open(set())
+        return self._open({self.image} if None in self.shape else set())
 
     def _open(self, skipped: set[str]) -> Any:
         import tensorflow_datasets as tfds
@@ -88,7 +91,9 @@ class PreparedSplit:
         decoders = {key: tfds.decode.SkipDecoding() for key in skipped}
         return builder.as_data_source(split=self.split, decoders=decoders)
 
-    def _input(self, example: dict[str, Any]) -> NDArray[np.uint8]:
+    def _input(self, example: dict[str, Any]) -> Any:
+        if None in self.shape:
+            return example[self.image]
         image: NDArray[np.uint8] = np.asarray(example[self.image])
         if image.shape != self.shape or image.dtype != np.uint8:
             raise ConfigurationError(
@@ -121,7 +126,7 @@ class Prepared(NamedTuple):
 
     train: PreparedSplit
     test: PreparedSplit
-    input_shape: tuple[int, ...]  # (height, width, channels)
+    input_shape: tuple[Any, ...]  # (height, width, channels); None for a side that varies
     classes: int  # number of classes
 
 
@@ -138,7 +143,7 @@ def find(name: str, data_dir: Folder | None, own: Iterable[str] = ()) -> Prepare
 
     Raises:
       ConfigurationError: the name is unknown, or the dataset is not prepared, is damaged, is
-        prepared in a format that needs TensorFlow, or does not hold labelled images of one size.
+        prepared in a format that needs TensorFlow, or does not hold labelled images.
     """
     folder = root(data_dir)
     builder = located(name, folder)
@@ -146,7 +151,7 @@ def find(name: str, data_dir: Folder | None, own: Iterable[str] = ()) -> Prepare
         check_known(name, own)
         raise ConfigurationError(f"{name} is not prepared in {folder}: {_how_to_prepare(name)}")
     place = str(builder.data_path)
-    with _in_one_sentence(name, place):
+    with in_one_sentence(name, place):
         features = builder.info.features
         image, label = image_and_label(name, features)
         shape, classes = tuple(features[image].shape), features[label].num_classes
@@ -175,12 +180,18 @@ def root(data_dir: Folder | None) -> str:
     """
     from tensorflow_datasets.core import constants
 
-    # TensorFlow Datasets reads the variable only once, at its first import.
+    return given_folder(data_dir) or os.path.expanduser(constants.DATA_DIR)
+
+
+def given_folder(data_dir: Folder | None) -> str | None:
+    """The folder of datasets that is given, or that of the environment variable TFDS_DATA_DIR."""
     if data_dir is not None and not isinstance(data_dir, str | os.PathLike):
         raise ConfigurationError(f"data_dir must be a path, got {type(data_dir).__name__}")
     if "\0" in os.fspath(data_dir or ""):
         raise ConfigurationError("data_dir holds the character NUL, which no path does")
-    return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or constants.DATA_DIR)
+    # TensorFlow Datasets reads the variable only once, at its first import.
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR")
+    return os.path.expanduser(folder) if folder else None
 
 
 def located(name: str, folder: str) -> Any:
@@ -197,7 +208,7 @@ def located(name: str, folder: str) -> Any:
 
     if ":" in name or not naming.is_valid_dataset_name(name):
         return None
-    with _in_one_sentence(name, folder):
+    with in_one_sentence(name, folder):
         check_described(Path(folder, name.partition("/")[0]))
         try:
             builder = read_only_builder.builder_from_files(name, data_dir=folder)
@@ -251,7 +262,7 @@ def require(dataset: str, package: str, *modules: str) -> None:
 
 
 @contextmanager
-def _in_one_sentence(name: str, folder: str) -> Iterator[None]:
+def in_one_sentence(name: str, folder: str) -> Iterator[None]:
     """Turn every error into a ConfigurationError of one sentence."""
     try:
         yield

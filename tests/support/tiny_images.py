@@ -27,12 +27,18 @@ def features(**others):
 
 
 def write(
-    data_dir: Path, name="tiny_images", kinds=None, examples=EXAMPLES, config="", label=None
+    data_dir: Path,
+    name="tiny_images",
+    kinds=None,
+    examples=EXAMPLES,
+    config="",
+    label=None,
+    encoded=None,
 ) -> Path:
     """Write the dataset to a folder, and return the folder of its files.
 
     Each feature with a label has the value number % CLASSES, or `label`. Each feature with an image
-    has the same image, or its first channel.
+    has the same image, or its first channel; or the file `encoded(split, number)`.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
@@ -47,6 +53,8 @@ def write(
         writer = ArrayRecordWriter(str(path), "group_size:1")
         for number in range(count):
             values = _values(kinds, split, number, number % CLASSES if label is None else label)
+            if encoded:
+                values["image"] = encoded(split, number)
             writer.write(serializer.serialize_example(values))
         writer.close()
     (folder / "dataset_info.json").write_text(json.dumps(_info(name, config, examples)))

@@ -56,9 +56,9 @@ def test_a_dataset_that_cannot_be_trained_on_is_refused_before_the_download(
 ):
     calls = downloads(monkeypatch, lambda builder: None)
     for name, reason in {
-        "imagenette": "'imagenette' have no fixed size",
         "ag_news_subset": "none is clearly the image",
-        "digits": "'digits' is not read from files",
+        "digits": "'digits' is not one of TensorFlow Datasets",
+        "emnist_letters": "'emnist_letters' is not one of TensorFlow Datasets",
         "cifar": "did you mean 'cifar10' or 'cifar100'",
         "emnist/lettrs": "did you mean 'letters'",
     }.items():
