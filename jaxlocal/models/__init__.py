@@ -11,23 +11,28 @@ from functools import partial
 
 from jaxlocal.errors import ConfigurationError, lookup
 from jaxlocal.models.adapters import Model, from_functions, from_linen
-from jaxlocal.models.cnn import mll_cnn
+from jaxlocal.models.cnn import cifarnet, mll_cnn
+from jaxlocal.models.imagenet_resnets import imagenet_resnet
 from jaxlocal.models.nnx_modules import from_nnx
 from jaxlocal.models.precision import in_precision
 from jaxlocal.models.resnet import resnet18, small_resnet
 from jaxlocal.models.simple import linear, logistic, mlp
 from jaxlocal.models.supervised import evaluation_metrics, example_metrics, training_loss
 from jaxlocal.models.transformers import transformer
+from jaxlocal.models.vision_transformers import vision_transformer
+from jaxlocal.models.wide_resnets import wide_resnet
 
 __all__ = [
     "MODELS",
     "Model",
     "build",
+    "cifarnet",
     "evaluation_metrics",
     "example_metrics",
     "from_functions",
     "from_linen",
     "from_nnx",
+    "imagenet_resnet",
     "in_precision",
     "linear",
     "logistic",
@@ -38,6 +43,8 @@ __all__ = [
     "small_resnet",
     "training_loss",
     "transformer",
+    "vision_transformer",
+    "wide_resnet",
 ]
 
 MODELS: dict[str, Callable[[tuple[int, ...], int], Model]] = {
@@ -45,11 +52,22 @@ MODELS: dict[str, Callable[[tuple[int, ...], int], Model]] = {
     "linear": linear,
     "mlp": mlp,
     "mll_cnn": mll_cnn,
+    "cifarnet": cifarnet,
     "resnet18_layer_norm": partial(resnet18, norm="layer"),
     "resnet18_group_norm": partial(resnet18, norm="group"),
     "resnet18_batch_norm": partial(resnet18, norm="batch"),
     "small_resnet_layer_norm": partial(small_resnet, norm="layer"),
     "small_resnet_batch_norm": partial(small_resnet, norm="batch"),
+    "resnet18_imagenet": partial(imagenet_resnet, depth=18),
+    "resnet50": partial(imagenet_resnet, depth=50),
+    "resnet101": partial(imagenet_resnet, depth=101),
+    "resnet152": partial(imagenet_resnet, depth=152),
+    "resnet50_v2": partial(imagenet_resnet, depth=50, preactivated=True),
+    "wide_resnet_16_4": partial(wide_resnet, depth=16, widening=4),
+    "wide_resnet_40_8": partial(wide_resnet, depth=40, widening=8),
+    "small_vit": partial(vision_transformer, patch=4, layers=4, width=64, heads=4),
+    "vit_s16": partial(vision_transformer, width=384, heads=6),
+    "vit_b16": vision_transformer,
     "transformer": transformer,
     "small_transformer": partial(transformer, layers=2, width=64, heads=2),
 }

@@ -1,59 +1,17 @@
 """A small decoder-only transformer, which predicts each token from the tokens before it."""
 
 import math
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model
+from jaxlocal.models.attention import Block, Initializers, check_sizes
 from jaxlocal.models.nnx_modules import from_nnx
-from jaxlocal.parallel.leaves import wide
 
 DEVIATION = 0.02  # of the initial weights
-EXPANSION = 4  # width of the hidden layer of a block, in widths of the model
-
-
-class Attention(nnx.Module):
-    """Causal self-attention with several heads."""
-
-    def __init__(self, width: int, heads: int, deviation: float, rngs: nnx.Rngs) -> None:
-        self.heads = heads
-        self.queries_keys_values = _dense(width, 3 * width, DEVIATION, rngs)
-        self.out = _dense(width, width, deviation, rngs)
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        batch, length, width = tokens.shape
-        by_head = (batch, length, 3, self.heads, width // self.heads)
-        # With heads before length, both products are plain batched products, the fastest on CPU.
-        parts = self.queries_keys_values(tokens).reshape(by_head).transpose(2, 0, 3, 1, 4)
-        queries, keys, values = parts
-        scores = queries @ keys.swapaxes(-1, -2) / math.sqrt(queries.shape[-1])
-        scores = scores.astype(wide(scores.dtype))
-        past = jnp.tri(length, dtype=bool)[None, None]
-        shares = jax.nn.softmax(jnp.where(past, scores, -jnp.inf)).astype(values.dtype)
-        mixed = (shares @ values).swapaxes(1, 2)
-        return self.out(mixed.reshape(batch, length, width))
-
-
-class Block(nnx.Module):
-    """Attention and a perceptron, each applied to normalised tokens and added to the tokens."""
-
-    def __init__(
-        self, width: int, heads: int, deviation: float, dropout: float, rngs: nnx.Rngs
-    ) -> None:
-        self.norm1 = nnx.LayerNorm(width, rngs=rngs)
-        self.attention = Attention(width, heads, deviation, rngs)
-        self.norm2 = nnx.LayerNorm(width, rngs=rngs)
-        self.up = _dense(width, EXPANSION * width, DEVIATION, rngs)
-        self.down = _dense(EXPANSION * width, width, deviation, rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        tokens = tokens + self.dropout(self.attention(self.norm1(tokens)))
-        hidden = nnx.gelu(self.up(self.norm2(tokens)))
-        return tokens + self.dropout(self.down(hidden))
 
 
 class Transformer(nnx.Module):
@@ -74,12 +32,12 @@ class Transformer(nnx.Module):
         self.tokens = nnx.Param(normal(rngs.params(), (vocabulary, width)))
         self.positions = nnx.Param(normal(rngs.params(), (length, width)))
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
-        deviation = DEVIATION / math.sqrt(2 * layers)
-        self.blocks = nnx.List(
-            [Block(width, heads, deviation, dropout, rngs) for _ in range(layers)]
-        )
+        end = nnx.initializers.normal(DEVIATION / math.sqrt(2 * layers))
+        initial = Initializers(normal, out=end, up=normal, down=end)
+        block = partial(Block, width, heads, initial, rngs, causal=True, dropout=dropout)
+        self.blocks = nnx.List([block() for _ in range(layers)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.logits = _dense(width, vocabulary, DEVIATION, rngs)
+        self.logits = nnx.Linear(width, vocabulary, kernel_init=normal, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         positions = self.positions[...][: tokens.shape[1]]
@@ -87,10 +45,6 @@ class Transformer(nnx.Module):
         for block in self.blocks:
             values = block(values)
         return self.logits(self.norm(values))
-
-
-def _dense(ins: int, outs: int, deviation: float, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(ins, outs, kernel_init=nnx.initializers.normal(deviation), rngs=rngs)
 
 
 def transformer(
@@ -150,11 +104,7 @@ def transformer(
             f"transformer needs a vocabulary of 2 tokens or more, got {outputs}: it is for "
             "sequences of tokens, such as the dataset docstrings"
         )
-    for name, size in (("layers", layers), ("heads", heads)):
-        if size < 1:
-            raise ConfigurationError(f"transformer needs 1 or more {name}, got {size}")
-    if width < 1 or width % heads:
-        raise ConfigurationError(f"{heads} heads do not divide a width of {width}")
+    check_sizes("transformer", layers, width, heads)
     if not 0 <= dropout < 1:
         raise ConfigurationError(f"dropout must be in [0, 1), got {dropout}")
     sizes = (input_shape[0], outputs, layers, width, heads, dropout)
