@@ -14,7 +14,7 @@ MODEL_STATES = ("keep", "average", "reestimate")
 LEAST = {
     **dict.fromkeys(("workers", "hubs", "local_steps", "hub_period", "batch_size"), 1),
     **dict.fromkeys(("steps", "rounds", "accumulation", "seeds", "keep", "parameters"), 1),
-    "fragments": 1,
+    **dict.fromkeys(("fragments", "warmup_local_steps"), 1),
     **dict.fromkeys(("warmup_steps", "train_eval_examples", "test_eval_examples"), 0),
     **dict.fromkeys(("eval_every", "switch_step", "checkpoint_every"), 0),
     **dict.fromkeys(("seed", "stream_workers", "delay_steps"), 0),
@@ -23,6 +23,7 @@ LEAST = {
 MOST = {
     **{"steps": 10_000_000, "rounds": 1_000_000},
     **dict.fromkeys(("local_steps", "hub_period", "warmup_steps", "switch_step"), 2**31 - 1),
+    "warmup_local_steps": 2**31 - 1,
     **dict.fromkeys(("eval_every", "checkpoint_every", "keep", "delay_steps"), 2**31 - 1),
     **dict.fromkeys(("train_eval_examples", "test_eval_examples"), 2**31 - 1),
     **{"workers": 1 << 20, "hubs": 512, "batch_size": 1 << 24, "accumulation": 1 << 24},
@@ -48,6 +49,7 @@ def check_numbers(config: Config) -> None:
     lookup("model state option", config.model_state, dict.fromkeys(MODEL_STATES))
     mesh_shape(config)
     _check_rates(config)
+    _check_recipe(config)
     _check_outer(config)
     _check_own_options(config)
 
@@ -109,6 +111,25 @@ def _check_rates(config: Config) -> None:
     if config.stop_train_loss is not None and not math.isfinite(config.stop_train_loss):
         raise ConfigurationError(
             f"--stop_train_loss must be a number, got {config.stop_train_loss}"
+        )
+
+
+def _check_recipe(config: Config) -> None:
+    """Check gradient clipping, mixup, the factor of step decay, and lengths in epochs."""
+    if not 0 < config.decay_factor < 1:
+        raise ConfigurationError(f"--decay_factor must be in (0, 1), got {config.decay_factor}")
+    if config.clip_norm is not None and not 0 < config.clip_norm < math.inf:
+        raise ConfigurationError(f"--clip_norm must be a number > 0, got {config.clip_norm}")
+    if config.epochs is not None and not 0 < config.epochs < math.inf:
+        raise ConfigurationError(f"--epochs must be a number > 0, got {config.epochs}")
+    if config.warmup_epochs is not None and not 0 <= config.warmup_epochs < math.inf:
+        raise ConfigurationError(
+            f"--warmup_epochs must be a number ≥ 0, got {config.warmup_epochs}"
+        )
+    if config.mixup and config.batch_size == config.accumulation:
+        raise ConfigurationError(
+            f"--mixup={config.mixup} mixes the examples of a batch, and --batch_size="
+            f"{config.batch_size} with --accumulation={config.accumulation} has one at a time"
         )
 
 

@@ -90,8 +90,15 @@ class MethodFlags:
     )
     period_coefficient: float | None = _method(
         None,
-        """α of the quadratic (linear, cubic) rule H = max(H_base, ⌊(α/η)²⌋). By default the value
-        with which H = H_base at the peak learning rate.""",
+        """α of the quadratic (linear, cubic) rule H = max(H_base, ⌊(α/η)²⌋). By default 0.25 of the
+        peak learning rate for sgd and nesterov and 2.2 of it for the other optimizers, as the paper
+        tunes them, or less where H would be more than H_base at the peak; for linear and cubic
+        the value with which H begins to grow at the same learning rate.""",
+    )
+    warmup_local_steps: int | None = _method(
+        None,
+        """H of the rounds that start in the warm-up, for quadratic, linear and cubic. By default
+        what the rule gives at the peak learning rate.""",
     )
     switch_step: int | None = _method(
         None, "For post_local and swap: the step until which H = 1. By default half of the run."
@@ -133,7 +140,8 @@ class MethodFlags:
     accumulation: int = _method(
         1,
         """Parts into which a worker's batch is divided; their gradients are computed one after
-        another, which saves memory.""",
+        another, which saves memory. Batch normalisation then takes the statistics of each part, a
+        ghost batch, and dropout and mixup draw for each part.""",
     )
     gradient_compressor: str | None = _compression(
         None,

@@ -59,12 +59,30 @@ def make_gradients(
 
     Examples of the resident pool are augmented here; those of a stream are augmented where they are
     read.
+
+    Raises:
+      ConfigurationError: label smoothing or mixup of a regression, or mixup of tokens.
     """
-    loss = training_loss(model, dataset.normalize, dataset.classes)
+    if config.mixup and len(dataset.input_shape) == 1 and _reads_tokens(dataset):
+        raise ConfigurationError(
+            f"--mixup={config.mixup} mixes inputs that are numbers, and those of {config.dataset} "
+            f"are tokens"
+        )
+    loss = training_loss(
+        model,
+        dataset.normalize,
+        dataset.classes,
+        label_smoothing=config.label_smoothing,
+        mixup=config.mixup,
+    )
     if augmentation is not None and not config.stream:
         loss = _augmented(loss, augmentation)
     grad_fn = jaxlocal.gradients(loss, stateful=True)
     return jaxlocal.accumulate(grad_fn, config.accumulation)
+
+
+def _reads_tokens(dataset: Dataset) -> bool:
+    return np.asarray(dataset.train_source()[0]["inputs"]).dtype == np.int32
 
 
 def _augmented(loss: Loss, augmentation: Augmentation) -> Loss:

@@ -12,10 +12,14 @@ from jaxlocal.methods import METHODS
 
 
 def make_optimizer(config: Config, schedule: Callable) -> optax.GradientTransformation:
-    """The optimizer of a worker; its learning rate follows the steps of the run."""
+    """The optimizer of a worker; its learning rate follows the steps of the run.
+
+    It clips the gradient that it is given: in data parallelism that is the average.
+    """
     decay = 0.0 if config.decay_outside_compressor else config.weight_decay
     chain = _directions(config.optimizer, config.momentum, decay)
-    return optax.chain(*chain, jaxlocal.scale_by_step(schedule))
+    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    return optax.chain(*clip, *chain, jaxlocal.scale_by_step(schedule))
 
 
 def make_decay_optimizer(config: Config, schedule: Callable) -> optax.GradientTransformation | None:

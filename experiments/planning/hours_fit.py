@@ -60,9 +60,8 @@ def fitted(plan: Plan, data_parallel: float, planned: float) -> dict[str, Any]:
 
 def _other_rounds(plan: Plan) -> list[tuple[str, int]]:
     """Descriptions of other periods, each with the number of its rounds in the same steps."""
-    local = dataclasses.replace(
-        plan.config, method="local_sgd", period_coefficient=None, switch_step=None
-    )
+    own: dict[str, Any] = dict.fromkeys(("period_coefficient", "warmup_local_steps", "switch_step"))
+    local = dataclasses.replace(plan.in_steps, method="local_sgd", **own)
     others = [("constant", steps) for steps in CONSTANT]
     others += [(rule, local.local_steps) for rule in RULES if rule != period_name(plan.config)]
     rate, rounds = make_schedule(local, plan.steps), []

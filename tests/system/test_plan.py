@@ -11,6 +11,7 @@ from short_runs import SMALL, run
 
 from experiments.building.config import Config, default_workdir
 from experiments.building.job import build_plan, make_round_fn, measure_every
+from experiments.building.schedules import make_period
 from experiments.launching import command_line
 from experiments.planning.figures import plan_figures
 from experiments.running.recording import finite
@@ -102,12 +103,29 @@ def test_a_mesh_changes_the_memory_of_a_device_and_not_the_run():
             plan_figures(build_plan(dataclasses.replace(config, mesh=mesh)))
 
 
-def test_the_default_coefficient_gives_h_base_at_the_peak():
-    for period, base in [("linear", 3), ("quadratic", 5), ("cubic", 7)]:
-        config = Config(schedule="constant", period=period, local_steps=base, steps=70)
-        assert {s["local_steps"] for s in plan_figures(build_plan(config))["local_steps"][:-1]} <= {
-            base
-        }
+def h_at(rate, period, **options):
+    """H by the default coefficient at a learning rate, of a run whose peak is 0.3."""
+    config = Config(period=period, learning_rate=0.3, **options)
+    return make_period(config, lambda step: rate, 10**6).length(0, 10**6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("base", [1, 2, 4, 7])
+@pytest.mark.parametrize("period", ["linear", "quadratic", "cubic"])
+def test_the_default_coefficient_gives_h_base_at_the_peak(period, base, optimizer):
+    assert h_at(0.3, period, local_steps=base, optimizer=optimizer) == base
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "base", "ratio"),
+    [("sgd", 4, 0.25), ("nesterov", 16, 0.25), ("adamw", 4, 2.2), ("lion", 8, 2.2), ("adam", 1, 1)],
+)
+def test_h_grows_from_the_same_learning_rate_by_all_default_coefficients(optimizer, base, ratio):
+    options = {"local_steps": base, "optimizer": optimizer}
+    start = 0.3 * ratio / (base + 1) ** 0.5  # where (α/η)² = H_base + 1
+    for period in ("linear", "quadratic", "cubic"):
+        assert h_at(1.0001 * start, period, **options) == base
+        assert h_at(0.9999 * start, period, **options) == base + 1
 
 
 def test_fragments_take_turns_in_a_period():
