@@ -12,6 +12,7 @@ from jaxlocal import ConfigurationError
 from jaxlocal.data import Augmentation, Dataset
 from jaxlocal.errors import lookup
 from jaxlocal.models import Model, build, in_precision, outputs_for
+from jaxlocal.models.margin_losses import margin_loss, margin_metrics
 from jaxlocal.models.supervised import Loss, evaluation_metrics, training_loss
 from jaxlocal.stages.gradient import GradFn
 from jaxlocal.types import Tree
@@ -63,22 +64,33 @@ def make_gradients(
     Raises:
       ConfigurationError: label smoothing or mixup of a regression, or mixup of tokens.
     """
+    loss = _training_loss(config, dataset, model)
+    if augmentation is not None and not config.stream:
+        loss = _augmented(loss, augmentation)
+    grad_fn = jaxlocal.gradients(loss, stateful=True)
+    return jaxlocal.accumulate(grad_fn, config.accumulation)
+
+
+def _training_loss(config: Config, dataset: Dataset, model: Model) -> Loss:
+    if dataset.loss and (config.mixup or config.label_smoothing):
+        raise ConfigurationError(
+            f"--mixup={config.mixup} and --label_smoothing={config.label_smoothing} are for a "
+            f"cross-entropy, and the loss of {config.dataset} is {dataset.loss}"
+        )
+    if dataset.loss:
+        return margin_loss(model, dataset.normalize, dataset.loss)
     if config.mixup and len(dataset.input_shape) == 1 and _reads_tokens(dataset):
         raise ConfigurationError(
             f"--mixup={config.mixup} mixes inputs that are numbers, and those of {config.dataset} "
             f"are tokens"
         )
-    loss = training_loss(
+    return training_loss(
         model,
         dataset.normalize,
         dataset.classes,
         label_smoothing=config.label_smoothing,
         mixup=config.mixup,
     )
-    if augmentation is not None and not config.stream:
-        loss = _augmented(loss, augmentation)
-    grad_fn = jaxlocal.gradients(loss, stateful=True)
-    return jaxlocal.accumulate(grad_fn, config.accumulation)
 
 
 def _reads_tokens(dataset: Dataset) -> bool:
@@ -105,7 +117,10 @@ def make_metrics(
     Raises:
       ConfigurationError: the outputs of the model do not fit the targets of the dataset.
     """
-    metrics = evaluation_metrics(model, dataset.normalize, dataset.classes)
+    if dataset.loss:
+        metrics = margin_metrics(model, dataset.normalize, dataset.loss)
+    else:
+        metrics = evaluation_metrics(model, dataset.normalize, dataset.classes)
     batch = jax.tree.map(lambda x: np.asarray(x)[None], example)
     try:
         jax.eval_shape(metrics, *shapes, batch)

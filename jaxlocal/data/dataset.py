@@ -30,6 +30,7 @@ class Dataset(NamedTuple):
     scale: tuple[float, ...] = (1.0,)  # standard deviation of each channel
     start: NDArray[np.float32] | None = None  # [features], initial weights of its linear model
     normal: NDArray[np.float32] | None = None  # [features], unit normal of a separating hyperplane
+    loss: str = ""  # "perceptron" or "squared_hinge"; else the usual one for its classes
     varying: bool = False  # images of varying size, which a stream resizes to `input_shape`
 
     def train(self) -> Examples:

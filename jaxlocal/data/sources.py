@@ -9,7 +9,7 @@
 | `emnist_letters` | EMNIST letters with 62 classes, from the original files |
 | `mnist_binary` | MNIST with class 1 for the digits 0 to 4 and class 0 for 5 to 9 |
 | `least_squares` | Gaussian inputs, and a linear target with noise |
-| `perceptron` | two linearly separable classes with a margin |
+| `perceptron`, `perceptron:squared_hinge` | two linearly separable classes, with that loss |
 | `two_quadratics`, `two_quadratics:R` | two examples on which Local SGD needs more than R rounds |
 """
 
@@ -47,7 +47,7 @@ def load(
     """Load a dataset by its name. Only its sizes are read; `train` and `test` read the examples.
 
     Args:
-      spec: one of `DATASETS`, with an argument for `docstrings` and `two_quadratics`, see
+      spec: one of `DATASETS`, with an argument for some of them, see
         `jaxlocal.data.sources`; or NAME or NAME/CONFIG of another dataset of TensorFlow Datasets.
         Of the latter, the test set is the split test, else validation, and the label is the
         feature "label", else the only label.
@@ -81,7 +81,7 @@ def load(
             )
     name, colon, argument = spec.partition(":")
     request = Request(spec, argument if colon else None, data_dir, seed, image_size)
-    if colon and name in _SOURCES and name not in ("docstrings", "two_quadratics"):
+    if colon and name in _SOURCES and name not in _WITH_ARGUMENT:
         raise ConfigurationError(f"dataset {name!r} takes no argument, got {spec!r}")
     if name not in _SOURCES and not importlib.util.find_spec("tensorflow_datasets"):
         raise ConfigurationError(
@@ -192,3 +192,4 @@ _SOURCES: Mapping[str, Callable[[Request], Dataset]] = {
     "two_quadratics": two_quadratics,
 }
 DATASETS = tuple(_SOURCES)
+_WITH_ARGUMENT = ("docstrings", "perceptron", "two_quadratics")

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from jaxlocal.data import seeds
 from jaxlocal.data.dataset import Dataset, Request
 from jaxlocal.data.examples import ArraySource, Examples
-from jaxlocal.errors import ConfigurationError
+from jaxlocal.errors import ConfigurationError, lookup
 
 _TRAIN, _TEST, _FEATURES = 4096, 1024, 32
 _NOISE = 0.1
 _MARGIN = 0.5
+_LOSSES = {name: name for name in ("perceptron", "squared_hinge")}
 
 
 def least_squares(request: Request) -> Dataset:
@@ -27,6 +28,13 @@ def least_squares(request: Request) -> Dataset:
 
 
 def perceptron(request: Request) -> Dataset:
+    """Two classes that a hyperplane through the origin separates, at a distance of 1/2 or more.
+
+    The loss is max(0, -y wᵀx), or, of `perceptron:squared_hinge`, max(0, 1 - y wᵀx)², for the sides
+    y = ±1. Some weights have no loss on any example. The perceptron loss is zero at zero weights
+    too, from which it makes steps all the same, as every example is a mistake there.
+    """
+
     def make(
         generator: np.random.Generator, inputs: NDArray[Any], direction: NDArray[Any]
     ) -> Examples:
@@ -34,8 +42,10 @@ def perceptron(request: Request) -> Dataset:
         inputs = inputs + _MARGIN * sides[:, None] * direction
         return {"inputs": inputs.astype(np.float32), "targets": (sides > 0).astype(np.int32)}
 
+    argument = "perceptron" if request.argument is None else request.argument
+    loss = lookup("loss of perceptron", argument, _LOSSES)
     normal = _direction(request.seed)[1].astype(np.float32)
-    return _synthetic(request, make, classes=2)._replace(normal=normal)
+    return _synthetic(request, make, classes=2)._replace(normal=normal, loss=loss)
 
 
 def _direction(seed: int) -> tuple[np.random.Generator, NDArray[np.float64]]:

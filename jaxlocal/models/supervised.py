@@ -179,7 +179,7 @@ def training_loss(
     def loss(
         params: Tree, model_state: Tree, batch: Tree, key: jax.Array | None
     ) -> tuple[jax.Array, tuple[Tree, Tree]]:
-        raw, targets = _of_batch(batch)
+        raw, targets = of_batch(batch)
         inputs = normalize(raw)
         if mixup:
             share, key = mixing_share(mixup, key)
@@ -226,15 +226,19 @@ def evaluation_metrics(model: Model, normalize: Normalize, classes: int) -> Metr
     check_classes(classes)
 
     def metrics(params: Tree, model_state: Tree, batch: Tree) -> dict[str, jax.Array]:
-        inputs, targets = _of_batch(batch)
+        inputs, targets = of_batch(batch)
         outputs, _ = model.apply(params, model_state, normalize(inputs), None, False)
         return example_metrics(outputs, targets, classes)
 
     return metrics
 
 
-def _of_batch(batch: Any) -> tuple[Any, Any]:
-    """The inputs and targets of a batch."""
+def of_batch(batch: Any) -> tuple[Any, Any]:
+    """The inputs and targets of a batch.
+
+    >>> of_batch({"inputs": 1, "targets": 2})
+    (1, 2)
+    """
     names = sorted(map(str, batch)) if isinstance(batch, Mapping) else [type(batch).__name__]
     if not {"inputs", "targets"} <= set(names):
         raise ConfigurationError(

@@ -263,6 +263,7 @@ def test_a_missing_package_is_named_with_the_extra(name, absent, package, monkey
     [
         ("cifar", "did you mean 'cifar10'"),
         ("digits:3", "takes no argument"),
+        ("perceptron:hinge", "unknown loss of perceptron 'hinge'; known: perceptron, squared"),
         ("two_quadratics:", "positive whole number"),
         ("two_quadratics:0", "positive whole number"),
         ("two_quadratics:1.5", "positive whole number"),
