@@ -173,7 +173,7 @@ def test_the_published_hours_of_qsr_and_what_they_predict(gpus):
     assert figures["compute_hours"] == pytest.approx(compute, rel=1e-9)
     assert compute + 9711 / 93600 * slope == pytest.approx(planned)
     assert figures["all_reduce_ms"] == pytest.approx(slope * 3.6e6 / 93600)
-    link = 2 * (gpus - 1) / gpus * 32 * 86_415_592 / (slope * 3600 / 93600)
+    link = 2 * (gpus - 1) / gpus * 32 * 86_381_800 / (slope * 3600 / 93600)
     assert figures["ring_gbps"] == pytest.approx(link / 1e9)
     got = {p["period"].split(",")[0]: p for p in figures["predictions"][5:]}
     assert [p["rounds"] for p in figures["predictions"][:5]] == [46800, 23400, 11700, 5850, 2925]
