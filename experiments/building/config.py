@@ -169,12 +169,6 @@ class Config(MethodFlags):
     stop_train_loss: float | None = _run(
         None, "Stop when a measurement of the training loss is below this value."
     )
-    weight_average: str | None = _run(
-        None,
-        """Average the average model over the rounds, too, and evaluate the result beside it:
-        swa:STEP, the mean of the models at the ends of rounds from a step on, or ema:DECAY, their
-        exponential moving average.""",
-    )
     eval_every: int | None = _run(
         None,
         """Steps between measurements; 0: at the end of every round. By default about 25

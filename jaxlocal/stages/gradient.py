@@ -69,7 +69,8 @@ def accumulate(grad_fn: GradFn, micro_batches: int) -> GradFn:
 
     Gradients and metrics are means over the micro-batches: those of the whole batch where the loss
     is a mean over examples. Model state passes from one micro-batch to the next, and each has its
-    own random key.
+    own random key: batch normalisation takes the micro-batches as ghost batches, and normalises
+    each by its own statistics.
 
     Args:
       grad_fn: as `gradients` makes it.
