@@ -180,7 +180,8 @@ def test_the_published_hours_of_qsr_and_what_they_predict(gpus):
     assert got["post-local"]["rounds"] == 46800 + 46800 // 4
     rate = reference_periods.schedule("cosine", 0.008, 93_600, 10_000)
     for name, power in (("linear", 1), ("cubic", 3)):
-        rule = 0.008 * 4 ** (1 / power), 4, power, 10_000
+        # H grows to 5 where it does by the quadratic rule with α = 2.2 · 0.008.
+        rule = 2.2 * 0.008 * 5 ** (1 / power - 1 / 2), 4, power, 10_000
         assert got[name]["rounds"] == len(reference_periods.qsr(rate, 93_600, *rule))
     for p in figures["predictions"]:
         assert p["hours"] == pytest.approx(compute + p["rounds"] / 93600 * slope)
