@@ -31,7 +31,7 @@ from experiments.running.training import train
 from jaxlocal import ConfigurationError
 
 KEYS = [
-    *("step", "round", "wall_seconds", "train_loss", "eval_loss", "eval_accuracy"),
+    *("step", "round", "time_slots", "wall_seconds", "train_loss", "eval_loss", "eval_accuracy"),
     *("learning_rate", "local_steps", "consensus_distance", "bits_workers", "bits_hubs"),
 ]
 

@@ -97,8 +97,8 @@ def test_streaming_gives_the_numbers_of_the_resident_pool(tmp_path):
     """With augmented images, evaluations on samples, and threads or a process that reads."""
     config = Config(
         dataset="digits", model="logistic", workers=2, batch_size=4, steps=6, eval_every=3,
-        augment="crop:1,flip,jitter:0.8", train_eval_examples=100, test_eval_examples=50, export=True,
-        checkpoint_every=0,
+        augment="crop:1,flip,jitter:0.8", train_eval_examples=100, test_eval_examples=50,
+        export=True, checkpoint_every=0,
     )  # fmt: skip
     ends = []
     for number, processes in enumerate((None, 0, 1)):
