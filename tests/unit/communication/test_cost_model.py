@@ -267,7 +267,7 @@ def test_collectives_and_stages_that_do_not_fit_a_cluster_are_refused():
         cluster.seconds("all-reduced", 1, 4)
     with refused("4 devices do not divide into groups of 3"):
         hours([1], cluster, inner=[("all-reduce", 1, 3)])
-    with refused("at least 1 step and an overlap at least 0, got 0 and 0"):
+    with refused("at least 1 step, an overlap and an end at least 0, got 0, 0 and 0"):
         hours([1], cluster, inner_steps=0)
 
 
