@@ -8,6 +8,7 @@ or in a callback, in which Python ignores what they raise. This file imports not
 signals are handled before everything else is imported.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -55,6 +56,13 @@ def _kill_children() -> None:
         child.kill()
 
 
+def _ignore() -> None:
+    """Ignore signals while Python ends: nothing is lost any more, and it would give its handlers up
+    and let a signal change the exit status."""
+    for number in WORDS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Signals:
     """The signals of this process, and what is done at the next one."""
 
@@ -69,6 +77,7 @@ class _Signals:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        atexit.register(_ignore)  # called last, since it is registered before everything else
         for number in WORDS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as in a background job of a shell
                 signal.signal(number, self._in_main_thread)

@@ -137,3 +137,19 @@ sys.stdin.read()
     command = [sys.executable, "-c", SCRIPT + script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, input=b"")
     assert done.returncode == 0 and b"alive" in done.stdout and not done.stderr
+
+
+ENDING = """
+signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))  # also where it was ignored
+class Last:
+    def __del__(self, kill=os.kill, own=os.getpid()):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            kill(own, number)
+last = Last()  # deleted when Python has given its handlers up
+"""
+
+
+def test_a_process_that_is_ending_ends_with_its_own_status():
+    command = [sys.executable, "-c", SCRIPT + ENDING + "sys.exit(7)"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (7, b"")
