@@ -8,7 +8,7 @@ Keys of a file, of which `curves` and the two scales are tables:
 - flags: of experiments.train, shared by all curves. tune: lists of values by flag, of which each
   curve takes the best.
 - small, full: what a scale changes: flags, tune, seeds, cost (a text) and differs, a list of what
-  differs from the paper.
+  differs from the paper; until: the x at which curves are compared, by default their ends.
 - curves: name, flags, published (values by metric), tune; of kind ends, sweep: a flag, its values
   and other flags in which {} is replaced by the value.
   group: of kind plan, curves whose hours follow from the two that have published hours.
@@ -16,6 +16,7 @@ Keys of a file, of which `curves` and the two scales are tables:
 """
 
 import dataclasses
+import math
 import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ KEYS = {
     *("title", "source", "kind", "x", "y", "log", "slopes", "flags", "tune", "curves", "lines"),
     *SCALES,
 }
-SCALE_KEYS = {"flags", "tune", "seeds", "cost", "differs"}
+SCALE_KEYS = {"flags", "tune", "seeds", "cost", "differs", "until"}
 CURVE_KEYS = {"name", "flags", "published", "tune", "sweep", "group", *SCALES}
 
 
@@ -74,11 +75,22 @@ class Figure:
     differs: tuple[str, ...]
     curves: tuple[Curve, ...]
     lines: tuple[Line, ...]
+    until: float = math.inf  # the x at which curves are compared
+
+    def shown(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The measurements of a run up to the x at which curves are compared."""
+        return [line for line in lines if line.get(self.x, 0) <= self.until]
 
 
 def names() -> list[str]:
     """The names of all figures."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def scales(name: str) -> list[str]:
+    """The scales that a figure has."""
+    table = _parsed(read_text(FOLDER / f"{name}.toml", "the figure"), name)
+    return [scale for scale in SCALES if scale in table]
 
 
 def read_figure(name: str, scale: str | None, base: Config) -> Figure:
@@ -99,14 +111,11 @@ def read_figure(name: str, scale: str | None, base: Config) -> Figure:
 
 def parse_figure(text: str, name: str, scale: str | None, base: Config) -> Figure:
     """Read a figure from the text of its file; see `read_figure`."""
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"figure {name}: {error}") from None
-    scales = [scale for scale in SCALES if scale in table]
-    scale = scale or scales[0]
+    table = _parsed(text, name)
+    has = [scale for scale in SCALES if scale in table]
+    scale = scale or has[0]
     if scale not in table:
-        others = " and ".join(scales)
+        others = " and ".join(has)
         raise ConfigurationError(f"figure {name} has no scale {scale!r}, only {others}")
     at = table[scale]
     _check_keys(f"figure {name}", table, KEYS)
@@ -135,7 +144,15 @@ def parse_figure(text: str, name: str, scale: str | None, base: Config) -> Figur
         differs=tuple(at.get("differs", [])),
         curves=tuple(curves),
         lines=tuple(Line(**line) for line in table.get("lines", [])),
+        until=float(at.get("until", math.inf)),
     )
+
+
+def _parsed(text: str, name: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"figure {name}: {error}") from None
 
 
 def _points(

@@ -9,13 +9,12 @@ from experiments.building.config import Config
 from experiments.launching.starting import start
 from experiments.plotting.curves import MEGABYTE
 from experiments.plotting.reproduction import Drawn, draw
-from experiments.reproducing.figure import SCALES, Figure, names, read_figure
+from experiments.reproducing.figure import Figure, names, read_figure, scales
 from experiments.reproducing.results import measurements, slopes, table
 from experiments.reproducing.running import Found, configs, run_figure
 from experiments.running.locking import locked
 from experiments.running.recording import write_whole, writing
 from experiments.tuning.runs import Stopped
-from jaxlocal import ConfigurationError
 
 CSV, TABLE, PICTURE = "figure.csv", "figure.md", "figure.png"
 
@@ -57,18 +56,10 @@ def list_figures() -> str:
     """The names of all figures, what each shows, and its cost at both scales."""
     lines = []
     for name in names():
-        at = {scale: _cost(name, scale) for scale in SCALES}
-        figure = next(figure for figure in at.values() if figure is not None)
-        costs = "; ".join(f"{s}: {f.cost}" for s, f in at.items() if f is not None)
-        lines.append(f"{name}\n    {figure.title}. {figure.source}.\n    {costs}")
+        at = [read_figure(name, scale, Config()) for scale in scales(name)]
+        costs = "; ".join(f"{figure.scale}: {figure.cost}" for figure in at)
+        lines.append(f"{name}\n    {at[0].title}. {at[0].source}.\n    {costs}")
     return "\n".join(lines)
-
-
-def _cost(name: str, scale: str) -> Figure | None:
-    try:
-        return read_figure(name, scale, Config())
-    except ConfigurationError:
-        return None
 
 
 def draw_figure(figure: Figure, found: Sequence[Found], path: Path) -> None:
@@ -86,8 +77,9 @@ def draw_figure(figure: Figure, found: Sequence[Found], path: Path) -> None:
 def _over_runs(figure: Figure, found: Sequence[Found], metric: str) -> list[Drawn]:
     drawn = []
     for one in found:
-        length = min(map(len, one.runs))
-        runs = [lines[:length] for lines in one.runs]
+        shown = [figure.shown(lines) for lines in one.runs]
+        length = min(map(len, shown))
+        runs = [lines[:length] for lines in shown]
         x = [_value(line, figure.x) for line in runs[0]]
         y = [[_value(line, metric) for line in lines] for lines in runs]
         drawn.append(Drawn(one.curve.name, x, y, one.curve.published.get(metric)))

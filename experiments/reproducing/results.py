@@ -78,13 +78,13 @@ def measurements(figure: Figure, found: Sequence[Found]) -> str:
 
 
 def measured(figure: Figure, one: Found, name: str) -> str:
-    """The mean of a metric at the ends of the runs ± its standard error, as text."""
+    """The mean of a metric where curves are compared ± its standard error, as text."""
     if figure.kind == "plan":
         return _number(one.plan.get(name))
     lost = sum(ended.startswith("diverged") for ended in one.ended)
     if lost:
         return f"{lost} of {len(one.ended)} diverged"
-    values = [lines[-1].get(name) for lines in one.runs]
+    values = [figure.shown(lines)[-1].get(name) for lines in one.runs]
     if any(value is None for value in values):
         return "—"
     figures = mean_and_error([float(value) for value in values if value is not None])

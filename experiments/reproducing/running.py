@@ -45,7 +45,7 @@ def run_figure(figure: Figure, folder: Path, jobs: int) -> list[Found]:
     if figure.kind == "plan":
         pairs = list(zip(figure.curves, plans, strict=True))
         return [Found(curve, {}, (), [], [], plan | _hours(curve, pairs)) for curve, plan in pairs]
-    places = [folder / _slug(curve) for curve in figure.curves]
+    places = [folder / folder_name(curve) for curve in figure.curves]
     trials = {
         str(place): [_trial(curve, values, place) for values in _grid(curve)]
         for curve, place in zip(figure.curves, places, strict=True)
@@ -120,7 +120,7 @@ def _grid(curve: Curve) -> list[dict[str, Any]]:
 
 
 def _trial(curve: Curve, values: dict[str, Any], place: Path) -> Config:
-    name = ",".join(f"{flag}={value:g}" for flag, value in values.items())
+    name = ",".join(f"{flag}={value}" for flag, value in values.items())
     return dataclasses.replace(curve.config, **values, workdir=str(place / "tuning" / name))
 
 
@@ -152,7 +152,7 @@ def _edges(curve: Curve, values: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _slug(curve: Curve) -> str:
+def folder_name(curve: Curve) -> str:
     """The name of a curve's folder."""
-    swept = f"-{curve.sweep[0]}={curve.sweep[1]:g}" if curve.sweep else ""
+    swept = f"-{curve.sweep[0]}={curve.sweep[1]}" if curve.sweep else ""
     return re.sub(r"[^\w.=-]+", "_", curve.name).strip("_") + swept

@@ -8,8 +8,7 @@ from short_runs import run
 
 from experiments.building import job
 from experiments.building.config import Config
-from experiments.reproducing import figure as figures
-from experiments.reproducing.figure import names, read_figure
+from experiments.reproducing.figure import names, read_figure, scales
 from experiments.reproducing.running import configs
 from jaxlocal.data import load
 from jaxlocal.data.dataset import Dataset
@@ -31,8 +30,8 @@ TRAIN, TEST, WORKERS = 200, 4, 10
 
 def trained():
     """Names of the figures that are trained at full scale."""
-    text = {name: (figures.FOLDER / f"{name}.toml").read_text() for name in names()}
-    return [n for n, t in text.items() if "\n[full]" in t and 'kind = "plan"' not in t]
+    full = [read_figure(name, "full", Config()) for name in names() if "full" in scales(name)]
+    return [figure.name for figure in full if figure.kind != "plan"]
 
 
 def random_images(spec, data_dir, seed, *_):

@@ -10,10 +10,10 @@ import pytest
 from experiments.building.config import Config
 from experiments.reproducing import figure as figures
 from experiments.reproducing import reproduce as reproducing
-from experiments.reproducing.figure import SCALES, names, parse_figure, read_figure
+from experiments.reproducing.figure import names, parse_figure, read_figure, scales
 from experiments.reproducing.reproduce import CSV, PICTURE, TABLE, list_figures, reproduce
 from experiments.reproducing.results import measured, slopes, table
-from experiments.reproducing.running import Found
+from experiments.reproducing.running import Found, folder_name
 from experiments.tuning import runs
 from jaxlocal import ConfigurationError
 
@@ -130,6 +130,14 @@ def test_a_diverged_run_has_no_mean():
     assert "1 of 2 diverged" in table(figure, [one])
 
 
+def test_curves_are_compared_at_the_same_x():
+    text = TUNED.replace("seeds = 2", "seeds = 1\nuntil = 5")
+    figure = parse_figure(text, "one", "small", Config())
+    one = found_of([3.0, 2.0, 1.0], x=[0, 5, 8])
+    assert measured(figure, one, "train_loss") == "2.0000"
+    assert reproducing._over_runs(figure, [one], "train_loss")[0].y == [[3.0, 2.0]]
+
+
 def test_every_figure_is_listed_with_its_cost():
     text = list_figures()
     for name in names():
@@ -137,21 +145,15 @@ def test_every_figure_is_listed_with_its_cost():
     assert text.count("small: ") + text.count("full: ") >= len(names())
 
 
-def scales():
-    text = lambda name: (figures.FOLDER / f"{name}.toml").read_text()
-    return [(name, scale) for name in names() for scale in SCALES if f"\n[{scale}]" in text(name)]
-
-
-@pytest.mark.parametrize(("name", "scale"), scales())
+@pytest.mark.parametrize(("name", "scale"), [(n, scale) for n in names() for scale in scales(n)])
 def test_every_figure_is_read(name, scale):
     figure = read_figure(name, scale, Config())
     assert figure.curves and figure.seeds >= 1 and figure.cost
-    curves = [(curve.name, curve.sweep) for curve in figure.curves]
-    assert len(set(curves)) == len(curves)
+    assert len(set(map(folder_name, figure.curves))) == len(figure.curves)
 
 
 def test_the_bound_of_the_tight_instance_is_its_formula():
-    (bound,) = read_figure("overparam_lower_bound", "small", Config()).lines
+    (bound,) = read_figure("overparam_lower_bound", None, Config()).lines
     expected = [1 / (4 * math.e * (rounds + 0.5)) for rounds in bound.x]
     np.testing.assert_allclose(bound.y, expected, rtol=1e-6)
 
