@@ -113,8 +113,8 @@ def random_words(
     cut = lambda words: jnp.split(words, np.cumsum(counts)[:-1])
     zeros = lambda words: [jnp.zeros_like(part) for part in cut(words)]
     # XLA compiles what it does with equal tensors once, unless it fuses the cuts into it, each of
-    # which is at another place. It does not fuse the results of a condition, which almost always
-    # holds: zeros instead are one draw in 2³² more than there were.
+    # which is at another place. It does not fuse the results of a condition, which holds
+    # but for one draw in 2³², whose words are all zero.
     return lax.cond(words[0] > 0, cut, zeros, finish(words))
 
 

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,21 +53,14 @@ def grbs(ratio: float, values: str | None = None) -> Compressor:
     def kept(n):
         return math.ceil(n / ratio)
 
-    def blocks(n):
-        return -(-n // kept(n))
-
-    def starts(sizes, words):
-        of_all = lambda count: np.array([count(n) for n in sizes], np.uint32)
-        # The modulus makes early blocks more probable, by a share of at most B / 2³².
-        return jnp.minimum(words % of_all(blocks) * of_all(kept), of_all(lambda n: n - kept(n)))
-
     def encode(x, start):
         return block(x, start[0], kept(x.size)), ()
 
     def update(x, index, start, change):
         return with_block(x, change(block(x, start[0], kept(x.size))), start[0])
 
-    delta = lambda n: 1 / blocks(n)
+    starts = lambda sizes, words: block_starts(sizes, list(map(kept, sizes)), words)
+    delta = lambda n: 1 / -(-n // kept(n))
     selection = Selection(kept, lambda n: 1, encode, update, delta, draw=starts)
     return _sparsifier("grbs", ratio, values, selection)
 
@@ -198,6 +191,23 @@ def _sparsifier(
         unbiased=shared_mask and kind.unbiased,
         check=lambda like: _check(name, ratio, granularity, like),
     )
+
+
+def block_starts(sizes: Sequence[int], kept: Sequence[int], words: Leaf) -> Leaf:
+    """Where the block that a word draws begins in each of some tensors, uint32 [tensors].
+
+    Args:
+      sizes: n of each tensor.
+      kept: k of each, the values of its block.
+      words: random, uint32 [tensors].
+
+    >>> block_starts([10, 10, 4], [4, 4, 4], jnp.array([1, 2, 7], jnp.uint32))
+    Array([4, 6, 0], dtype=uint32)
+    """
+    length, last = np.array(kept, np.uint32), np.subtract(sizes, kept).astype(np.uint32)
+    blocks = np.array([-(-n // k) for n, k in zip(sizes, kept, strict=True)], np.uint32)
+    # The modulus makes early blocks more probable, by a share of at most B / 2³².
+    return jnp.minimum(words % blocks * length, last)
 
 
 def _check(name: str, ratio: float, granularity: str, like: Tree) -> None:

@@ -18,7 +18,7 @@ from jaxlocal.compression.arrays import (
     random_words,
     with_block,
 )
-from jaxlocal.compression.sparsify import grbs
+from jaxlocal.compression.sparsify import block_starts, grbs
 from jaxlocal.errors import ConfigurationError, check_integer
 from jaxlocal.parallel.leaves import wide
 from jaxlocal.types import Compressor, Leaf, Tree
@@ -126,17 +126,15 @@ def _floating(tree: Tree) -> list[Leaf]:
 
 
 def _draw(key: Leaf, sizes: Sequence[int], kept: Callable[[int], int], groups: int) -> _Drawn:
-    lengths = np.array([kept(n) for n in sizes], np.uint32)
-    blocks = np.array([-(-n // kept(n)) for n in sizes], np.uint32)
-    last = np.array(sizes, np.uint32) - lengths  # the last block may overlap the one before it
+    lengths = list(map(kept, sizes))
 
     def finish(words):
-        starts = jnp.minimum(words[1:] % blocks * lengths, last)
+        starts = block_starts(sizes, lengths, words[1:])
         return jnp.concatenate([words[:1] % np.uint32(groups), starts])
 
     group, starts = random_words(key, [1, len(sizes)], finish)
-    members = _balanced(lengths.tolist(), groups)
-    largest = max(sum(int(lengths[i]) for i in group) for group in members)
+    members = _balanced(lengths, groups)
+    largest = max(sum(lengths[i] for i in group) for group in members)
     return _Drawn(members, largest, group[0].astype(jnp.int32), starts)
 
 
