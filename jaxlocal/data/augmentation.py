@@ -140,11 +140,18 @@ class Composed(Augmentation):
         return images
 
 
-def check_pixels(augmentation: Augmentation, dtype: Any) -> None:
-    """Check that images have whole pixel values from 0 to 255, with which integers compute.
+def check_pixels(
+    augmentation: Augmentation, dtype: Any, channels: int = 1, known: Sequence[int] = (1, 3)
+) -> None:
+    """Check that images have whole pixel values from 0 to 255 and known channels.
 
     Raises:
       ConfigurationError: they have not.
     """
     if dtype != np.uint8:
         raise ConfigurationError(f"{augmentation} needs images of uint8, got {np.dtype(dtype)}")
+    if channels not in known:
+        wanted = " or ".join(map(str, known))
+        raise ConfigurationError(
+            f"{augmentation} needs images of {wanted} channels, got {channels}"
+        )

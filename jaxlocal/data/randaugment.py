@@ -85,9 +85,7 @@ class RandAugment(Augmentation):
 
     def check(self, shape: Sequence[int], dtype: Any = np.uint8) -> None:
         super().check(shape, dtype)
-        check_pixels(self, dtype)
-        if shape[-1] not in (1, 3):
-            raise ConfigurationError(f"{self} needs images of 1 or 3 channels, got {shape[-1]}")
+        check_pixels(self, dtype, shape[-1])
 
     def _draw(
         self, generator: np.random.Generator, shape: tuple[int, int]
