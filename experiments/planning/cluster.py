@@ -15,7 +15,6 @@ from jaxlocal import ConfigurationError
 from jaxlocal.communication import accounting
 from jaxlocal.communication.collective_costs import Cluster, CollectiveRun
 from jaxlocal.communication.cost_model import Hours, hours
-from jaxlocal.methods import METHODS
 from jaxlocal.parallel.layout import AXES
 from jaxlocal.parallel.mesh import largest_mesh
 from jaxlocal.types import Message
@@ -51,8 +50,8 @@ def _planned(plan: Plan, cluster: Cluster, mesh: tuple[int, int]) -> Hours:
     """The hours of the plan: the sum over the turns of what ends its rounds."""
     method = plan.method
     turns, ending = method.outer.turns, method.outer.steps
-    # The steps that the end of a round takes overlap with its messages, or come before them.
-    overlaps = "delay_steps" in METHODS[plan.config.method].own_options
+    # Where the end of a round takes steps, its messages overlap with them; but not in this method.
+    overlaps = plan.config.cser_implementation != "released"
     steps = (method.inner.steps, *((ending, 0) if overlaps else (0, ending)))
     by_turn = [
         hours(plan.lengths[turn::turns], cluster, *collectives(plan, mesh, turn), *steps)
