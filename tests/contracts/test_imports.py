@@ -81,14 +81,14 @@ def test_imports_go_down_only(path):
 
 
 EXPERIMENTS = PROJECT / "experiments"
-COMMANDS = {"train", "plan", "tune", "compare", "benchmark", "prepare", "reproduce"}
+COMMANDS = {"train", "plan", "tune", "compare", "benchmark", "prepare", "reproduce", "theory"}
 # Rooms of experiments, as FLOORS; the commands are above them.
 EXPERIMENT_FLOORS = (
     ("building", "plotting"),
     ("launching",),
     ("running",),
     ("benchmarks",),
-    ("comparing", "planning", "preparing", "theory"),
+    ("comparing", "planning", "preparing", "bounding"),
     ("tuning",),
     ("reproducing",),
 )

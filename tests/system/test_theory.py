@@ -5,8 +5,8 @@ import csv
 import numpy as np
 import pytest
 
-from experiments.theory import figure, least_squares
-from experiments.theory.moments import exact_moments
+from experiments.bounding import figure, least_squares
+from experiments.bounding.moments import exact_moments
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.theory.moments import Problem, exact_moments
+from experiments.bounding.moments import Problem, exact_moments
 from jaxlocal import ConfigurationError, Layout
 from jaxlocal.communication.bounds import drift, mll_bound, noise_spread, rate_condition
 from jaxlocal.communication.topology import hub_graph, mixing_matrix, zeta

@@ -10,7 +10,7 @@ import optax
 
 import experiments
 import jaxlocal
-from experiments.theory.moments import Moments, Problem, exact_moments
+from experiments.bounding.moments import Moments, Problem, exact_moments
 from jaxlocal import Layout, RoundFn, make_mesh
 from jaxlocal.communication import topology
 from jaxlocal.communication.bounds import MllBound, drift, mll_bound, noise_spread

@@ -9,8 +9,8 @@ from absl.flags import FLAGS
 
 from experiments.building.files import local_path
 from experiments.launching.command_line import run_command
-from experiments.theory.figure import draw, write_table
-from experiments.theory.least_squares import GRAPHS, compare
+from experiments.bounding.figure import draw, write_table
+from experiments.bounding.least_squares import GRAPHS, compare
 from jaxlocal import ConfigurationError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from experiments.plotting.figures import load_pyplot, save_figure
 from experiments.running.recording import write_whole
 from experiments.running.seeds import mean_and_error
-from experiments.theory.least_squares import Compared
+from experiments.bounding.least_squares import Compared
 
 COLUMNS = (
     *("graph", "zeta", "bound", "bound_start", "bound_noise", "bound_disagreement"),
