@@ -7,10 +7,10 @@ OUTPUT.csv and OUTPUT.png. docs/theory_mll.md derives the bound.
 from absl import flags
 from absl.flags import FLAGS
 
-from experiments.building.files import local_path
-from experiments.launching.command_line import run_command
 from experiments.bounding.figure import draw, write_table
 from experiments.bounding.least_squares import GRAPHS, compare
+from experiments.building.files import local_path
+from experiments.launching.command_line import run_command
 from jaxlocal import ConfigurationError
 
 

@@ -5,10 +5,10 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.bounding.least_squares import Compared
 from experiments.plotting.figures import load_pyplot, save_figure
 from experiments.running.recording import write_whole
 from experiments.running.seeds import mean_and_error
-from experiments.bounding.least_squares import Compared
 
 COLUMNS = (
     *("graph", "zeta", "bound", "bound_start", "bound_noise", "bound_disagreement"),
