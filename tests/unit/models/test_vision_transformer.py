@@ -115,6 +115,7 @@ def transformer_count(layers, width, pixels, outputs):
     [
         ("vit_b16", (224, 224, 3), 1000, (12, 768, 768)),
         ("small_vit", (32, 32, 3), 10, (4, 64, 48)),
+        ("tiny_vit", (32, 32, 3), 10, (4, 64, 192)),
     ],
 )
 def test_number_of_parameters(name, shape, outputs, sizes):
