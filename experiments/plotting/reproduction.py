@@ -1,7 +1,7 @@
 """The picture of a figure of a paper: curves with their published ends, or points of a sweep."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,30 +24,38 @@ class Drawn(NamedTuple):
     published: float | None = None
 
 
-def draw(panels: Mapping[str, Sequence[Drawn]], x: str, log: str, title: str, path: Path) -> None:
-    """Draw a panel for every metric: means over seeds in a band of their standard error.
+class Panel(NamedTuple):
+    """What a panel shows: the names of its axes, and its curves."""
+
+    x: str
+    y: str
+    curves: Sequence[Drawn]
+
+
+def draw(panels: Sequence[Panel], log: str, title: str, path: Path) -> None:
+    """Draw panels side by side: means over seeds in a band of their standard error.
 
     A cross at the right end of a curve is the published value.
 
     Args:
-      panels: the curves by metric.
-      x: what the horizontal axis shows.
+      panels: the first names the curves of all.
       log: the axes with a logarithmic scale, of "x" and "y".
       path: of the image.
     """
     figure, axes = load_pyplot().subplots(
         1, len(panels), figsize=(7 * len(panels), 5), squeeze=False, layout="constrained"
     )
-    for axis, (metric, curves) in zip(axes[0], panels.items(), strict=True):
-        for curve, color in zip(curves, colors(len(curves)), strict=True):
+    palette = colors(max(len(panel.curves) for panel in panels))
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for curve, color in zip(panel.curves, palette, strict=False):  # lines of theory come last
             _draw(axis, curve, color)
-        axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(metric, metric))
+        axis.set(xlabel=LABELS.get(panel.x, panel.x), ylabel=LABELS.get(panel.y, panel.y))
         if "x" in log:
             axis.set_xscale("log")
-        if "y" in log and metric != "eval_accuracy":
+        if "y" in log and panel.y != "eval_accuracy":
             axis.set_yscale("log")
         else:
-            _focus(axis, curves)
+            _focus(axis, panel.curves)
         axis.grid(alpha=0.3)
     place = {"loc": "outside lower center", "ncols": 2 * len(panels)}
     figure.legend(handles=_named(axes[0, 0]), fontsize="small", **place)

@@ -2,7 +2,8 @@
 
 Keys of a file, of which `curves` and the two scales are tables:
 
-- title, source, x, y: what is drawn, over what, and where it was published; y is a list.
+- title, source, x, y: what is drawn, over what, and where it was published; y is a list. A list of
+  x has panels for each, with the slopes and `until` of the first.
 - kind: curves (y over x during the runs), ends (the last y of each run over a swept flag) or plan
   (figures of plans, without training).
 - flags: of experiments.train, shared by all curves. tune: lists of values by flag, of which each
@@ -66,7 +67,7 @@ class Figure:
     title: str
     source: str
     kind: str
-    x: str
+    axes: tuple[str, ...]  # what y is drawn over
     y: tuple[str, ...]
     log: str  # the axes with a logarithmic scale: "", "x", "y" or "xy"
     slopes: tuple[float, float] | None  # the range of x over which slopes of log y are fitted
@@ -76,6 +77,11 @@ class Figure:
     curves: tuple[Curve, ...]
     lines: tuple[Line, ...]
     until: float = math.inf  # the x at which curves are compared
+
+    @property
+    def x(self) -> str:
+        """The axis over which curves are compared and slopes are fitted."""
+        return self.axes[0]
 
     def shown(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The measurements of a run up to the x at which curves are compared."""
@@ -135,7 +141,7 @@ def parse_figure(text: str, name: str, scale: str | None, base: Config) -> Figur
         title=table["title"],
         source=table["source"],
         kind=table.get("kind", "curves"),
-        x=table["x"],
+        axes=tuple([table["x"]] if isinstance(table["x"], str) else table["x"]),
         y=tuple(table["y"]),
         log=table.get("log", ""),
         slopes=None if slopes is None else (float(slopes[0]), float(slopes[1])),

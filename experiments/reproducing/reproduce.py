@@ -1,5 +1,6 @@
 """Reproduce one figure: run, and write its measurements, its table and its picture."""
 
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from experiments.building.config import Config
 from experiments.launching.starting import start
 from experiments.plotting.curves import MEGABYTE
-from experiments.plotting.reproduction import Drawn, draw
+from experiments.plotting.reproduction import Drawn, Panel, draw
 from experiments.reproducing.figure import Figure, names, read_figure, scales
 from experiments.reproducing.results import measurements, slopes, table
 from experiments.reproducing.running import Found, configs, run_figure
@@ -65,28 +66,30 @@ def list_figures() -> str:
 def draw_figure(figure: Figure, found: Sequence[Found], path: Path) -> None:
     """Draw the picture of a figure."""
     curves = {"curves": _over_runs, "ends": _over_sweep, "plan": _over_plan}[figure.kind]
-    panels = {metric: curves(figure, found, metric) for metric in figure.y}
+    panels = [
+        Panel(x, y, curves(figure, found, x, y))
+        for x, y in itertools.product(figure.axes, figure.y)
+    ]
     fitted = slopes(figure, found)
     named = lambda name: f"{name}, slope {fitted[name].value:.2f}" if name in fitted else name
-    first = figure.y[0]
-    panels[first] = [one._replace(name=named(one.name)) for one in panels[first]]
-    panels[first] += [Drawn(line.name, line.x, [line.y]) for line in figure.lines]
-    draw(panels, figure.x, figure.log, figure.title, path)
+    first = [one._replace(name=named(one.name)) for one in panels[0].curves]
+    first += [Drawn(line.name, line.x, [line.y]) for line in figure.lines]
+    draw([panels[0]._replace(curves=first), *panels[1:]], figure.log, figure.title, path)
 
 
-def _over_runs(figure: Figure, found: Sequence[Found], metric: str) -> list[Drawn]:
+def _over_runs(figure: Figure, found: Sequence[Found], axis: str, metric: str) -> list[Drawn]:
     drawn = []
     for one in found:
         shown = [figure.shown(lines) for lines in one.runs]
         length = min(map(len, shown))
         runs = [lines[:length] for lines in shown]
-        x = [_value(line, figure.x) for line in runs[0]]
+        x = [_value(line, axis) for line in runs[0]]
         y = [[_value(line, metric) for line in lines] for lines in runs]
         drawn.append(Drawn(one.curve.name, x, y, one.curve.published.get(metric)))
     return drawn
 
 
-def _over_sweep(figure: Figure, found: Sequence[Found], metric: str) -> list[Drawn]:
+def _over_sweep(figure: Figure, found: Sequence[Found], axis: str, metric: str) -> list[Drawn]:
     drawn = []
     for name in dict.fromkeys(one.curve.name for one in found):
         ones = [one for one in found if one.curve.name == name]
@@ -97,7 +100,7 @@ def _over_sweep(figure: Figure, found: Sequence[Found], metric: str) -> list[Dra
     return drawn
 
 
-def _over_plan(figure: Figure, found: Sequence[Found], metric: str) -> list[Drawn]:
+def _over_plan(figure: Figure, found: Sequence[Found], axis: str, metric: str) -> list[Drawn]:
     """H over the steps of each plan."""
     drawn = []
     for one in found:

@@ -135,7 +135,24 @@ def test_curves_are_compared_at_the_same_x():
     figure = parse_figure(text, "one", "small", Config())
     one = found_of([3.0, 2.0, 1.0], x=[0, 5, 8])
     assert measured(figure, one, "train_loss") == "2.0000"
-    assert reproducing._over_runs(figure, [one], "train_loss")[0].y == [[3.0, 2.0]]
+    assert reproducing._over_runs(figure, [one], "step", "train_loss")[0].y == [[3.0, 2.0]]
+
+
+def test_a_list_of_x_makes_a_panel_of_each_and_slopes_of_the_first(monkeypatch, tmp_path):
+    text = TUNED.replace('x = "step"', 'x = ["step", "round"]\nslopes = [1, 8]')
+    figure = parse_figure(text, "one", "small", Config())
+    one = found_of([8.0, 2.0, 1.0], x=[1, 4, 8])
+    for line in one.runs[0]:
+        line["round"] = line["step"] // 4
+    drawn = []
+    monkeypatch.setattr(reproducing, "draw", lambda panels, *_: drawn.extend(panels))
+    reproducing.draw_figure(figure, [one], tmp_path)
+    assert [(panel.x, panel.y) for panel in drawn] == [
+        ("step", "train_loss"),
+        ("round", "train_loss"),
+    ]
+    assert [panel.curves[0].x for panel in drawn] == [[1, 4, 8], [0, 1, 2]]
+    assert [panel.curves[0].name for panel in drawn] == ["a, slope -1.00", "a"]
 
 
 def test_every_figure_is_listed_with_its_cost():
