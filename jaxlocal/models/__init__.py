@@ -58,6 +58,7 @@ MODELS: dict[str, Callable[[tuple[int, ...], int], Model]] = {
     "resnet18_batch_norm": partial(resnet18, norm="batch"),
     "small_resnet_layer_norm": partial(small_resnet, norm="layer"),
     "small_resnet_batch_norm": partial(small_resnet, norm="batch"),
+    "tiny_resnet_layer_norm": partial(small_resnet, norm="layer", width=8),
     "tiny_resnet_batch_norm": partial(small_resnet, norm="batch", width=8),
     "resnet18_imagenet": partial(imagenet_resnet, depth=18),
     "resnet50": partial(imagenet_resnet, depth=50),
