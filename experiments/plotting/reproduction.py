@@ -51,7 +51,7 @@ def draw(panels: Sequence[Panel], log: str, title: str, path: Path) -> None:
             _draw(axis, curve, color)
         axis.set(xlabel=LABELS.get(panel.x, panel.x), ylabel=LABELS.get(panel.y, panel.y))
         if "x" in log:
-            axis.set_xscale("log")
+            axis.set_xscale("log", nonpositive="mask")  # step 0 has no place on it
         if "y" in log and panel.y != "eval_accuracy":
             axis.set_yscale("log")
         else:

@@ -60,7 +60,8 @@ def table(figure: Figure, found: Sequence[Found]) -> str:
 
 
 def measurements(figure: Figure, found: Sequence[Found]) -> str:
-    """All measurements of a figure as CSV, a line for each; of a plan, a line for each curve."""
+    """All measurements of a figure as CSV, a line for each; of ends, only the last of each run; of
+    a plan, a line for each curve."""
     file = io.StringIO()
     columns = PLANNED if figure.kind == "plan" else MEASURED
     writer = csv.writer(file, lineterminator="\n")
@@ -70,7 +71,7 @@ def measurements(figure: Figure, found: Sequence[Found]) -> str:
         if figure.kind == "plan":
             writer.writerow([one.curve.name, sweep, "", *(one.plan.get(k, "") for k in columns)])
         for number, lines in enumerate(one.runs):
-            for line in lines:
+            for line in lines[-1:] if figure.kind == "ends" else lines:
                 values = [line.get(name) for name in columns]
                 texts = ["" if value is None else value for value in values]
                 writer.writerow([one.curve.name, sweep, number, *texts])
