@@ -175,6 +175,18 @@ class Config(MethodFlags):
         """Steps between measurements; 0: at the end of every round. By default about 25
         measurements in a run.""",
     )
+    ema_decay: float | None = _run(
+        None,
+        """β of an exponential moving average (EMA) of the average model, which is measured beside
+        it and changes nothing in training: the decay of one step, such as 0.999. A round of H steps
+        decays by β^H.""",
+    )
+    swa_start: int | None = _run(
+        None,
+        """Step after which the average models at the ends of rounds are averaged, each with the
+        weight of its H steps, and measured like that of --ema_decay: stochastic weight averaging
+        (SWA).""",
+    )
     seed: int = _run(0, "Seed of the model, of the order of the data and of the workers' rates.")
     seeds: int = _run(
         1,

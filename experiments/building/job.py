@@ -21,6 +21,7 @@ from experiments.building.epochs import in_steps, steps_of_epoch
 from experiments.building.methods import Parts, build_method
 from experiments.building.models import build_model, make_gradients, make_metrics
 from experiments.building.optimizers import make_optimizer
+from experiments.building.running_averages import make_running_averages
 from experiments.building.same_data import check_same_data
 from experiments.building.schedules import count_steps, make_period, make_schedule
 from experiments.building.workers import make_layout, mixing_matrix, worker_grid
@@ -30,6 +31,7 @@ from jaxlocal.data import Augmentation, Dataset, load, parse_augmentation, plan_
 from jaxlocal.methods import METHODS
 from jaxlocal.models import Model
 from jaxlocal.stages.gradient import GradFn
+from jaxlocal.training import RunningAverage, with_running_averages
 from jaxlocal.training.dispatching import schedule
 from jaxlocal.types import Compressor, Method, TrainState, Tree
 
@@ -55,6 +57,7 @@ class Plan:
     learning_rate: Callable[[int], float]  # η by step, in float64
     zeta: float | None  # of the hub network, where there is one
     compressors: dict[str, Compressor]  # by what they compress: "gradient", "reset" or "sync"
+    running_averages: dict[str, RunningAverage]  # of the model, by name: "ema" or "swa"
     model_shapes: tuple[Tree, Tree]  # of one model's parameters and state
     state: TrainState  # shapes and shardings of the training state
     example_bytes: int  # moved to the devices for each example of a batch
@@ -142,7 +145,9 @@ def _plan(config: Config, grid: tuple[int, int], task: _Task) -> Plan:
     layout, counted = make_layout(config, grid, task.shard_sizes), in_steps(config, task.epoch)
     steps = count_steps(counted)
     parts = _parts(counted, task.grad_fn, layout, steps)
-    method, mesh = build_method(parts), make_mesh(layout, shape=mesh_shape(config))
+    averages = make_running_averages(config, steps)
+    method = with_running_averages(build_method(parts), **averages)
+    mesh = make_mesh(layout, shape=mesh_shape(config))
     state = RoundFn(method, layout, mesh).shapes(*task.model_shapes)
     return Plan(
         config=config,
@@ -155,6 +160,7 @@ def _plan(config: Config, grid: tuple[int, int], task: _Task) -> Plan:
         learning_rate=periods.rates(parts.schedule),
         zeta=topology.zeta(parts.matrix) if METHODS[config.method].network else None,
         compressors=parts.compressors,
+        running_averages=averages,
         model_shapes=task.model_shapes,
         state=state,
         example_bytes=task.example_bytes,

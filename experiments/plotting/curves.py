@@ -8,6 +8,16 @@ import numpy as np
 from experiments.plotting.figures import load_pyplot, save_figure
 
 MEGABYTE = 8e6  # bits
+COLORS = {"eval_accuracy": "tab:green", "ema": "tab:purple", "swa": "tab:brown"}
+
+
+def running_averages(line: dict[str, Any]) -> list[str]:
+    """The running averages of the model that a measurement is of, besides the model itself.
+
+    >>> running_averages({"eval_loss": 0.3, "eval_loss_ema": 0.2, "eval_accuracy_ema": None})
+    ['ema']
+    """
+    return [key.removeprefix("eval_loss_") for key in line if key.startswith("eval_loss_")]
 
 
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -39,18 +49,14 @@ def plot_several(runs: list[list[dict[str, Any]]], path: Path, title: str) -> No
     costs = {label: np.mean([one[label] for one in each], axis=0) for label in each[0]}
     figure, axes = _figure(len(costs), 2, f"{title}: mean and standard error")
     for row, (cost, x) in enumerate(costs.items()):
-        for key, name, column in (
-            ("train_loss", "train", 0),
-            ("eval_loss", "test", 0),
-            ("eval_accuracy", "test", 1),
-        ):
-            values = [[_number(line[key]) for line in run[: len(lines)]] for run in runs]
-            color = "tab:green" if column else None
-            band(axes[row, column], x.tolist(), values, name, color)
+        for axis, labels in zip(axes[row], _labels(lines[0]), strict=True):
+            for key, name in labels.items():
+                values = [[_number(line[key]) for line in run[: len(lines)]] for run in runs]
+                band(axis, x.tolist(), values, name, _color(key))
         axes[row, 0].set(xlabel=cost, ylabel="loss of the average model")
         axes[row, 1].set(xlabel=cost, ylabel="test accuracy of the average model")
-        axes[row, 0].legend()
         for axis in axes[row]:
+            axis.legend()
             axis.grid(alpha=0.3)
     save_figure(figure, path)
 
@@ -81,13 +87,21 @@ def _figure(rows: int, columns: int, title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _labels(line: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """The labels of the losses and of the accuracies of a measurement, by key."""
+    tested = {"": "test"} | {f"_{name}": f"test, {name.upper()}" for name in running_averages(line)}
+    losses = {f"eval_loss{of}": label for of, label in tested.items()}
+    return {"train_loss": "train"} | losses, {f"eval_accuracy{of}": tested[of] for of in tested}
+
+
+def _color(key: str) -> str | None:
+    return COLORS.get(key, COLORS.get(key.rpartition("_")[2]))
+
+
 def _losses(axis: Any, x: list[float], lines: list[dict[str, Any]], label: str) -> None:
-    values = {
-        name: [_number(line[key]) for line in lines]
-        for key, name in (("train_loss", "train"), ("eval_loss", "test"))
-    }
-    for name, losses in values.items():
-        axis.plot(x, losses, marker=_marker(lines), markersize=4, label=name)
+    labels = _labels(lines[0])[0]
+    values = {key: [_number(line[key]) for line in lines] for key in labels}
+    _plot(axis, x, values, labels)
     positive = [v for losses in values.values() for v in losses if v > 0]
     decades = len(positive) > 1 and max(positive) > 10 * min(positive)
     axis.set(
@@ -98,10 +112,11 @@ def _losses(axis: Any, x: list[float], lines: list[dict[str, Any]], label: str) 
 
 
 def _accuracy(axis: Any, x: list[float], lines: list[dict[str, Any]], label: str) -> None:
-    values = [_number(line["eval_accuracy"]) for line in lines]
+    labels = _labels(lines[0])[1]
+    values = {key: [_number(line[key]) for line in lines] for key in labels}
     axis.set(xlabel=label, ylabel="test accuracy of the average model")
     axis.grid(alpha=0.3)
-    if all(value != value for value in values):
+    if all(value != value for value in values["eval_accuracy"]):
         axis.text(
             0.5,
             0.5,
@@ -110,8 +125,17 @@ def _accuracy(axis: Any, x: list[float], lines: list[dict[str, Any]], label: str
             va="center",
             transform=axis.transAxes,
         )
-    else:
-        axis.plot(x, values, marker=_marker(lines), markersize=4, color="tab:green")
+        return
+    _plot(axis, x, values, labels)
+    if len(labels) > 1:
+        axis.legend()
+
+
+def _plot(
+    axis: Any, x: list[float], values: dict[str, list[float]], labels: dict[str, str]
+) -> None:
+    for key, name in labels.items():
+        axis.plot(x, values[key], marker=_marker(x), markersize=4, color=_color(key), label=name)
 
 
 def _local_steps(axis: Any, steps: list[float], lines: list[dict[str, Any]]) -> None:
@@ -137,7 +161,7 @@ def _distance(axis: Any, steps: list[float], lines: list[dict[str, Any]]) -> Non
     axis.grid(alpha=0.3)
 
 
-def _marker(lines: list[dict[str, Any]]) -> str:
+def _marker(lines: list[Any]) -> str:
     """Dots, unless they are so many that they overlap."""
     return "." if len(lines) <= 60 else ""
 

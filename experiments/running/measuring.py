@@ -13,6 +13,7 @@ from experiments.running.feeding import read_all
 from jaxlocal import RoundFn
 from jaxlocal.training.evaluation import Evaluation, Reestimation
 from jaxlocal.training.loop import Progress
+from jaxlocal.training.running_averages import running_average
 from jaxlocal.types import TrainState, Tree
 
 # Examples on which batch statistics are estimated.
@@ -20,7 +21,8 @@ REESTIMATION_EXAMPLES = 4096
 
 
 class Measure:
-    """Evaluate the average model, `measure(progress)`: the metrics line of a step.
+    """Evaluate the average model and its running averages, `measure(progress)`: the metrics line of
+    a step.
 
     Args:
       first_batches: `first_batches(steps)`, on which `--model_state=reestimate` estimates batch
@@ -42,7 +44,8 @@ class Measure:
         self._train, self._test = _evaluations(job, round_fn, train, test)
         self._time_slots = make_time_slots(job)
         self._reestimate = None
-        if config.model_state == "reestimate":
+        averaged = job.running_averages and jax.tree.leaves(job.model_shapes[1])
+        if config.model_state == "reestimate" or averaged:
             self._reestimate = _reestimation(job, round_fn, first_batches)
 
     @property
@@ -50,8 +53,17 @@ class Measure:
         """Seconds of the run so far, including those before it was resumed."""
         return time.perf_counter() - self._start
 
-    def model(self, state: TrainState) -> TrainState:
-        """The state whose average is the model that is evaluated and exported."""
+    def model(self, state: TrainState, average: str | None = None) -> TrainState:
+        """The state whose average is the model that is evaluated and exported.
+
+        Args:
+          average: the name of a running average, which has no batch statistics but estimated ones;
+            by default the model that trains.
+        """
+        if average:
+            state = running_average(state, average)
+        elif self._job.config.model_state != "reestimate":
+            return state
         return self._reestimate(state) if self._reestimate else state
 
     def __call__(self, progress: Progress) -> dict[str, Any]:
@@ -70,7 +82,17 @@ class Measure:
             "consensus_distance": progress.distance,
             "bits_workers": progress.message_bits.workers,
             "bits_hubs": progress.message_bits.hubs,
+            **self._of_running_averages(progress.state),
         }
+
+    def _of_running_averages(self, state: TrainState) -> dict[str, Any]:
+        """Test metrics of the running averages, as of the end of the last round."""
+        values: dict[str, Any] = {}
+        for name in self._job.running_averages:
+            test = self._test(self.model(state, name))
+            values[f"eval_loss_{name}"] = test["loss"]
+            values[f"eval_accuracy_{name}"] = test.get("accuracy")
+        return values
 
 
 def _evaluations(

@@ -12,6 +12,7 @@ WHOLE = ("step", "round", "local_steps", "bits_workers", "bits_hubs")
 WHOLE_IF_ANY = ("time_slots",)  # which runs of earlier versions do not have
 REAL = ("wall_seconds", "learning_rate")
 REAL_OR_NONE = ("train_loss", "eval_loss", "eval_accuracy", "consensus_distance")
+OF_AVERAGES = ("eval_loss_", "eval_accuracy_")  # and the name of a running average
 LARGEST_NUMBER = 1e300
 
 
@@ -59,7 +60,8 @@ def _is_complete(values: dict[str, Any]) -> bool:
         return False
     counted = [*WHOLE, *(name for name in WHOLE_IF_ANY if name in values)]
     whole = all(type(values[n]) is int and 0 <= values[n] < LARGEST_NUMBER for n in counted)
-    known = [values[name] for name in REAL_OR_NONE if values[name] is not None]
+    averages = [name for name in values if name.startswith(OF_AVERAGES)]
+    known = [values[n] for n in (*REAL_OR_NONE, *averages) if values[n] is not None]
     real = [values[name] for name in REAL] + known
     return whole and all(type(x) in (int, float) and abs(x) < LARGEST_NUMBER for x in real)
 

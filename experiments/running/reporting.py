@@ -6,7 +6,7 @@ import jax
 
 import jaxlocal
 from experiments.building.job import Job
-from experiments.plotting.curves import plot_curves
+from experiments.plotting.curves import plot_curves, running_averages
 from experiments.plotting.display import Display, data_size, number, show_table
 from experiments.running.metrics import METRICS, SUMMARY
 from experiments.running.recording import CURVES, FLAGS, PARTITION, Recorder, writing
@@ -42,11 +42,11 @@ def title_of(job: Job) -> str:
 
 
 def export_model(
-    round_fn: RoundFn, recorder: Recorder, display: Display, state: TrainState
+    round_fn: RoundFn, recorder: Recorder, display: Display, state: TrainState, name: str = ""
 ) -> None:
-    """Write the average model of a state, for use in other programs."""
+    """Write the average model of a state, for use in other programs, in a folder of a name."""
     params, model_state = round_fn.mean(state)
-    for path in export(recorder.folder / "export", params, model_state):
+    for path in export(recorder.folder / "export" / name, params, model_state):
         display.note(str(path))
 
 
@@ -75,14 +75,24 @@ def _summary(
 
 
 def _rows(last: dict[str, Any], seconds: float, why: str) -> list[tuple[str, str]]:
-    steps, rounds, accuracy = last["step"], last["round"], last["eval_accuracy"]
+    steps, rounds = last["step"], last["round"]
     sent = f"{data_size(last['bits_workers'])}, {data_size(last['bits_hubs'])}"
     each = f" ({steps / rounds:.1f} steps per round)" if rounds else ""
+    averages = [
+        (f"test loss, accuracy: {name.upper()}", _loss_and_accuracy(last, f"_{name}"))
+        for name in running_averages(last)
+    ]
     return [
         ("ended", why),
         ("steps, rounds", f"{number(steps)}, {number(rounds)}{each}"),
-        ("train loss, test loss", f"{number(last['train_loss'])}, {number(last['eval_loss'])}"),
-        ("test accuracy", "—" if accuracy is None else f"{accuracy:.4f}"),
+        ("train loss", number(last["train_loss"])),
+        ("test loss, accuracy", _loss_and_accuracy(last)),
+        *averages,
         ("sent by a worker, by a hub", sent),
         ("seconds", f"{seconds:.1f}"),
     ]
+
+
+def _loss_and_accuracy(last: dict[str, Any], of: str = "") -> str:
+    accuracy = last[f"eval_accuracy{of}"]
+    return f"{number(last[f'eval_loss{of}'])}, {'—' if accuracy is None else f'{accuracy:.4f}'}"

@@ -82,8 +82,9 @@ class _Run:
             seconds = self.measure.seconds
             report(self.job, self.round_fn, self.recorder, self.display, seconds, why)
         if self.job.config.export and not status:
-            state = self.measure.model(self.state)
-            export_model(self.round_fn, self.recorder, self.display, state)
+            for average in (None, *self.job.running_averages):
+                state = self.measure.model(self.state, average)
+                export_model(self.round_fn, self.recorder, self.display, state, average or "")
         if status:
             print(f"error: {why if status == FAILED else self._stopped(status)}", file=sys.stderr)
         return status

@@ -11,7 +11,7 @@ from rich.console import Console
 from experiments.building.config import Config
 from experiments.plotting.curves import plot_several
 from experiments.plotting.display import number, show_table
-from experiments.running.metrics import SUMMARY, read_metrics, read_summary
+from experiments.running.metrics import OF_AVERAGES, SUMMARY, read_metrics, read_summary
 from experiments.running.recording import CURVES, write_json, writing
 
 # Figures of the last measurement of every seed whose means are in the summary.
@@ -53,7 +53,7 @@ def mean_and_error(values: list[float]) -> dict[str, Any]:
 def _summary(folders: list[Path]) -> dict[str, Any]:
     summaries = [read_summary(folder) or {} for folder in folders]
     figures = {}
-    for name in FIGURES:
+    for name in (*FIGURES, *(key for key in summaries[0] if key.startswith(OF_AVERAGES))):
         values = [s[name] for s in summaries if s.get(name) is not None]
         if len(values) == len(summaries):
             figures[name] = mean_and_error(values)
@@ -65,8 +65,8 @@ def _summary(folders: list[Path]) -> dict[str, Any]:
 
 def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("seeds", ", ".join(map(str, figures["seeds"])))]
-    for name in FIGURES[:5]:
-        if name in figures:
+    for name in figures:
+        if name in FIGURES[:5] or name.startswith(OF_AVERAGES):
             mean, error = figures[name]["mean"], figures[name]["error"]
             rows.append((name.replace("_", " "), f"{number(mean)} ± {number(error)}"))
     return rows

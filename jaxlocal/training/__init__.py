@@ -5,6 +5,11 @@ from jaxlocal.training.dispatching import Dispatch, dispatches, schedule
 from jaxlocal.training.evaluation import Evaluation, Reestimation
 from jaxlocal.training.loop import Diverged, Progress, run
 from jaxlocal.training.round import RoundFn
+from jaxlocal.training.running_averages import (
+    RunningAverage,
+    running_average,
+    with_running_averages,
+)
 
 __all__ = [
     "Checkpoints",
@@ -14,7 +19,10 @@ __all__ = [
     "Progress",
     "Reestimation",
     "RoundFn",
+    "RunningAverage",
     "dispatches",
     "run",
+    "running_average",
     "schedule",
+    "with_running_averages",
 ]
