@@ -56,12 +56,15 @@ def _measurement(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def _is_complete(values: dict[str, Any]) -> bool:
     """Whether a line has every figure of a measurement, each of its type."""
-    if not all(name in values for name in (*WHOLE, *REAL, *REAL_OR_NONE)):
+    averages = {
+        name.removeprefix(of) for of in OF_AVERAGES for name in values if name.startswith(of)
+    }
+    real_or_none = [*REAL_OR_NONE, *(f"{of}{name}" for of in OF_AVERAGES for name in averages)]
+    if not all(name in values for name in (*WHOLE, *REAL, *real_or_none)):
         return False
     counted = [*WHOLE, *(name for name in WHOLE_IF_ANY if name in values)]
     whole = all(type(values[n]) is int and 0 <= values[n] < LARGEST_NUMBER for n in counted)
-    averages = [name for name in values if name.startswith(OF_AVERAGES)]
-    known = [values[n] for n in (*REAL_OR_NONE, *averages) if values[n] is not None]
+    known = [values[name] for name in real_or_none if values[name] is not None]
     real = [values[name] for name in REAL] + known
     return whole and all(type(x) in (int, float) and abs(x) < LARGEST_NUMBER for x in real)
 

@@ -11,6 +11,7 @@ from short_runs import SMALL, run, saved_steps, without_time
 
 from experiments.building.config import Config
 from experiments.building.job import build_job, build_plan
+from experiments.comparing.reading import load_runs
 from experiments.plotting.display import Display
 from experiments.running.recording import CURVES, METRICS, SUMMARY, read_metrics
 from experiments.running.training import train
@@ -105,9 +106,18 @@ def test_a_run_that_was_killed_ends_with_the_same_averages(ended, tmp_path, monk
         np.testing.assert_array_equal(exported(folder, name), exported(ended[0], name))
 
 
-def test_damaged_measurements_of_them_are_told(ended, tmp_path):
+def test_a_comparison_has_them_as_runs_of_their_own(ended):
+    model, *averages = load_runs([ended[0]])
+    assert [run.label for run in averages] == [f"{model.label}: {name}" for name in ("EMA", "SWA")]
+    assert averages[0].mean("eval_loss")[-1] == ended[1][-1]["eval_loss_ema"]
+    assert averages[1].mean("bits_workers")[-1] == model.mean("bits_workers")[-1]
+    assert np.isnan(averages[0].mean("train_loss")).all()  # it is not measured
+
+
+@pytest.mark.parametrize("damage", [r'\1"low",', ""])
+def test_damaged_measurements_of_them_are_told(ended, tmp_path, damage):
     text = (ended[0] / METRICS).read_text()
-    (tmp_path / METRICS).write_text(re.sub(r'("eval_loss_ema": )[^,]*', r'\1"low"', text))
+    (tmp_path / METRICS).write_text(re.sub(r'("eval_loss_ema": )[^,]*,', damage, text))
     with pytest.raises(ConfigurationError, match="line 1 is not a measurement"):
         read_metrics(tmp_path)
 
