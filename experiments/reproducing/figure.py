@@ -14,6 +14,8 @@ Keys of a file, of which `curves` and the two scales are tables:
   and other flags in which {} is replaced by the value.
   group: of kind plan, curves whose hours follow from the two that have published hours.
 - lines: name, x and y of lines that theory gives, drawn beside the first metric.
+- clusters: by axis of x, a cluster on which the hours of the runs are modelled: parameters, of the
+  model whose messages are sent there, and flags of hours of experiments.plan.
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 
 from experiments.building.config import Config
 from experiments.building.files import read_text
+from experiments.planning.options import Options
 from experiments.tuning.settings import with_flags
 from jaxlocal import ConfigurationError
 from jaxlocal.errors import lookup
@@ -33,6 +36,7 @@ SCALES = ("small", "full")
 KINDS = ("curves", "ends", "plan")
 KEYS = {
     *("title", "source", "kind", "x", "y", "log", "slopes", "flags", "tune", "curves", "lines"),
+    "clusters",
     *SCALES,
 }
 SCALE_KEYS = {"flags", "tune", "seeds", "cost", "differs", "until"}
@@ -77,6 +81,7 @@ class Figure:
     curves: tuple[Curve, ...]
     lines: tuple[Line, ...]
     until: float = math.inf  # the x at which curves are compared
+    clusters: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by axis
 
     @property
     def x(self) -> str:
@@ -151,7 +156,18 @@ def parse_figure(text: str, name: str, scale: str | None, base: Config) -> Figur
         curves=tuple(curves),
         lines=tuple(Line(**line) for line in table.get("lines", [])),
         until=float(at.get("until", math.inf)),
+        clusters=_clusters(name, table),
     )
+
+
+def _clusters(name: str, table: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    clusters = table.get("clusters", {})
+    for axis, cluster in clusters.items():
+        where = f"figure {name}, cluster {axis!r}"
+        _check_keys(where, cluster, {"parameters", *Options._fields})
+        if "parameters" not in cluster:
+            raise ConfigurationError(f"{where}: give the number of parameters of its model")
+    return clusters
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:

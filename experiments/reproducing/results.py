@@ -63,7 +63,7 @@ def measurements(figure: Figure, found: Sequence[Found]) -> str:
     """All measurements of a figure as CSV, a line for each; of ends, only the last of each run; of
     a plan, a line for each curve."""
     file = io.StringIO()
-    columns = PLANNED if figure.kind == "plan" else MEASURED
+    columns = PLANNED if figure.kind == "plan" else (*MEASURED, *figure.clusters)
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["curve", "sweep", "seed", *columns])
     for one in found:

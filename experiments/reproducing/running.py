@@ -10,6 +10,7 @@ from experiments.building.config import Config
 from experiments.building.job import build_plan
 from experiments.planning.figures import plan_figures
 from experiments.reproducing.figure import Curve, Figure
+from experiments.reproducing.modelled_hours import Clock, clocks
 from experiments.running.metrics import read_metrics
 from experiments.tuning.results import diverged, rank
 from experiments.tuning.runs import run_all
@@ -45,6 +46,7 @@ def run_figure(figure: Figure, folder: Path, jobs: int) -> list[Found]:
     if figure.kind == "plan":
         pairs = list(zip(figure.curves, plans, strict=True))
         return [Found(curve, {}, (), [], [], plan | _hours(curve, pairs)) for curve, plan in pairs]
+    timed = [clocks(curve.config, figure.clusters) for curve in figure.curves]
     places = [folder / folder_name(curve) for curve in figure.curves]
     trials = {
         str(place): [_trial(curve, values, place) for values in _grid(curve)]
@@ -63,11 +65,21 @@ def run_figure(figure: Figure, folder: Path, jobs: int) -> list[Found]:
             curve,
             values,
             _edges(curve, values),
-            [read_metrics(Path(config.workdir or "")) for config in runs[str(place)]],
+            [_read(Path(config.workdir or ""), own) for config in runs[str(place)]],
             [summary["ended"] for summary in summaries[str(place)]],
             plan,
         )
-        for curve, values, place, plan in zip(figure.curves, best, places, plans, strict=True)
+        for curve, values, place, plan, own in zip(
+            figure.curves, best, places, plans, timed, strict=True
+        )
+    ]
+
+
+def _read(folder: Path, clocks: dict[str, Clock]) -> Lines:
+    """The measurements of a run, with its modelled hours."""
+    return [
+        line | {axis: clock(line["step"]) for axis, clock in clocks.items()}
+        for line in read_metrics(folder)
     ]
 
 
