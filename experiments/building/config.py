@@ -105,11 +105,11 @@ class Config(MethodFlags):
     )
     model: str = _model(
         "mll_cnn",
-        """Any inputs: logistic, linear, mlp. Small images: mll_cnn, cifarnet, small_resnet_NORM or
-        resnet18_NORM with layer_norm or batch_norm for NORM, resnet18_group_norm,
-        tiny_resnet_batch_norm, wide_resnet_16_4, wide_resnet_40_8, small_vit, tiny_vit. Large
-        images: resnet18_imagenet, resnet50, resnet50_v2, resnet101, resnet152, vit_s16, vit_b16.
-        Sequences: small_transformer, transformer.""",
+        """Any inputs: logistic, linear, mlp. Small images: mll_cnn, cifarnet, tiny_resnet_NORM,
+        small_resnet_NORM or resnet18_NORM with layer_norm or batch_norm for NORM,
+        resnet18_group_norm, wide_resnet_16_4, wide_resnet_40_8, small_vit, tiny_vit. Large images:
+        resnet18_imagenet, resnet50, resnet50_v2, resnet101, resnet152, vit_s16, vit_b16. Sequences:
+        small_transformer, transformer.""",
     )
     precision: str = _model(
         "float32",

@@ -12,10 +12,11 @@ from experiments.reproducing import figure as figures
 from experiments.reproducing import reproduce as reproducing
 from experiments.reproducing.figure import names, parse_figure, read_figure, scales
 from experiments.reproducing.reproduce import CSV, PICTURE, TABLE, list_figures, reproduce
-from experiments.reproducing.results import measured, slopes, table
+from experiments.reproducing.results import measured, measurements, slopes, table
 from experiments.reproducing.running import Found, folder_name
 from experiments.tuning import runs
 from jaxlocal import ConfigurationError
+from jaxlocal.data import load
 
 TUNED = """
 title = "Two methods"
@@ -153,6 +154,29 @@ def test_a_list_of_x_makes_a_panel_of_each_and_slopes_of_the_first(monkeypatch, 
     ]
     assert [panel.curves[0].x for panel in drawn] == [[1, 4, 8], [0, 1, 2]]
     assert [panel.curves[0].name for panel in drawn] == ["a, slope -1.00", "a"]
+
+
+def test_of_ends_only_the_last_measurements_are_written():
+    text = TUNED.replace('x = "step"', 'x = "local_steps"\nkind = "ends"')
+    figure = parse_figure(text, "one", "small", Config())
+    found = [found_of([3.0, 1.0 / h], ("local_steps", h), x=[0, 8], seeds=2) for h in (1, 4)]
+    rows = list(csv.DictReader(measurements(figure, found).splitlines()))
+    written = [(row["sweep"], row["seed"], row["train_loss"]) for row in rows]
+    assert written == [("1", "0", "1.0"), ("1", "1", "1.0"), ("4", "0", "0.25"), ("4", "1", "0.25")]
+
+
+def test_the_bound_of_the_perceptron_is_that_of_gradient_descent():
+    figure = read_figure("overparam_rates", "small", Config())
+    (bound,) = figure.lines
+    rate = figure.curves[0].config.learning_rate
+    train = load("perceptron", None, 0).train()
+    sides = 2.0 * train["targets"] - 1
+    weights = 2 * load("perceptron", None, 0).normal
+    assert (sides * (train["inputs"] @ weights)).min() > 1 - 1e-6  # no loss on any example
+    inputs = np.column_stack([train["inputs"], np.ones(len(sides))])
+    assert rate <= 1 / (2 * np.linalg.norm(inputs.T @ inputs / len(sides), 2))  # η ≤ 1/L
+    expected = [weights @ weights / (2 * rate * steps) for steps in bound.x]
+    np.testing.assert_allclose(bound.y, expected, rtol=1e-6)
 
 
 def test_every_figure_is_listed_with_its_cost():
