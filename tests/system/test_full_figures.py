@@ -58,12 +58,13 @@ def random_images(spec, data_dir, seed, *_):
 
 
 def reduced(config: Config) -> Config:
-    """Two steps of the same settings, with fewer workers and small batches."""
+    """Two rounds of one step of the same settings, with fewer workers and small batches."""
     steps = {"steps": None, "rounds": 2} if config.rounds else {"steps": 2}
     decay = {"decay_steps": "1"} if config.decay_steps or config.decay_epochs else {}
+    rule = {"period": config.period and "constant", "period_coefficient": None}
     workers = max(config.hubs, WORKERS.get(config.partition, 10))
     return dataclasses.replace(
-        config, **steps, **decay, workers=min(config.workers, workers),
+        config, **steps, **decay, **rule, workers=min(config.workers, workers),
         batch_size=min(config.batch_size, 2), accumulation=min(config.accumulation, 2),
         local_steps=1, hub_period=1, warmup_steps=0, eval_every=2, checkpoint_every=0,
         epochs=None, warmup_epochs=None, decay_epochs=None, stream_workers=0,
