@@ -193,6 +193,16 @@ def test_every_figure_is_read(name, scale):
     assert len(set(map(folder_name, figure.curves))) == len(figure.curves)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in names() if name.startswith(("mll", "overparam"))]
+)
+def test_their_periods_do_not_follow_the_learning_rate(name):
+    for scale in scales(name):
+        for curve in read_figure(name, scale, Config()).curves:
+            constant = "constant" in (curve.config.period, curve.config.schedule)
+            assert constant or curve.config.method != "local_sgd", (scale, curve.name)
+
+
 def test_the_bound_of_the_tight_instance_is_its_formula():
     (bound,) = read_figure("overparam_lower_bound", None, Config()).lines
     expected = [1 / (4 * math.e * (rounds + 0.5)) for rounds in bound.x]
