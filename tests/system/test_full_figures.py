@@ -10,6 +10,7 @@ from short_runs import run
 from experiments.building import job
 from experiments.building.config import Config
 from experiments.reproducing.figure import names, read_figure, scales
+from experiments.running import measuring
 from jaxlocal.data import load
 from jaxlocal.data.dataset import Dataset
 from jaxlocal.data.examples import ArraySource
@@ -80,6 +81,7 @@ def first(curve):
 @pytest.mark.parametrize("name", trained())
 def test_its_settings_take_two_steps(name, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "_load", random_images)
+    monkeypatch.setattr(measuring, "REESTIMATION_EXAMPLES", 4)
     # Of curves that differ only in a compression ratio the last is run, with the largest.
     ones = [reduced(first(curve)) for curve in read_figure(name, "full", Config()).curves]
     chosen = {re.sub(r"grbs(_tensors)?:\d+", "grbs", str(one)): one for one in ones}.values()
