@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxlocal.compression.batches import cut, join
 from jaxlocal.parallel.leaves import wide
 from jaxlocal.types import Leaf, Tree
 
@@ -49,34 +50,13 @@ def common_dtype(leaves: Sequence[Leaf]) -> Any:
 def flat(leaves: Sequence[Leaf]) -> Leaf:
     """Concatenate arrays into one vector, in the dtype to which they promote."""
     dtype = common_dtype(leaves)
-    vectors = [jnp.ravel(x).astype(dtype) for x in leaves]
-    return vectors[0] if len(vectors) == 1 else jnp.concatenate(vectors)
+    return join([jnp.ravel(x).astype(dtype) for x in leaves])
 
 
 def split(vector: Leaf, like: Sequence[Leaf]) -> list[Leaf]:
     """Undo `flat`: cut a vector into arrays with the shapes and dtypes of `like`."""
-    ends = np.cumsum([x.size for x in like])[:-1]
-    parts = jnp.split(vector, ends) if len(like) > 1 else [vector]
+    parts = cut(vector, [x.size for x in like])
     return [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, like, strict=True)]
-
-
-def map_by_shape(fn: Callable[..., Leaf], *lists: Sequence[Leaf]) -> list[Leaf]:
-    """Map a function over lists of arrays, compiled once for all arrays of one shape and dtype.
-
-    They are computed as one batch, which copies them: it is meant for small arrays.
-
-    >>> map_by_shape(jnp.sum, [jnp.arange(2), jnp.arange(3), jnp.arange(1, 3)])
-    [Array(1, dtype=int32), Array(3, dtype=int32), Array(3, dtype=int32)]
-    """
-    rows = list(zip(*lists, strict=True))
-    kinds: dict[Any, list[int]] = {}
-    for i, row in enumerate(rows):
-        kinds.setdefault(tuple((x.shape, x.dtype) for x in row), []).append(i)
-    results: dict[int, Leaf] = {}
-    for group in kinds.values():
-        batch = [jnp.stack(column) for column in zip(*(rows[i] for i in group), strict=True)]
-        results |= zip(group, jax.vmap(fn)(*batch), strict=True)
-    return [results[i] for i in range(len(rows))]
 
 
 def block(x: Leaf, at: Leaf, length: int) -> Leaf:
@@ -109,13 +89,7 @@ def random_words(
     """
     if not sum(counts):
         return [jnp.zeros(0, jnp.uint32) for _ in counts]
-    words = jax.random.bits(key, (sum(counts),), jnp.uint32)
-    cut = lambda words: jnp.split(words, np.cumsum(counts)[:-1])
-    zeros = lambda words: [jnp.zeros_like(part) for part in cut(words)]
-    # XLA compiles what it does with equal tensors once, unless it fuses the cuts into it, each of
-    # which is at another place. It does not fuse the results of a condition, which holds
-    # but for one draw in 2³², whose words are all zero.
-    return lax.cond(words[0] > 0, cut, zeros, finish(words))
+    return cut(finish(jax.random.bits(key, (sum(counts),), jnp.uint32)), counts)
 
 
 def pack(values: Leaf, bits: int) -> Leaf:

@@ -5,7 +5,9 @@ encoded. A tensor is sent uncompressed if the codec would not make it smaller or
 floating point.
 """
 
+import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +24,8 @@ from jaxlocal.compression.arrays import (
     split,
     tree_bits,
 )
+from jaxlocal.compression.batches import batches_by_shape, over_batch, stack, unstack
+from jaxlocal.parallel.leaves import wide
 from jaxlocal.types import Compressor, Leaf, Tree
 
 
@@ -80,11 +84,15 @@ class Codec(NamedTuple):
     granularity: str
 
 
-class VectorPayload(NamedTuple):
-    """The payload of one vector."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VectorsPayload:
+    """The payload of vectors of one size, leaves [vectors, ...]."""
 
     values: Tree
     index: Tree
+    # The numbers of the leaves of the tree that each vector holds.
+    members: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
 
 
 def compressor(
@@ -175,46 +183,63 @@ def groups(leaves: Sequence[Leaf], granularity: str) -> list[list[int]]:
 def _encode(codec: Codec, tree: Tree, key: Leaf) -> Tree:
     """The payload of a tree, a list with an item for each leaf.
 
-    An item is the leaf itself if it is sent uncompressed, the VectorPayload of the group at its
-    first leaf, and None at the other leaves of the group.
+    An item is the leaf itself if it is sent uncompressed, the VectorsPayload of the vectors that
+    are compressed together at the first leaf of the first of them, and None at their other leaves.
     """
-    payload = jax.tree.leaves(tree)
-    compressed = [
+    leaves = jax.tree.leaves(tree)
+    parts = [
         group
-        for group in groups(payload, codec.granularity)
-        if _compresses(codec, [payload[i] for i in group])
+        for group in groups(leaves, codec.granularity)
+        if _compresses(codec, [leaves[i] for i in group])
     ]
-    vectors = [flat([payload[i] for i in group]) for group in compressed]
-    masks = _masks(codec.selection, key, [x.size for x in vectors])
-    counts = [codec.coder.words(codec.selection.kept(x.size)) for x in vectors]
+    vectors = [flat([leaves[i] for i in part]) for part in parts]
+    batches = batches_by_shape(vectors)
+    sizes = [(len(batch), vectors[batch[0]].size) for batch in batches]
+    masks = _masks(codec.selection, key, sizes)
     # Masks are drawn from the message's own key, because the decoder has no other.
-    noises = random_words(jax.random.fold_in(key, 1) if sum(counts) else key, counts)
-    for group, x, mask, noise in zip(compressed, vectors, masks, noises, strict=True):
-        payload = [None if i in group else item for i, item in enumerate(payload)]
-        payload[group[0]] = _encode_vector(codec, x, mask, noise)
+    draws = lambda n: codec.coder.words(codec.selection.kept(n))
+    noisy = any(draws(n) for _, n in sizes)
+    noises = _words(jax.random.fold_in(key, 1) if noisy else key, sizes, draws)
+    payload = [None if any(i in part for part in parts) else x for i, x in enumerate(leaves)]
+    for batch, mask, noise in zip(batches, masks, noises, strict=True):
+        xs = stack([vectors[i] for i in batch])
+        values, index = over_batch(functools.partial(_encode_vector, codec))(xs, mask, noise)
+        members = tuple(tuple(parts[i]) for i in batch)
+        payload[members[0][0]] = VectorsPayload(values, index, members)
     return payload
 
 
-def _masks(selection: Selection, key: Leaf, sizes: Sequence[int]) -> list[Leaf]:
-    """What the selection draws for vectors of these sizes."""
-    finish = functools.partial(selection.draw, sizes)
-    return random_words(key, [selection.words(n) for n in sizes], finish)
+def _masks(selection: Selection, key: Leaf, sizes: Sequence[tuple[int, int]]) -> list[Leaf]:
+    """What the selection draws for batches of vectors, (their number, values of each)."""
+    finish = functools.partial(selection.draw, [n for count, n in sizes for _ in range(count)])
+    return _words(key, sizes, selection.words, finish)
+
+
+def _words(
+    key: Leaf, sizes: Sequence[tuple[int, int]], words: Callable[[int], int], *finish: Callable
+) -> list[Leaf]:
+    """Random words [vectors, words(n)] for each batch."""
+    shapes = [(count, words(n)) for count, n in sizes]
+    drawn = random_words(key, list(map(math.prod, shapes)), *finish)
+    return [x.reshape(shape) for x, shape in zip(drawn, shapes, strict=True)]
 
 
 def _decode(codec: Codec, payload: Tree, key: Leaf, onto: Tree, scale: Any) -> Tree:
     # The payload shows which leaves were compressed: `onto` may have other dtypes than the sender's
     # tree, for which `_compresses` could decide otherwise.
-    uncompressed = lambda item: item is not None and not isinstance(item, VectorPayload)
+    uncompressed = lambda item: item is not None and not isinstance(item, VectorsPayload)
     leaves, structure = jax.tree.flatten(onto)
     pairs = zip(leaves, payload, strict=True)
     leaves = [add(x, item, scale) if uncompressed(item) else x for x, item in pairs]
-    others = [i for i, item in enumerate(payload) if item is None]
-    compressed = [[i, *others] for i, item in enumerate(payload) if isinstance(item, VectorPayload)]
-    sizes = [sum(leaves[i].size for i in group) for group in compressed]
-    masks = _masks(codec.selection, key, sizes)
-    for group, mask in zip(compressed, masks, strict=True):
-        added = _add_vector(codec, payload[group[0]], mask, [leaves[i] for i in group], scale)
-        for i, x in zip(group, added, strict=True):
+    batches = [item for item in payload if isinstance(item, VectorsPayload)]
+    size = lambda part: sum(leaves[i].size for i in part)
+    masks = _masks(
+        codec.selection, key, [(len(code.members), size(code.members[0])) for code in batches]
+    )
+    for code, mask in zip(batches, masks, strict=True):
+        parts = [[leaves[i] for i in part] for part in code.members]
+        added = _add_vectors(codec, code, mask, parts, scale)
+        for i, x in zip(itertools.chain(*code.members), itertools.chain(*added), strict=True):
             leaves[i] = x
     return jax.tree.unflatten(structure, leaves)
 
@@ -229,19 +254,40 @@ def _delta(codec: Codec, like: Tree) -> float:
 
 # Compiled by itself, it is traced once for all vectors of one size.
 @functools.partial(jax.jit, static_argnums=0)
-def _encode_vector(codec: Codec, x: Leaf, mask: Leaf, noise: Leaf) -> VectorPayload:
+def _encode_vector(codec: Codec, x: Leaf, mask: Leaf, noise: Leaf) -> tuple[Tree, Tree]:
     values, index = codec.selection.encode(x, mask)
-    return VectorPayload(codec.coder.encode(values, noise), index)
+    return codec.coder.encode(values, noise), index
+
+
+def _add_vectors(
+    codec: Codec, code: VectorsPayload, mask: Leaf, parts: list[list[Leaf]], scale: Any
+) -> list[list[Leaf]]:
+    """Add scale · C to the leaves of each vector of a batch."""
+
+    def added(x, values, index, mask):
+        return _add_vector(codec, x, values, index, mask, scale)
+
+    if len(parts) == 1:
+        xs = stack([flat(parts[0])])
+        (x,) = unstack(over_batch(added)(xs, code.values, code.index, mask))
+        return [split(x, parts[0])]
+    dtype = wide(*(x.dtype for x in itertools.chain(*parts)))
+    nothing = jnp.zeros((len(parts), sum(x.size for x in parts[0])), dtype)
+    moves = over_batch(added)(nothing, code.values, code.index, mask)
+    like = [[jax.ShapeDtypeStruct(x.shape, dtype) for x in part] for part in parts]
+    shares = [split(move, shapes) for move, shapes in zip(unstack(moves), like, strict=True)]
+    return [
+        [add(x, y, 1) for x, y in zip(part, share, strict=True)]
+        for part, share in zip(parts, shares, strict=True)
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _add_vector(
-    codec: Codec, payload: VectorPayload, mask: Leaf, onto: list[Leaf], scale: Any
-) -> list[Leaf]:
-    def change(values):
-        return add(values, codec.coder.decode(payload.values, values.size), scale)
+def _add_vector(codec: Codec, x: Leaf, values: Tree, index: Tree, mask: Leaf, scale: Any) -> Leaf:
+    def change(kept):
+        return add(kept, codec.coder.decode(values, kept.size), scale)
 
-    return split(codec.selection.update(flat(onto), payload.index, mask, change), onto)
+    return codec.selection.update(x, index, mask, change)
 
 
 def _compresses(codec: Codec, part: Sequence[Leaf]) -> bool:

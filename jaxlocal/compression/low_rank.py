@@ -1,15 +1,35 @@
 """PowerSGD: a matrix is sent as two low-rank factors."""
 
+import dataclasses
 import math
 import numbers
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jaxlocal.compression.arrays import add, is_floating, map_by_shape, tree_bits, wide
+from jaxlocal.compression.arrays import (
+    add,
+    common_dtype,
+    is_floating,
+    split,
+    tree_bits,
+    wide,
+)
+from jaxlocal.compression.batches import batches_by_shape, over_batch, stack, unstack
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.types import Compressor, Leaf, SecondMessage, Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """A factor of each matrix of one shape."""
+
+    values: Leaf  # [matrices, n, r]
+    leaves: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # their numbers
 
 
 def powersgd(rank: int) -> Compressor:
@@ -58,7 +78,15 @@ def powersgd(rank: int) -> Compressor:
     def init(like):
         leaves = jax.tree.leaves(like)
         _check(rank, leaves)
-        return [_start(i, x, rank) if _fits(x, rank) else None for i, x in enumerate(leaves)]
+        fitting = [i for i, x in enumerate(leaves) if _fits(x, rank)]
+        batches = batches_by_shape(
+            [jax.ShapeDtypeStruct(_shape(leaves[i]), wide(leaves[i].dtype)) for i in fitting]
+        )
+        numbers = [tuple(fitting[i] for i in batch) for batch in batches]
+        return [
+            Factors(jnp.stack([_start(i, leaves[i], rank) for i in batch]), batch)
+            for batch in numbers
+        ]
 
     def delta(like):
         shapes = [_shape(x) for x in jax.tree.leaves(like) if _fits(x, rank)]
@@ -67,7 +95,7 @@ def powersgd(rank: int) -> Compressor:
     return Compressor(
         name=f"powersgd:{rank}",
         init=init,
-        encode=lambda tree, memory, key: {"left": _pairs(_left, tree, memory)},
+        encode=lambda tree, memory, key: {"left": _products(_left, tree, memory)},
         decode=_decode,
         delta=delta,
         ratio=math.nan,
@@ -80,8 +108,17 @@ def powersgd(rank: int) -> Compressor:
 
 
 def _settle(average: Tree) -> Tree:
-    leaves, structure = jax.tree.flatten(average)
-    return jax.tree.unflatten(structure, map_by_shape(_basis, leaves))
+    """Orthonormalise all factors, those of one shape together, which compiles once."""
+    factors = average["left"]
+    columns = [factor.values for factor in factors]
+    kinds = dict.fromkeys((x.shape[1:], x.dtype) for x in columns)
+    bases = dict[int, Leaf]()
+    for kind in kinds:
+        same = [i for i, x in enumerate(columns) if (x.shape[1:], x.dtype) == kind]
+        together = jax.vmap(_basis)(jnp.concatenate([columns[i] for i in same]))
+        ends = np.cumsum([len(columns[i]) for i in same])
+        bases |= zip(same, jnp.split(together, ends[:-1]), strict=True)
+    return {"left": [Factors(bases[i], factor.leaves) for i, factor in enumerate(factors)]}
 
 
 def _basis(columns: Leaf) -> Leaf:
@@ -118,38 +155,47 @@ def _gram_schmidt(columns: Leaf) -> tuple[Leaf, Leaf]:
 
 
 def _encode_right(tree: Tree, known: Tree, key: Leaf) -> Tree:
-    leaves = jax.tree.leaves(tree)
-    pairs = zip(leaves, known["left"], strict=True)
-    uncompressed = [x if left is None else None for x, left in pairs]
-    return {"right": _pairs(_right, tree, known["left"]), "uncompressed": uncompressed}
+    compressed = {i for factors in known["left"] for i in factors.leaves}
+    leaves = enumerate(jax.tree.leaves(tree))
+    uncompressed = [None if i in compressed else x for i, x in leaves]
+    return {"right": _products(_right, tree, known["left"]), "uncompressed": uncompressed}
 
 
 def _remember(memory: Tree, payload: Tree, key: Leaf) -> Tree:
     """Q ← R, with new random columns where R is zero: from a zero column nothing would be found."""
 
-    def one(right, number):
-        fresh = jax.random.normal(jax.random.fold_in(key, number), right.shape, right.dtype)
-        return jnp.where((right != 0).any(axis=0, keepdims=True), right, fresh)
+    if not (rights := [factors.values for factors in payload["right"]]):
+        return []
+    dtype = common_dtype(rights)
+    fresh = split(jax.random.normal(key, (sum(x.size for x in rights),), dtype), rights)
 
-    rights, structure = jax.tree.flatten(payload["right"])
-    numbers = [jnp.uint32(i) for i, right in enumerate(payload["right"]) if right is not None]
-    return jax.tree.unflatten(structure, map_by_shape(one, rights, numbers))
+    def renewed(right, fresh):
+        return jnp.where((right != 0).any(axis=1, keepdims=True), right, fresh)
+
+    pairs = zip(payload["right"], map(renewed, rights, fresh), strict=True)
+    return [Factors(values, factors.leaves) for factors, values in pairs]
 
 
 def _decode(payload: Tree, key: Leaf, onto: Tree, scale: float) -> Tree:
     leaves, structure = jax.tree.flatten(onto)
-    items = zip(leaves, payload["left"], payload["right"], payload["uncompressed"], strict=True)
-    added = [
-        add(x, whole if left is None else _dot(left, right.T).reshape(x.shape), scale)
-        for x, left, right, whole in items
-    ]
-    return jax.tree.unflatten(structure, added)
+    pairs = zip(leaves, payload["uncompressed"], strict=True)
+    leaves = [x if whole is None else add(x, whole, scale) for x, whole in pairs]
+    product = over_batch(lambda left, right: _dot(left, right.T))
+    for left, right in zip(payload["left"], payload["right"], strict=True):
+        for i, move in zip(left.leaves, unstack(product(left.values, right.values)), strict=True):
+            leaves[i] = add(leaves[i], move.reshape(leaves[i].shape), scale)
+    return jax.tree.unflatten(structure, leaves)
 
 
-def _pairs(product, tree: Tree, factors: list) -> list:
-    """product(matrix, factor) for every leaf that has a factor, None for the others."""
-    pairs = zip(jax.tree.leaves(tree), factors, strict=True)
-    return [None if f is None else product(_matrix(x), f) for x, f in pairs]
+def _products(product: Callable, tree: Tree, factors: list[Factors]) -> list[Factors]:
+    """product(matrix, factor) for every matrix that has a factor."""
+    leaves = jax.tree.leaves(tree)
+
+    def one(own):
+        matrices = stack([_matrix(leaves[i]) for i in own.leaves])
+        return Factors(over_batch(product)(matrices, own.values), own.leaves)
+
+    return list(map(one, factors))
 
 
 def _left(matrix: Leaf, right: Leaf) -> Leaf:

@@ -61,15 +61,15 @@ def partial_sync(
         payload, residual = run(send)(tree, memory, context.worker)
         return Synced(residual, aggregate(mixer, compressor, payload, tree, key, context), memory)
     second = compressor.second
-    first = _mapped(lambda x, kept: compressor.encode(x, kept, key))(tree, memory)
+    first = _grid(lambda x, kept: compressor.encode(x, kept, key))(tree, memory)
     known = _grid(second.settle)(mixer.average(first, context))
     common = _to_workers(known, context)
-    rest = _mapped(lambda x, known: second.encode(x, known, key))(tree, common)
+    rest = _grid(lambda x, known: second.encode(x, known, key))(tree, common)
     minus = lambda x, known, rest: compressor.decode({**known, **rest}, key, x, -1.0)
-    residual = _mapped(minus)(tree, common, rest)
+    residual = _grid(minus)(tree, common, rest)
     average = mixer.average(rest, context)
     remember = lambda kept, payload: second.remember(kept, payload, key)
-    memory = _mapped(remember)(memory, {**common, **_to_workers(average, context)})
+    memory = _grid(remember)(memory, {**common, **_to_workers(average, context)})
     return Synced(residual, _adder(compressor, {**known, **average}, key), memory)
 
 

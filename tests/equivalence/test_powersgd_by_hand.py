@@ -51,7 +51,7 @@ def test_ef_sgd_with_powersgd_equals_its_loop():
         state, _ = round_fn(state, gradient[None, None])  # [steps, hubs, workers, n, m]
         models.append(np.asarray(state.params["w"]))
 
-    first_right = powersgd(RANK).init({"w": start})[0]
+    (first_right,) = powersgd(RANK).init({"w": start})[0].values
     expected, errors = powersgd_by_hand(gradients, start, np.asarray(first_right))
     # Float64 rounds at 1e-16, of numbers of size one.
     for worker in range(WORKERS):
