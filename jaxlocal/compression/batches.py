@@ -47,22 +47,21 @@ def unstack(batch: Leaf) -> list[Leaf]:
     return [x.reshape(shape) for x in cut(jnp.ravel(batch), [math.prod(shape)] * count)]
 
 
-def batches_by_shape(*lists: Sequence[Leaf]) -> list[list[int]]:
-    """Group the rows of lists of arrays whose shapes and dtypes are the same.
+def batches_by_shape(arrays: Sequence[Leaf]) -> list[list[int]]:
+    """Group arrays whose shapes and dtypes are the same.
 
     What is done to a batch compiles once, where it would for each of its arrays. Stacking copies
     them, so that only small ones share a batch.
 
     Returns:
-      The numbers of the rows of each batch.
+      The numbers of the arrays of each batch.
 
     >>> batches_by_shape([jnp.zeros(2), jnp.zeros(3), jnp.ones(2)])
     [[0, 2], [1]]
     """
     batches: dict[Any, list[int]] = {}
-    for i, row in enumerate(zip(*lists, strict=True)):
-        small = max(x.size for x in row) <= SMALL
-        kind = tuple((x.shape, np.dtype(x.dtype)) for x in row) if small else i
+    for i, x in enumerate(arrays):
+        kind = (x.shape, np.dtype(x.dtype)) if x.size <= SMALL else i
         batches.setdefault(kind, []).append(i)
     return list(batches.values())
 
@@ -129,7 +128,7 @@ def _batched_together(fn: Callable) -> Callable:
 
 
 def _hides(sizes: Sequence[int]) -> bool:
-    return sum(sizes) > 0 and jax.default_backend() == "cpu"
+    return 0 < sum(sizes) < 2**32 and jax.default_backend() == "cpu"
 
 
 def _places(sizes: Sequence[int], x: Leaf) -> tuple[Leaf, ...]:
