@@ -12,6 +12,7 @@ Keys of a file, of which `curves` and the two scales are tables:
   differs from the paper; until: the x at which curves are compared, by default their ends.
 - curves: name, flags, published (values by metric), tune; of kind ends, sweep: a flag, its values
   and other flags in which {} is replaced by the value.
+  averages: names of further curves by running average, ema or swa, of the same runs' models.
   group: of kind plan, curves whose hours follow from the two that have published hours.
 - lines: name, x and y of lines that theory gives, drawn beside the first metric.
 - clusters: by axis of x, a cluster on which the hours of the runs are modelled: parameters, of the
@@ -40,7 +41,7 @@ KEYS = {
     *SCALES,
 }
 SCALE_KEYS = {"flags", "tune", "seeds", "cost", "differs", "until"}
-CURVE_KEYS = {"name", "flags", "published", "tune", "sweep", "group", *SCALES}
+CURVE_KEYS = {"name", "flags", "published", "tune", "sweep", "group", "averages", *SCALES}
 
 
 class Curve(NamedTuple):
@@ -52,6 +53,8 @@ class Curve(NamedTuple):
     published: dict[str, float]  # by metric
     sweep: tuple[str, float] | None  # the swept flag and its value
     group: str | None = None  # of curves whose hours follow from two that are known
+    runs_of: str | None = None  # the curve whose runs these are, where they are not its own
+    average: str | None = None  # the running average of those runs that is shown
 
 
 class Line(NamedTuple):
@@ -195,12 +198,26 @@ def _points(
     make = lambda more: with_flags(base, _words(flags | more), where)
     sweep = own.get("sweep", curve.get("sweep"))
     if sweep is None:
-        return [Curve(curve["name"], make({}), chosen, published, None, curve.get("group"))]
+        one = Curve(curve["name"], make({}), chosen, published, None, curve.get("group"))
+        return [one, *_averages(where, one, curve.get("averages", {}))]
     flag = sweep["flag"]
     follow = lambda value: {k: v.format(value) for k, v in sweep.get("flags", {}).items()}
     return [
         Curve(curve["name"], make({flag: value} | follow(value)), chosen, published, (flag, value))
         for value in sweep["values"]
+    ]
+
+
+def _averages(where: str, of: Curve, named: dict[str, str]) -> list[Curve]:
+    """The curves of running averages that the runs of a curve keep."""
+    kept = {"ema": of.config.ema_decay, "swa": of.config.swa_start}
+    for average in named:
+        if lookup("running average", average, kept) is None:
+            flag = {"ema": "ema_decay", "swa": "swa_start"}[average]
+            raise ConfigurationError(f"{where}: its average {average!r} needs the flag {flag}")
+    return [
+        of._replace(name=name, published={}, runs_of=of.name, average=average)
+        for average, name in named.items()
     ]
 
 

@@ -11,7 +11,7 @@ from experiments.building.job import build_plan
 from experiments.planning.figures import plan_figures
 from experiments.reproducing.figure import Curve, Figure
 from experiments.reproducing.modelled_hours import Clock, clocks
-from experiments.running.metrics import read_metrics
+from experiments.running.metrics import of_average, read_metrics
 from experiments.tuning.results import diverged, rank
 from experiments.tuning.runs import run_all
 from jaxlocal import ConfigurationError
@@ -65,7 +65,7 @@ def run_figure(figure: Figure, folder: Path, jobs: int) -> list[Found]:
             curve,
             values,
             _edges(curve, values),
-            [_read(Path(config.workdir or ""), own) for config in runs[str(place)]],
+            [_read(Path(config.workdir or ""), own, curve.average) for config in runs[str(place)]],
             [summary["ended"] for summary in summaries[str(place)]],
             plan,
         )
@@ -75,12 +75,12 @@ def run_figure(figure: Figure, folder: Path, jobs: int) -> list[Found]:
     ]
 
 
-def _read(folder: Path, clocks: dict[str, Clock]) -> Lines:
-    """The measurements of a run, with its modelled hours."""
-    return [
-        line | {axis: clock(line["step"]) for axis, clock in clocks.items()}
-        for line in read_metrics(folder)
+def _read(folder: Path, clocks: dict[str, Clock], average: str | None) -> Lines:
+    """The measurements of a run, or of a running average of its models, with its modelled hours."""
+    lines = [
+        line if average is None else of_average(line, average) for line in read_metrics(folder)
     ]
+    return [line | {axis: clock(line["step"]) for axis, clock in clocks.items()} for line in lines]
 
 
 def configs(figure: Figure) -> list[Config]:
@@ -167,4 +167,4 @@ def _edges(curve: Curve, values: dict[str, Any]) -> tuple[str, ...]:
 def folder_name(curve: Curve) -> str:
     """The name of a curve's folder."""
     swept = f"-{curve.sweep[0]}={curve.sweep[1]}" if curve.sweep else ""
-    return re.sub(r"[^\w.=-]+", "_", curve.name).strip("_") + swept
+    return re.sub(r"[^\w.=-]+", "_", curve.runs_of or curve.name).strip("_") + swept

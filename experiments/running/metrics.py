@@ -69,6 +69,19 @@ def _is_complete(values: dict[str, Any]) -> bool:
     return whole and all(type(x) in (int, float) and abs(x) < LARGEST_NUMBER for x in real)
 
 
+def of_average(line: dict[str, Any], name: str) -> dict[str, Any]:
+    """A measurement of a running average of the models in the place of their average.
+
+    Only its test metrics are measured.
+
+    >>> of_average({"step": 4, "train_loss": 0.5, "eval_loss": 0.7, "eval_loss_ema": 0.6}, "ema")
+    {'step': 4, 'train_loss': None, 'eval_loss': 0.6}
+    """
+    own = {f"{key}{name}": key.removesuffix("_") for key in OF_AVERAGES if f"{key}{name}" in line}
+    rest = {key: value for key, value in line.items() if not key.startswith(OF_AVERAGES)}
+    return rest | {"train_loss": None} | {key: line[full] for full, key in own.items()}
+
+
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """Read the summary of a run that has ended; None where it is missing or damaged.
 

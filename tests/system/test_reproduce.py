@@ -14,6 +14,7 @@ from experiments.reproducing.figure import names, parse_figure, read_figure, sca
 from experiments.reproducing.reproduce import CSV, PICTURE, TABLE, list_figures, reproduce
 from experiments.reproducing.results import measured, measurements, slopes, table
 from experiments.reproducing.running import Found, folder_name
+from experiments.running.metrics import read_metrics
 from experiments.tuning import runs
 from jaxlocal import ConfigurationError
 from jaxlocal.data import load
@@ -82,6 +83,23 @@ def test_a_figure_is_tuned_run_and_written_once(two_methods, monkeypatch, capsys
     assert reproduce("two_methods", "small", two_methods, None, 1) == 0
 
 
+def test_running_averages_are_curves_of_the_same_runs(two_methods):
+    text = TUNED.replace("learning_rate = 0.05 }", "learning_rate = 0.05, ema_decay = 0.5 }")
+    text = text.replace('y = ["train_loss"]', 'y = ["train_loss", "eval_loss"]')
+    (figures.FOLDER / "two_methods.toml").write_text(text + 'averages = { ema = "its EMA" }\n')
+    assert reproduce("two_methods", "small", two_methods, None, 1) == 0
+    rows = [line for line in (two_methods / TABLE).read_text().splitlines() if line[:1] == "|"]
+    own, average = (
+        {cells[1]: cells for cells in ([c.strip() for c in row.split("|")] for row in rows)}[name]
+        for name in ("data parallel", "its EMA")
+    )
+    assert average[3] == "—" and average[5] != own[5]
+    ended = [read_metrics(two_methods / "data_parallel" / f"seed_{seed}")[-1] for seed in (0, 1)]
+    expected = np.mean([line["eval_loss_ema"] for line in ended])
+    assert float(average[5].split("±")[0]) == pytest.approx(expected, rel=1e-3)
+    assert not (two_methods / "its_EMA").exists()
+
+
 def test_mistakes_are_one_sentence_before_the_first_run(two_methods):
     for name, scale, words in (
         ("two_method", "small", "two_methods"),
@@ -100,6 +118,8 @@ def test_mistakes_are_one_sentence_before_the_first_run(two_methods):
         (TUNED.replace("steps = 8", "stepps = 8", 1), "stepps"),
         (TUNED.replace('"least_squares"', "="), "figure one"),
         (TUNED.replace("momentum = 0", 'momentum = "much"'), "momentum"),
+        (TUNED + 'averages = { ema = "EMA" }', "'ema' needs the flag ema_decay"),
+        (TUNED + 'averages = { sma = "EMA" }', "running average 'sma'"),
     ],
 )
 def test_a_wrong_file_is_told_by_its_key(text, words):
@@ -190,7 +210,8 @@ def test_every_figure_is_listed_with_its_cost():
 def test_every_figure_is_read(name, scale):
     figure = read_figure(name, scale, Config())
     assert figure.curves and figure.seeds >= 1 and figure.cost
-    assert len(set(map(folder_name, figure.curves))) == len(figure.curves)
+    own = [curve for curve in figure.curves if curve.runs_of is None]
+    assert len(set(map(folder_name, own))) == len(own)
 
 
 @pytest.mark.parametrize(
