@@ -56,8 +56,8 @@ class Config(MethodFlags):
     dataset: str = _data(
         "digits",
         """digits, docstrings[:LENGTH], mnist_binary, emnist_letters (from its original files),
-        least_squares, perceptron[:squared_hinge], two_quadratics:ROUNDS, or any image dataset of
-        TensorFlow Datasets that is prepared: mnist, cifar10, cifar100, fashion_mnist,
+        least_squares, perceptron[:squared_hinge[:MARGIN]], two_quadratics:ROUNDS, or any image
+        dataset of TensorFlow Datasets that is prepared: mnist, cifar10, cifar100, fashion_mnist,
         emnist/letters, imagenet2012, ….""",
     )
     image_size: int | None = _data(

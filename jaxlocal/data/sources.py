@@ -9,7 +9,7 @@
 | `emnist_letters` | EMNIST letters with 62 classes, from the original files |
 | `mnist_binary` | MNIST with class 1 for the digits 0 to 4 and class 0 for 5 to 9 |
 | `least_squares` | Gaussian inputs, and a linear target with noise |
-| `perceptron`, `perceptron:squared_hinge` | two linearly separable classes, with that loss |
+| `perceptron[:squared_hinge[:MARGIN]]` | two linearly separable classes, with that loss |
 | `two_quadratics`, `two_quadratics:R` | two examples on which Local SGD needs more than R rounds |
 """
 

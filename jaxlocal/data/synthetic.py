@@ -13,7 +13,7 @@ from jaxlocal.errors import ConfigurationError, lookup
 
 _TRAIN, _TEST, _FEATURES = 4096, 1024, 32
 _NOISE = 0.1
-_MARGIN = 0.5
+_MARGIN = "0.5"
 _LOSSES = {name: name for name in ("perceptron", "squared_hinge")}
 
 
@@ -33,19 +33,36 @@ def perceptron(request: Request) -> Dataset:
     The loss is max(0, -y wᵀx), or, of `perceptron:squared_hinge`, max(0, 1 - y wᵀx)², for the sides
     y = ±1. Some weights have no loss on any example. The perceptron loss is zero at zero weights
     too, from which it makes steps all the same, as every example is a mistake there.
+    `perceptron:squared_hinge:0.1` makes the least distance 0.1; with 0 it is that of the Gaussian
+    example which is nearest to the hyperplane.
+
+    Raises:
+      ConfigurationError: the loss is unknown, or the distance is not a number from 0 to 1,000.
     """
+    argument = "perceptron" if request.argument is None else request.argument
+    name, _, distance = argument.partition(":")
+    loss = lookup("loss of perceptron", name, _LOSSES)
+    margin = _margin(distance or _MARGIN, request.spec)
 
     def make(
         generator: np.random.Generator, inputs: NDArray[Any], direction: NDArray[Any]
     ) -> Examples:
         sides = np.where(inputs @ direction >= 0, 1.0, -1.0)
-        inputs = inputs + _MARGIN * sides[:, None] * direction
+        inputs = inputs + margin * sides[:, None] * direction
         return {"inputs": inputs.astype(np.float32), "targets": (sides > 0).astype(np.int32)}
 
-    argument = "perceptron" if request.argument is None else request.argument
-    loss = lookup("loss of perceptron", argument, _LOSSES)
     normal = _direction(request.seed)[1].astype(np.float32)
     return _synthetic(request, make, classes=2)._replace(normal=normal, loss=loss)
+
+
+def _margin(text: str, spec: str) -> float:
+    try:
+        margin = float(text)
+    except ValueError:
+        margin = float("nan")
+    if not 0 <= margin <= 1000:
+        raise ConfigurationError(f"the distance in {spec!r} must be a number from 0 to 1,000")
+    return margin
 
 
 def _direction(seed: int) -> tuple[np.random.Generator, NDArray[np.float64]]:

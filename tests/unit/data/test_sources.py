@@ -99,6 +99,20 @@ def test_workers_by_distance_hold_slabs_between_parallel_hyperplanes():
     assert sum(map(len, held)) == 4096
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.25, 0.5, 3.0])
+def test_no_example_of_the_perceptron_is_nearer_to_the_hyperplane_than_its_margin(margin):
+    data = load(f"perceptron:squared_hinge:{margin}")
+    train = data.train()
+    sides = 2.0 * train["targets"] - 1
+    distances = sides * (train["inputs"] @ data.normal.astype(np.float64))
+    assert margin - 1e-5 <= distances.min() < margin + 0.01
+    assert data.loss == "squared_hinge"
+    # The margin alone moves the examples.
+    along = distances - margin
+    usual = load("perceptron").train()["inputs"] @ data.normal.astype(np.float64)
+    np.testing.assert_allclose(along, sides * usual - 0.5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rate, steps", [(1.0, 1), (1.0, 5), (0.1, 1), (0.1, 20)])
 def test_local_sgd_on_two_quadratics_has_the_loss_of_theory(rate, steps):
     rounds = 1000
@@ -264,6 +278,10 @@ def test_a_missing_package_is_named_with_the_extra(name, absent, package, monkey
         ("cifar", "did you mean 'cifar10'"),
         ("digits:3", "takes no argument"),
         ("perceptron:hinge", "unknown loss of perceptron 'hinge'; known: perceptron, squared"),
+        ("perceptron:squared_hinge:wide", "number from 0 to 1,000"),
+        ("perceptron:squared_hinge:-1", "number from 0 to 1,000"),
+        ("perceptron:squared_hinge:nan", "number from 0 to 1,000"),
+        ("perceptron:hinge:1", "loss of perceptron 'hinge'"),
         ("two_quadratics:", "positive whole number"),
         ("two_quadratics:0", "positive whole number"),
         ("two_quadratics:1.5", "positive whole number"),
