@@ -119,6 +119,7 @@ def build_job(config: Config) -> Job:
     check_data(config, dataset, augmentation)
     check_same_data(dataset)
     model = build_model(config, dataset)
+    model = model._replace(init=jax.jit(model.init))  # one trace, for the shapes and the values
     shapes, example = jax.eval_shape(model.init, jax.random.key(0)), dataset.train_source()[0]
     sizes = (dataset.train_examples, *grid, config.batch_size)
     task = _Task(
@@ -224,5 +225,5 @@ def save_every(plan: Plan) -> int:
 def initial_state(job: Job, round_fn: RoundFn) -> TrainState:
     """The state before the first step, from the seed of the config."""
     key = jax.random.key(job.config.seed)
-    params, model_state = jax.jit(job.model.init)(key)
+    params, model_state = job.model.init(key)
     return round_fn.init(params, key, model_state)

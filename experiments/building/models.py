@@ -126,4 +126,4 @@ def make_metrics(
         jax.eval_shape(metrics, *shapes, batch)
     except ConfigurationError as error:
         raise ConfigurationError(f"{config.model} does not fit {config.dataset}: {error}") from None
-    return metrics
+    return jax.jit(metrics, inline=True)  # one trace for batches of training and test examples

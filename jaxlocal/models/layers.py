@@ -1,11 +1,13 @@
 """Layers that the models share, and the check of an image's shape."""
 
 from functools import partial
+from typing import Any
 
 import jax
 from flax import nnx
 
 from jaxlocal.errors import ConfigurationError
+from jaxlocal.models.variables import Statistic
 from jaxlocal.nn import conv_general_dilated
 
 Conv = partial(nnx.Conv, conv_general_dilated=conv_general_dilated)
@@ -16,6 +18,10 @@ class BatchNorm(nnx.BatchNorm):
 
     The statistics are float32; without the cast, all later layers would compute in float32.
     """
+
+    def __init__(self, num_features: int, *, rngs: nnx.Rngs, **settings: Any) -> None:
+        super().__init__(num_features, rngs=rngs, **settings)
+        self.mean, self.var = Statistic(self.mean[...]), Statistic(self.var[...])
 
     def __call__(
         self,

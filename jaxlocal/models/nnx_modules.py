@@ -14,6 +14,7 @@ from jaxlocal.models.adapters import Model, keywords_taken
 from jaxlocal.models.jaxprs import depends, origin
 from jaxlocal.models.module_attributes import check_nothing_hidden, check_unchanged, numbers_of
 from jaxlocal.models.random_streams import check_nothing_drawn, counts_of, stream_keys
+from jaxlocal.models.variables import quick_rngs
 from jaxlocal.parallel.leaves import is_key
 from jaxlocal.types import Tree
 
@@ -135,7 +136,7 @@ def _check_not_linen(module: Any) -> None:
 
 
 def _built(make_module: Callable[[nnx.Rngs], nnx.Module], key: Any) -> nnx.Module:
-    module = make_module(nnx.Rngs(key))
+    module = make_module(quick_rngs(key))
     _check_not_linen(module)
     if not isinstance(module, nnx.Module) or not callable(module):
         raise ConfigurationError(

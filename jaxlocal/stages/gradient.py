@@ -90,6 +90,7 @@ def accumulate(grad_fn: GradFn, micro_batches: int) -> GradFn:
     [-6.0, -6.0]
     """
     check_integer("micro-batches", micro_batches)
+    traced_once = jax.jit(grad_fn, inline=True)  # for its shapes and in the loop
 
     def accumulated(params, model_state, batch, key):
         parts = jax.tree.map(lambda x: _parts(x, micro_batches), batch)
@@ -98,12 +99,12 @@ def accumulate(grad_fn: GradFn, micro_batches: int) -> GradFn:
             sums, state = carry
             number, examples = part
             part_key = jax.random.fold_in(key, number)
-            grads, state, metrics = grad_fn(params, state, examples, part_key)
+            grads, state, metrics = traced_once(params, state, examples, part_key)
             sums = jax.tree.map(lambda s, x: s + jnp.asarray(x, s.dtype), sums, (grads, metrics))
             return vary((sums, state)), None
 
         first = jax.tree.map(lambda x: x[0], parts)
-        grads, _, metrics = jax.eval_shape(grad_fn, params, model_state, first, key)
+        grads, _, metrics = jax.eval_shape(traced_once, params, model_state, first, key)
         zeros = lambda x: jnp.zeros(x.shape, wide(x.dtype))
         start = vary((jax.tree.map(zeros, (grads, metrics)), model_state))
         (sums, model_state), _ = lax.scan(add, start, (jnp.arange(micro_batches), parts))

@@ -38,6 +38,8 @@ class Programs:
     ) -> None:
         self._method, self._mesh, self._context = method, mesh, context
         self._keep_shardings = keep_shardings
+        # One trace serves the programs of all numbers of inner stages; it is not in what they run.
+        self._inner = method.inner._replace(apply=jax.jit(method.inner.apply, inline=True))
         self._made: dict[Any, Any] = {}
 
     def place(self, batches: Tree) -> Tree:
@@ -64,7 +66,7 @@ class Programs:
         `running`."""
         if which not in self._made:
             outer = which == "outer"
-            stage = self._method.outer if outer else repeat(self._method.inner, int(which))
+            stage = self._method.outer if outer else repeat(self._inner, int(which))
             part, specs = "outer" if outer else "inner", specs_of(state)
             keep = self._keep_shardings
             self._made[which] = _compile_stage(stage, part, self._mesh, specs, keep)

@@ -71,10 +71,11 @@ def reduced(config: Config) -> Config:
     steps = {"steps": None, "rounds": 2} if config.rounds else {"steps": 2}
     decay = {"decay_steps": "1"} if config.decay_steps or config.decay_epochs else {}
     rule = {"period": config.period and "constant", "period_coefficient": None}
+    averages = {} if config.swa_start is None else {"swa_start": min(config.swa_start, 1)}
     local_steps = 2 if config.cser_implementation == "released" else 1  # a message of each kind
     workers = max(config.hubs, WORKERS.get(config.partition, 10))
     return dataclasses.replace(
-        config, **steps, **decay, **rule, workers=min(config.workers, workers),
+        config, **steps, **decay, **rule, **averages, workers=min(config.workers, workers),
         batch_size=min(config.batch_size, 2), accumulation=min(config.accumulation, 2),
         local_steps=local_steps, hub_period=1, warmup_steps=0, eval_every=2, checkpoint_every=0,
         epochs=None, warmup_epochs=None, decay_epochs=None, stream_workers=0,
