@@ -148,9 +148,10 @@ def weighted_sum(weight: jax.Array, x: jax.Array, over: str) -> jax.Array:
     by_hub = over == "workers"
     # One long dimension is fastest, but joining dimensions would gather a sharded worker.
     flat = x if workers_are_sharded() else x.reshape((*x.shape[:2], math.prod(x.shape[2:])))
-    form = "dn,dn...->d..." if by_hub else "dn,dn...->..."
-    total = jnp.einsum(
-        form, weight.astype(dtype), flat.astype(dtype), precision=lax.Precision.HIGHEST
+    # As einsum("dn,dn...->d...") or ("dn,dn...->..."), whose trace takes six times as long.
+    axes = (((1,), (1,)), ((0,), (0,))) if by_hub else (((0, 1), (0, 1)), ((), ()))
+    total = lax.dot_general(
+        weight.astype(dtype), flat.astype(dtype), axes, precision=lax.Precision.HIGHEST
     )
     return total.reshape((x.shape[0] if by_hub else 1, 1) + x.shape[2:])
 
