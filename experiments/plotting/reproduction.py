@@ -12,6 +12,7 @@ from experiments.plotting.curves import band
 from experiments.plotting.figures import load_pyplot, save_figure
 
 LABELS = COSTS | RESULTS | {"round": "rounds", "local_steps": "H, steps in a round"}
+LABELS |= {"R_C": "overall compression ratio R_C"}
 _WIDTH = 80  # characters of the title in a row, of one panel
 
 

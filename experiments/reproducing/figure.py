@@ -11,7 +11,8 @@ Keys of a file, of which `curves` and the two scales are tables:
 - small, full: what a scale changes: flags, tune, seeds, cost (a text) and differs, a list of what
   differs from the paper; until: the x at which curves are compared, by default their ends.
 - curves: name, flags, published (values by metric), tune; of kind ends, sweep: a flag, its values
-  and other flags in which {} is replaced by the value.
+  and other flags in which {} is replaced by the value; or points: by their x, the flags, tune
+  and published of each.
   averages: names of further curves by running average, ema or swa, of the same runs' models.
   group: of kind plan, curves whose hours follow from the two that have published hours.
 - lines: name, x and y of lines that theory gives, drawn beside the first metric.
@@ -22,6 +23,7 @@ Keys of a file, of which `curves` and the two scales are tables:
 import dataclasses
 import math
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +42,9 @@ KEYS = {
     "clusters",
     *SCALES,
 }
+POINT_KEYS = {"flags", "published", "tune", *SCALES}
 SCALE_KEYS = {"flags", "tune", "seeds", "cost", "differs", "until"}
-CURVE_KEYS = {"name", "flags", "published", "tune", "sweep", "group", "averages", *SCALES}
+CURVE_KEYS = {"name", "flags", "published", "tune", "sweep", "group", "averages", "points", *SCALES}
 
 
 class Curve(NamedTuple):
@@ -140,7 +143,7 @@ def parse_figure(text: str, name: str, scale: str | None, base: Config) -> Figur
     curves = [
         point
         for curve in table["curves"]
-        for point in _points(name, curve, scale, shared, tune, base)
+        for point in _points(name, curve, scale, shared, tune, base, table["x"])
     ]
     slopes = table.get("slopes")
     return Figure(
@@ -187,8 +190,9 @@ def _points(
     shared: dict[str, Any],
     tune: dict[str, Any],
     base: Config,
+    x: str,
 ) -> list[Curve]:
-    """A curve at a scale, or the points of its sweep."""
+    """A curve at a scale, or the points of its sweep over x."""
     where = f"figure {figure}, curve {curve.get('name')!r}"
     _check_keys(where, curve, CURVE_KEYS)
     own = curve.get(scale, {})
@@ -196,6 +200,11 @@ def _points(
     chosen = tune | curve.get("tune", {}) | own.get("tune", {})
     published = curve.get("published", {}) | own.get("published", {})
     make = lambda more: with_flags(base, _words(flags | more), where)
+    if "points" in curve:
+        return [
+            _point(where, curve["name"], (x, value), at | at.get(scale, {}), make, chosen)
+            for value, at in curve["points"].items()
+        ]
     sweep = own.get("sweep", curve.get("sweep"))
     if sweep is None:
         one = Curve(curve["name"], make({}), chosen, published, None, curve.get("group"))
@@ -206,6 +215,25 @@ def _points(
         Curve(curve["name"], make({flag: value} | follow(value)), chosen, published, (flag, value))
         for value in sweep["values"]
     ]
+
+
+def _point(
+    where: str,
+    name: str,
+    sweep: tuple[str, str],
+    table: dict[str, Any],
+    make: Callable[[dict[str, Any]], Config],
+    tune: dict[str, list[Any]],
+) -> Curve:
+    """A point of a curve that has flags of its own."""
+    where = f"{where}, point {sweep[1]!r}"
+    _check_keys(where, table, POINT_KEYS)
+    try:
+        swept = (sweep[0], float(sweep[1]))
+    except ValueError:
+        raise ConfigurationError(f"{where}: a point is named by its x, a number") from None
+    flags, tune = table.get("flags", {}), tune | table.get("tune", {})
+    return Curve(name, make(flags), tune, table.get("published", {}), swept)
 
 
 def _averages(where: str, of: Curve, named: dict[str, str]) -> list[Curve]:

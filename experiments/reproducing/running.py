@@ -166,5 +166,5 @@ def _edges(curve: Curve, values: dict[str, Any]) -> tuple[str, ...]:
 
 def folder_name(curve: Curve) -> str:
     """The name of a curve's folder."""
-    swept = f"-{curve.sweep[0]}={curve.sweep[1]}" if curve.sweep else ""
+    swept = f"-{curve.sweep[0]}={curve.sweep[1]:g}" if curve.sweep else ""
     return re.sub(r"[^\w.=-]+", "_", curve.runs_of or curve.name).strip("_") + swept
