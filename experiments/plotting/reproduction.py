@@ -11,8 +11,13 @@ from experiments.plotting.comparison import COSTS, RESULTS, colors
 from experiments.plotting.curves import band
 from experiments.plotting.figures import load_pyplot, save_figure
 
-LABELS = COSTS | RESULTS | {"round": "rounds", "local_steps": "H, steps in a round"}
-LABELS |= {"R_C": "overall compression ratio R_C"}
+LABELS = {
+    **COSTS,
+    **RESULTS,
+    "round": "rounds",
+    "local_steps": "H, steps in a round",
+    "R_C": "overall compression ratio R_C",
+}
 _WIDTH = 80  # characters of the title in a row, of one panel
 
 

@@ -42,7 +42,7 @@ KEYS = {
     "clusters",
     *SCALES,
 }
-POINT_KEYS = {"flags", "published", "tune", *SCALES}
+POINT_KEYS = {"flags", "published", "tune"}
 SCALE_KEYS = {"flags", "tune", "seeds", "cost", "differs", "until"}
 CURVE_KEYS = {"name", "flags", "published", "tune", "sweep", "group", "averages", "points", *SCALES}
 
@@ -143,7 +143,8 @@ def parse_figure(text: str, name: str, scale: str | None, base: Config) -> Figur
     curves = [
         point
         for curve in table["curves"]
-        for point in _points(name, curve, scale, shared, tune, base, table["x"])
+        for one in _points(name, curve, scale, shared, tune, base, table["x"])
+        for point in (one, *_averages(name, one, curve.get("averages", {})))
     ]
     slopes = table.get("slopes")
     return Figure(
@@ -200,15 +201,14 @@ def _points(
     chosen = tune | curve.get("tune", {}) | own.get("tune", {})
     published = curve.get("published", {}) | own.get("published", {})
     make = lambda more: with_flags(base, _words(flags | more), where)
+    one = Curve(curve["name"], base, chosen, published, None, curve.get("group"))
     if "points" in curve:
         return [
-            _point(where, curve["name"], (x, value), at | at.get(scale, {}), make, chosen)
-            for value, at in curve["points"].items()
+            _point(where, one, (x, value), at, scale, make) for value, at in curve["points"].items()
         ]
     sweep = own.get("sweep", curve.get("sweep"))
     if sweep is None:
-        one = Curve(curve["name"], make({}), chosen, published, None, curve.get("group"))
-        return [one, *_averages(where, one, curve.get("averages", {}))]
+        return [one._replace(config=make({}))]
     flag = sweep["flag"]
     follow = lambda value: {k: v.format(value) for k, v in sweep.get("flags", {}).items()}
     return [
@@ -219,25 +219,32 @@ def _points(
 
 def _point(
     where: str,
-    name: str,
+    of: Curve,
     sweep: tuple[str, str],
     table: dict[str, Any],
+    scale: str,
     make: Callable[[dict[str, Any]], Config],
-    tune: dict[str, list[Any]],
 ) -> Curve:
     """A point of a curve that has flags of its own."""
-    where = f"{where}, point {sweep[1]!r}"
-    _check_keys(where, table, POINT_KEYS)
+    where, own = f"{where}, point {sweep[1]!r}", table.get(scale, {})
+    _check_keys(where, table, POINT_KEYS | set(SCALES))
+    _check_keys(where, own, POINT_KEYS)
     try:
         swept = (sweep[0], float(sweep[1]))
     except ValueError:
         raise ConfigurationError(f"{where}: a point is named by its x, a number") from None
-    flags, tune = table.get("flags", {}), tune | table.get("tune", {})
-    return Curve(name, make(flags), tune, table.get("published", {}), swept)
+    joined = lambda key: table.get(key, {}) | own.get(key, {})
+    return of._replace(
+        config=make(joined("flags")),
+        tune=of.tune | joined("tune"),
+        published=of.published | joined("published"),
+        sweep=swept,
+    )
 
 
-def _averages(where: str, of: Curve, named: dict[str, str]) -> list[Curve]:
+def _averages(figure: str, of: Curve, named: dict[str, str]) -> list[Curve]:
     """The curves of running averages that the runs of a curve keep."""
+    where = f"figure {figure}, curve {of.name!r}"
     kept = {"ema": of.config.ema_decay, "swa": of.config.swa_start}
     for average in named:
         if lookup("running average", average, kept) is None:

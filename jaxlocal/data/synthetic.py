@@ -40,9 +40,9 @@ def perceptron(request: Request) -> Dataset:
       ConfigurationError: the loss is unknown, or the distance is not a number from 0 to 1,000.
     """
     argument = "perceptron" if request.argument is None else request.argument
-    name, _, distance = argument.partition(":")
+    name, colon, distance = argument.partition(":")
     loss = lookup("loss of perceptron", name, _LOSSES)
-    margin = _margin(distance or _MARGIN, request.spec)
+    margin = _margin(distance if colon else _MARGIN, request.spec)
 
     def make(
         generator: np.random.Generator, inputs: NDArray[Any], direction: NDArray[Any]

@@ -119,6 +119,7 @@ def test_mistakes_are_one_sentence_before_the_first_run(two_methods):
         (TUNED.replace('"least_squares"', "="), "figure one"),
         (TUNED.replace("momentum = 0", 'momentum = "much"'), "momentum"),
         (TUNED + "points.1 = { flag = {} }", "point '1': unknown key 'flag'"),
+        (TUNED + "points.1 = { small = { flag = {} } }", "point '1': unknown key 'flag'"),
         (TUNED + "points.few = {}", "point 'few'"),
         (TUNED + 'averages = { ema = "EMA" }', "'ema' needs the flag ema_decay"),
         (TUNED + 'averages = { sma = "EMA" }', "running average 'sma'"),
@@ -189,11 +190,11 @@ def test_of_ends_only_the_last_measurements_are_written():
 
 def test_points_of_a_curve_have_flags_and_grids_of_their_own():
     text = TUNED.replace('x = "step"', 'x = "workers"\nkind = "ends"')
-    own = "flags = { workers = 8 }, small = { tune = { seed = [1, 2] } }"
+    own = "flags = { workers = 8 }, small = { flags = { seed = 3 }, tune = { seed = [1, 2] } }"
     text += f"points.2 = {{}}\npoints.8 = {{ {own} }}\n"
     two, eight = parse_figure(text, "one", "small", Config()).curves[1:]
     assert (two.sweep, eight.sweep) == (("workers", 2.0), ("workers", 8.0))
-    assert (two.config.workers, eight.config.workers) == (2, 8)
+    assert (two.config.workers, eight.config.workers, eight.config.seed) == (2, 8, 3)
     assert (two.tune, eight.tune) == ({}, {"seed": [1, 2]})
     assert two.config.learning_rate == eight.config.learning_rate == 0.05
     assert folder_name(eight) == "data_parallel-workers=8"

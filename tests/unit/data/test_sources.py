@@ -108,9 +108,8 @@ def test_no_example_of_the_perceptron_is_nearer_to_the_hyperplane_than_its_margi
     assert margin - 1e-5 <= distances.min() < margin + 0.01
     assert data.loss == "squared_hinge"
     # The margin alone moves the examples.
-    along = distances - margin
     usual = load("perceptron").train()["inputs"] @ data.normal.astype(np.float64)
-    np.testing.assert_allclose(along, sides * usual - 0.5, atol=1e-5)
+    np.testing.assert_allclose(distances - margin, sides * usual - 0.5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rate, steps", [(1.0, 1), (1.0, 5), (0.1, 1), (0.1, 20)])
@@ -279,8 +278,8 @@ def test_a_missing_package_is_named_with_the_extra(name, absent, package, monkey
         ("digits:3", "takes no argument"),
         ("perceptron:hinge", "unknown loss of perceptron 'hinge'; known: perceptron, squared"),
         ("perceptron:squared_hinge:wide", "number from 0 to 1,000"),
-        ("perceptron:squared_hinge:-1", "number from 0 to 1,000"),
-        ("perceptron:squared_hinge:nan", "number from 0 to 1,000"),
+        ("perceptron:squared_hinge:", "number from 0 to 1,000"),
+        *[(f"perceptron:squared_hinge:{x}", "number from 0 to 1,000") for x in ("-1", "nan")],
         ("perceptron:hinge:1", "loss of perceptron 'hinge'"),
         ("two_quadratics:", "positive whole number"),
         ("two_quadratics:0", "positive whole number"),
