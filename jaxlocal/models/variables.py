@@ -10,16 +10,16 @@ from typing import Any
 from flax import nnx
 
 
-class _Quick:
+class _Quick(nnx.Variable):
     """Before a class of variables: a value of the same shape and dtype takes the place of the old
     one without a comparison."""
 
-    def __setitem__(self: Any, key: Any, value: Any) -> None:
+    def __setitem__(self, key: Any, value: Any) -> None:
         old = self.get_value()
         if key is ... and (value.shape, value.dtype) == (old.shape, old.dtype):
             self.set_value(value)
         else:
-            super().__setitem__(key, value)  # type: ignore[misc]
+            super().__setitem__(key, value)
 
 
 class Statistic(_Quick, nnx.BatchStat):
