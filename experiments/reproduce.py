@@ -20,6 +20,10 @@ from jaxlocal import ConfigurationError
 def main(*names: str) -> int:
     """Reproduce the figure of the command line; returns the exit status."""
     if FLAGS.list:
+        if names:
+            raise ConfigurationError(
+                f"--list names all figures, and takes no name, got {names[0]!r}"
+            )
         print(list_figures())
         return 0
     if len(names) != 1:

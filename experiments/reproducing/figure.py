@@ -5,11 +5,13 @@ Keys of a file, of which `curves` and the two scales are tables:
 - title, source, x, y: what is drawn, over what, and where it was published; y is a list. A list of
   x has panels for each, with the slopes and `until` of the first.
 - kind: curves (y over x during the runs), ends (the last y of each run over a swept flag) or plan
-  (figures of plans, without training).
+  (of plans, without training: local_steps over step, or bars: curve over hours or
+  communication_volume).
 - flags: of experiments.train, shared by all curves. tune: lists of values by flag, of which each
   curve takes the best.
 - small, full: what a scale changes: flags, tune, seeds, cost (a text) and differs, a list of what
-  differs from the paper; until: the x at which curves are compared, by default their ends.
+  differs from the paper; until: the x at which curves are compared, by default their ends; what
+  is not measured there is interpolated.
 - curves: name, flags, published (values by metric), tune; of kind ends, sweep: a flag, its values
   and other flags in which {} is replaced by the value; or points: by their x, the flags, tune
   and published of each.
@@ -22,29 +24,22 @@ Keys of a file, of which `curves` and the two scales are tables:
 
 import dataclasses
 import math
+import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.building.config import Config
 from experiments.building.files import read_text
-from experiments.planning.options import Options
+from experiments.reproducing.schema import SCALES, check_figure
 from experiments.tuning.settings import with_flags
 from jaxlocal import ConfigurationError
 from jaxlocal.errors import lookup
 
 FOLDER = Path(__file__).parent / "figures"
-SCALES = ("small", "full")
-KINDS = ("curves", "ends", "plan")
-KEYS = {
-    *("title", "source", "kind", "x", "y", "log", "slopes", "flags", "tune", "curves", "lines"),
-    "clusters",
-    *SCALES,
-}
-POINT_KEYS = {"flags", "published", "tune"}
-SCALE_KEYS = {"flags", "tune", "seeds", "cost", "differs", "until"}
-CURVE_KEYS = {"name", "flags", "published", "tune", "sweep", "group", "averages", "points", *SCALES}
+# Flags that a figure may not have: it gives seeds in its scales, and the folder follows from names.
+SHARED = ("seeds", "workdir")
 
 
 class Curve(NamedTuple):
@@ -94,10 +89,6 @@ class Figure:
         """The axis over which curves are compared and slopes are fitted."""
         return self.axes[0]
 
-    def shown(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The measurements of a run up to the x at which curves are compared."""
-        return [line for line in lines if line.get(self.x, 0) <= self.until]
-
 
 def names() -> list[str]:
     """The names of all figures."""
@@ -129,15 +120,13 @@ def read_figure(name: str, scale: str | None, base: Config) -> Figure:
 def parse_figure(text: str, name: str, scale: str | None, base: Config) -> Figure:
     """Read a figure from the text of its file; see `read_figure`."""
     table = _parsed(text, name)
+    check_figure(name, table)
     has = [scale for scale in SCALES if scale in table]
     scale = scale or has[0]
     if scale not in table:
         others = " and ".join(has)
         raise ConfigurationError(f"figure {name} has no scale {scale!r}, only {others}")
     at = table[scale]
-    _check_keys(f"figure {name}", table, KEYS)
-    _check_keys(f"figure {name}, scale {scale}", at, SCALE_KEYS)
-    lookup("kind of figure", table.get("kind", "curves"), dict.fromkeys(KINDS))
     shared = table.get("flags", {}) | at.get("flags", {})
     tune = table.get("tune", {}) | at.get("tune", {})
     curves = [
@@ -146,6 +135,9 @@ def parse_figure(text: str, name: str, scale: str | None, base: Config) -> Figur
         for one in _points(name, curve, scale, shared, tune, base, table["x"])
         for point in (one, *_averages(name, one, curve.get("averages", {})))
     ]
+    axes = tuple([table["x"]] if isinstance(table["x"], str) else table["x"])
+    _check_swept(name, axes[0] if table.get("kind") == "ends" else None, curves)
+    _check_distinct(name, table["curves"], curves)
     slopes = table.get("slopes")
     return Figure(
         name=name,
@@ -153,7 +145,7 @@ def parse_figure(text: str, name: str, scale: str | None, base: Config) -> Figur
         title=table["title"],
         source=table["source"],
         kind=table.get("kind", "curves"),
-        axes=tuple([table["x"]] if isinstance(table["x"], str) else table["x"]),
+        axes=axes,
         y=tuple(table["y"]),
         log=table.get("log", ""),
         slopes=None if slopes is None else (float(slopes[0]), float(slopes[1])),
@@ -163,18 +155,38 @@ def parse_figure(text: str, name: str, scale: str | None, base: Config) -> Figur
         curves=tuple(curves),
         lines=tuple(Line(**line) for line in table.get("lines", [])),
         until=float(at.get("until", math.inf)),
-        clusters=_clusters(name, table),
+        clusters=table.get("clusters", {}),
     )
 
 
-def _clusters(name: str, table: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    clusters = table.get("clusters", {})
-    for axis, cluster in clusters.items():
-        where = f"figure {name}, cluster {axis!r}"
-        _check_keys(where, cluster, {"parameters", *Options._fields})
-        if "parameters" not in cluster:
-            raise ConfigurationError(f"{where}: give the number of parameters of its model")
-    return clusters
+def folder_name(curve: Curve) -> str:
+    """The name of a curve's folder."""
+    swept = f"-{curve.sweep[0]}={curve.sweep[1]:g}" if curve.sweep else ""
+    return re.sub(r"[^\w.=-]+", "_", curve.runs_of or curve.name).strip("_") + swept
+
+
+def _check_swept(figure: str, x: str | None, curves: Iterable[Curve]) -> None:
+    """Check that the ends of all curves are over x, whose values a sweep or points give.
+
+    Args:
+      x: None where curves are not drawn by their ends, and have no sweep.
+    """
+    for curve in curves:
+        swept = curve.sweep and curve.sweep[0]
+        if swept != x:
+            where = f"figure {figure}, curve {curve.name!r}"
+            has = "has no sweep or points" if swept is None else f"has a sweep of {swept}"
+            wanted = 'only figures of kind "ends" have one' if x is None else f"ends are over {x}"
+            raise ConfigurationError(f"{where} {has}; {wanted}")
+
+
+def _check_distinct(figure: str, tables: list[dict[str, Any]], curves: Iterable[Curve]) -> None:
+    """Check that no two curves have one name, and that no two runs share a folder."""
+    names = [name for one in tables for name in (one["name"], *one.get("averages", {}).values())]
+    folders = [folder_name(curve) for curve in curves if curve.runs_of is None]
+    for what, given in (("curves are named", names), ("curves would run in the folder", folders)):
+        if twice := [name for name in given if given.count(name) > 1]:
+            raise ConfigurationError(f"figure {figure}: two {what} {twice[0]!r}")
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:
@@ -191,28 +203,31 @@ def _points(
     shared: dict[str, Any],
     tune: dict[str, Any],
     base: Config,
-    x: str,
+    x: str | list[str],
 ) -> list[Curve]:
     """A curve at a scale, or the points of its sweep over x."""
-    where = f"figure {figure}, curve {curve.get('name')!r}"
-    _check_keys(where, curve, CURVE_KEYS)
+    where = f"figure {figure}, curve {curve['name']!r}"
     own = curve.get(scale, {})
     flags = shared | curve.get("flags", {}) | own.get("flags", {})
     chosen = tune | curve.get("tune", {}) | own.get("tune", {})
     published = curve.get("published", {}) | own.get("published", {})
-    make = lambda more: with_flags(base, _words(flags | more), where)
-    one = Curve(curve["name"], base, chosen, published, None, curve.get("group"))
+    make = lambda more: with_flags(base, _words(flags | more), where, SHARED)
+    one = Curve(curve["name"], base, _typed(where, chosen), published, None, curve.get("group"))
     if "points" in curve:
+        over = x if isinstance(x, str) else x[0]
         return [
-            _point(where, one, (x, value), at, scale, make) for value, at in curve["points"].items()
+            _point(where, one, (over, value), at, scale, make)
+            for value, at in curve["points"].items()
         ]
     sweep = own.get("sweep", curve.get("sweep"))
     if sweep is None:
         return [one._replace(config=make({}))]
     flag = sweep["flag"]
-    follow = lambda value: {k: v.format(value) for k, v in sweep.get("flags", {}).items()}
+    follow = lambda value: {
+        name: text.replace("{}", str(value)) for name, text in sweep.get("flags", {}).items()
+    }
     return [
-        Curve(curve["name"], make({flag: value} | follow(value)), chosen, published, (flag, value))
+        one._replace(config=make({flag: value} | follow(value)), sweep=(flag, value))
         for value in sweep["values"]
     ]
 
@@ -227,16 +242,16 @@ def _point(
 ) -> Curve:
     """A point of a curve that has flags of its own."""
     where, own = f"{where}, point {sweep[1]!r}", table.get(scale, {})
-    _check_keys(where, table, POINT_KEYS | set(SCALES))
-    _check_keys(where, own, POINT_KEYS)
     try:
         swept = (sweep[0], float(sweep[1]))
     except ValueError:
-        raise ConfigurationError(f"{where}: a point is named by its x, a number") from None
+        swept = (sweep[0], math.nan)
+    if not math.isfinite(swept[1]):
+        raise ConfigurationError(f"{where}: a point is named by its x, a number")
     joined = lambda key: table.get(key, {}) | own.get(key, {})
     return of._replace(
         config=make(joined("flags")),
-        tune=of.tune | joined("tune"),
+        tune=of.tune | _typed(where, joined("tune")),
         published=of.published | joined("published"),
         sweep=swept,
     )
@@ -256,13 +271,19 @@ def _averages(figure: str, of: Curve, named: dict[str, str]) -> list[Curve]:
     ]
 
 
+def _typed(where: str, grids: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The values of grids, as those of their flags."""
+    typed = {}
+    for flag, grid in grids.items():
+        words = [_words({flag: value}) for value in grid]
+        configs = [with_flags(Config(), word, where, (*SHARED, "seed")) for word in words]
+        typed[flag] = [getattr(config, flag, None) for config in configs]
+        if len(set(typed[flag])) < len(grid):
+            raise ConfigurationError(f"{where}: {flag} is tuned over equal values, {grid}")
+    return typed
+
+
 def _words(flags: dict[str, Any]) -> list[str]:
     """Flags as words of a command line."""
     text = lambda value: str(value).lower() if isinstance(value, bool) else str(value)
     return [f"--{name}={text(value)}" for name, value in flags.items()]
-
-
-def _check_keys(where: str, table: dict[str, Any], known: set[str]) -> None:
-    for key in table:
-        if key not in known:
-            raise ConfigurationError(f"{where}: unknown key {key!r}; there are {sorted(known)}")

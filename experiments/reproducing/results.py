@@ -2,22 +2,20 @@
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from experiments.plotting.comparison import RESULTS
+from experiments.plotting.comparison import COSTS, RESULTS
 from experiments.reproducing.figure import Figure
 from experiments.reproducing.running import Found
+from experiments.reproducing.schema import MEASURED, PLANNED
+from experiments.reproducing.series import column, end, ends, is_diverged
 from experiments.running.seeds import mean_and_error
 
-MEASURED = (
-    *("step", "round", "time_slots", "learning_rate", "train_loss", "eval_loss", "eval_accuracy"),
-    *("consensus_distance", "bits_workers", "bits_hubs"),
-)
-PLANNED = ("steps", "rounds", "communication_volume", "local_steps_max", "bits_workers", "hours")
 NAMES = RESULTS | {
     "communication_volume": "volume",
     "local_steps_max": "largest H",
@@ -35,7 +33,7 @@ class Slope(NamedTuple):
 
 def table(figure: Figure, found: Sequence[Found]) -> str:
     """The curves of a figure in Markdown: measured ± standard error, beside the published value."""
-    tuned = list(dict.fromkeys(flag for one in found for flag in one.tuned))
+    tuned = _tuned_flags(found)
     swept = list(dict.fromkeys(one.curve.sweep[0] for one in found if one.curve.sweep))
     measures = _measures(figure, found)
     head = ["curve", *swept, *tuned]
@@ -55,8 +53,16 @@ def table(figure: Figure, found: Sequence[Found]) -> str:
     about = [f"{figure.title}. {figure.source}.", "", *lines, ""]
     about += _slope_lines(figure, found)
     runs = "Planned, not trained" if figure.kind == "plan" else f"Scale {figure.scale}, {seeds}"
-    about += [f"{runs}. Differs from the paper in: {differs}.", ""]
+    over = COSTS.get(figure.x, figure.x)
+    at = "" if figure.until == math.inf else f", at {figure.until:,g} {over}, interpolated"
+    trials = sorted({one.curve.config.seed for one in found if one.tuned})
+    chosen = f", tuned on seed {' and '.join(map(str, trials))}" if trials else ""
+    about += [f"{runs}{at}{chosen}. Differs from the paper in: {differs}.", ""]
     return "\n".join(about)
+
+
+def _tuned_flags(found: Sequence[Found]) -> list[str]:
+    return list(dict.fromkeys(flag for one in found for flag in one.curve.tune))
 
 
 def measurements(figure: Figure, found: Sequence[Found]) -> str:
@@ -65,16 +71,18 @@ def measurements(figure: Figure, found: Sequence[Found]) -> str:
     file = io.StringIO()
     columns = PLANNED if figure.kind == "plan" else (*MEASURED, *figure.clusters)
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["curve", "sweep", "seed", *columns])
+    tuned = _tuned_flags(found)
+    writer.writerow(["curve", "sweep", "seed", *(f"tuned_{flag}" for flag in tuned), *columns])
     for one in found:
         sweep = "" if one.curve.sweep is None else one.curve.sweep[1]
         if figure.kind == "plan":
             writer.writerow([one.curve.name, sweep, "", *(one.plan.get(k, "") for k in columns)])
-        for number, lines in enumerate(one.runs):
+        chosen = [one.tuned.get(flag, "") for flag in tuned]
+        for seed, lines in zip(one.seeds, one.runs, strict=True):
             for line in lines[-1:] if figure.kind == "ends" else lines:
                 values = [line.get(name) for name in columns]
                 texts = ["" if value is None else value for value in values]
-                writer.writerow([one.curve.name, sweep, number, *texts])
+                writer.writerow([one.curve.name, sweep, seed, *chosen, *texts])
     return file.getvalue()
 
 
@@ -82,13 +90,15 @@ def measured(figure: Figure, one: Found, name: str) -> str:
     """The mean of a metric where curves are compared ± its standard error, as text."""
     if figure.kind == "plan":
         return _number(one.plan.get(name))
-    lost = sum(ended.startswith("diverged") for ended in one.ended)
+    if not one.runs:
+        return "all diverged"
+    lost = sum(map(is_diverged, one.ended))
     if lost:
         return f"{lost} of {len(one.ended)} diverged"
-    values = [figure.shown(lines)[-1].get(name) for lines in one.runs]
-    if any(value is None for value in values):
+    values = [end(figure, lines, name) for lines in one.runs]
+    if any(map(math.isnan, values)):
         return "—"
-    figures = mean_and_error([float(value) for value in values if value is not None])
+    figures = mean_and_error(values)
     error = figures["error"]
     return _number(figures["mean"]) + ("" if error is None else f" ± {error:.2g}")
 
@@ -104,32 +114,30 @@ def slopes(figure: Figure, found: Sequence[Found]) -> dict[str, Slope]:
         return {}
     fitted: dict[str, Slope] = {}
     for name in dict.fromkeys(one.curve.name for one in found):
-        ones = [one for one in found if one.curve.name == name]
-        lines = _lines_of(figure, ones)
-        fits = [_fit(x, y, figure.slopes) for x, y in lines]
+        fits = [_fit(x, y, figure.slopes) for x, y in _series(figure, found, name)]
         if len(fits) > 1:
             values = np.array([fit.value for fit in fits])
             student = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
             error = float(values.std(ddof=1)) / len(values) ** 0.5
             fitted[name] = Slope(float(values.mean()), student * error)
-        else:
+        elif fits:
             fitted[name] = fits[0]
     return fitted
 
 
-def _lines_of(figure: Figure, ones: list[Found]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """x and y of every seed of a curve."""
-    y = figure.y[0]
+def _series(
+    figure: Figure, found: Sequence[Found], name: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """x and the first y of every seed of a curve; NaN where a run diverged."""
+    ones, y = [one for one in found if one.curve.name == name], figure.y[0]
     if figure.kind == "ends":
-        x = np.array([one.curve.sweep[1] for one in ones if one.curve.sweep])
-        seeds = range(len(ones[0].runs))
-        return [(x, np.array([float(one.runs[seed][-1][y]) for one in ones])) for seed in seeds]
-    return [(_column(lines, figure.x), _column(lines, y)) for one in ones for lines in one.runs]
-
-
-def _column(lines: list[dict[str, Any]], name: str) -> np.ndarray:
-    values = [line.get(name) for line in lines]
-    return np.array([np.nan if value is None else float(value) for value in values])
+        x, each = ends(figure, ones, y)
+        return [(np.array(x), np.array(values)) for values in each]
+    return [
+        (column(lines, figure.x), column(lines, y) * (np.nan if lost else 1))
+        for one in ones
+        for lines, lost in zip(one.runs, map(is_diverged, one.ended), strict=True)
+    ]
 
 
 def _fit(x: np.ndarray, y: np.ndarray, span: tuple[float, float]) -> Slope:
@@ -155,6 +163,8 @@ def _slope_lines(figure: Figure, found: Sequence[Found]) -> list[str]:
 
 
 def _slope(slope: Slope) -> str:
+    if math.isnan(slope.value):
+        return "none"
     width = "" if slope.half_width is None else f" ± {slope.half_width:.2g}"
     return f"{slope.value:.3f}{width}"
 
@@ -170,7 +180,9 @@ def _measures(figure: Figure, found: Sequence[Found]) -> list[str]:
 def _tuned(one: Found, flag: str) -> str:
     if flag not in one.tuned:
         return ""
-    return f"{one.tuned[flag]:g}" + " (edge)" * (flag in one.at_edge)
+    value = one.tuned[flag]
+    text = value if isinstance(value, str | bool) else f"{value:g}"
+    return f"{text}{' (edge)' * (flag in one.at_edge)}"
 
 
 def _number(value: Any) -> str:

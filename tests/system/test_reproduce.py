@@ -6,54 +6,35 @@ import re
 
 import numpy as np
 import pytest
+from small_figure import TUNED
 
 from experiments.building.config import Config
 from experiments.reproducing import figure as figures
+from experiments.reproducing import picture
 from experiments.reproducing import reproduce as reproducing
-from experiments.reproducing.figure import names, parse_figure, read_figure, scales
+from experiments.reproducing.figure import (
+    folder_name,
+    names,
+    parse_figure,
+    read_figure,
+    scales,
+)
 from experiments.reproducing.reproduce import CSV, PICTURE, TABLE, list_figures, reproduce
 from experiments.reproducing.results import measured, measurements, slopes, table
-from experiments.reproducing.running import Found, folder_name
+from experiments.reproducing.running import Found
+from experiments.reproducing.series import over_runs
 from experiments.running.metrics import read_metrics
 from experiments.tuning import runs
 from jaxlocal import ConfigurationError
 from jaxlocal.data import load
-
-TUNED = """
-title = "Two methods"
-source = "nobody, 2026"
-x = "step"
-y = ["train_loss"]
-[flags]
-dataset = "least_squares"
-model = "linear"
-workers = 2
-batch_size = 8
-steps = 8
-momentum = 0
-eval_every = 4
-checkpoint_every = 0
-schedule = "constant"
-[small]
-seeds = 2
-differs = ["its size"]
-cost = "seconds"
-[[curves]]
-name = "Local SGD, H = 4"
-flags = { local_steps = 4 }
-tune = { learning_rate = [1e-3, 0.05] }
-published = { train_loss = 0.5 }
-[[curves]]
-name = "data parallel"
-flags = { method = "data_parallel", learning_rate = 0.05 }
-"""
 
 
 def found_of(y, sweep=None, x=None, seeds=1):
     """Runs with given measurements, of a figure of one curve."""
     curve = figures.Curve("a", Config(), {}, {}, sweep)
     lines = [{"step": s, "train_loss": value} for s, value in zip(x, y, strict=True)]
-    return Found(curve, {}, (), [lines] * seeds, ["finished"] * seeds, {})
+    ended = ["finished"] * seeds
+    return Found(curve, {}, (), [*range(seeds)], [lines] * seeds, ended, {})
 
 
 @pytest.fixture
@@ -70,15 +51,17 @@ def test_a_figure_is_tuned_run_and_written_once(two_methods, monkeypatch, capsys
     text = (two_methods / TABLE).read_text()
     row = next(line for line in text.splitlines() if line.startswith("| Local SGD"))
     assert re.fullmatch(r"\| Local SGD, H = 4 \| 0.05 \(edge\) \| \S+ ± \S+ \| 0.5000 \|", row), row
-    assert (
-        "2 seeds. Differs from the paper in: its size." in text and text in capsys.readouterr().out
-    )
+    assert "Differs from the paper in: its size." in text and text in capsys.readouterr().out
     lines = list(csv.DictReader((two_methods / CSV).open()))
     ends = [float(x["train_loss"]) for x in lines if x["curve"][0] == "L" and x["step"] == "8"]
     shown = row.split("|")[3].split("±")
     assert float(shown[0]) == pytest.approx(np.mean(ends), rel=1e-3)
     assert float(shown[1]) == pytest.approx(abs(ends[0] - ends[1]) / 2, rel=0.06)
-    assert len({x["seed"] for x in lines}) == 2 and (two_methods / PICTURE).stat().st_size > 10_000
+    assert (two_methods / PICTURE).stat().st_size > 10_000
+    assert "2 seeds, tuned on seed 0. Differs" in text
+    drawn = {(x["curve"], x["seed"], x["tuned_learning_rate"]) for x in lines}
+    tuned = {("Local SGD, H = 4", seed, "0.05") for seed in "12"}
+    assert drawn == tuned | {("data parallel", seed, "") for seed in "01"}
     monkeypatch.setattr(runs, "train", lambda config: pytest.fail("run again"))
     assert reproduce("two_methods", "small", two_methods, None, 1) == 0
 
@@ -111,25 +94,6 @@ def test_mistakes_are_one_sentence_before_the_first_run(two_methods):
     assert not two_methods.exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (TUNED.replace("title", "titel"), "unknown key 'titel'"),
-        (TUNED.replace("steps = 8", "stepps = 8", 1), "stepps"),
-        (TUNED.replace('"least_squares"', "="), "figure one"),
-        (TUNED.replace("momentum = 0", 'momentum = "much"'), "momentum"),
-        (TUNED + "points.1 = { flag = {} }", "point '1': unknown key 'flag'"),
-        (TUNED + "points.1 = { small = { flag = {} } }", "point '1': unknown key 'flag'"),
-        (TUNED + "points.few = {}", "point 'few'"),
-        (TUNED + 'averages = { ema = "EMA" }', "'ema' needs the flag ema_decay"),
-        (TUNED + 'averages = { sma = "EMA" }', "running average 'sma'"),
-    ],
-)
-def test_a_wrong_file_is_told_by_its_key(text, words):
-    with pytest.raises(ConfigurationError, match=words):
-        parse_figure(text, "one", "small", Config())
-
-
 def test_slopes_of_powers_are_their_exponents():
     text = TUNED.replace('y = ["train_loss"]', 'y = ["train_loss"]\nslopes = [2, 64]')
     figure = parse_figure(text, "one", "small", Config())
@@ -154,12 +118,71 @@ def test_a_diverged_run_has_no_mean():
     assert "1 of 2 diverged" in table(figure, [one])
 
 
+def test_a_curve_whose_trials_all_diverge_is_told_in_its_row(two_methods, monkeypatch):
+    text = TUNED.replace("[1e-3, 0.05]", "[1e30, 1e31]")
+    (figures.FOLDER / "two_methods.toml").write_text(text)
+    assert reproduce("two_methods", "small", two_methods, None, 1) == 0
+    written = (two_methods / TABLE).read_text()
+    assert "| Local SGD, H = 4 |  | all diverged | 0.5000 |" in written
+    assert re.search(r"data parallel \|  \| 0\.\d+ ± ", written)
+    assert {row["curve"] for row in csv.DictReader((two_methods / CSV).open())} == {"data parallel"}
+
+
+def test_a_run_with_other_flags_is_told_before_the_first_run(two_methods, monkeypatch):
+    text = TUNED.replace("tune = ", "# ").replace(
+        "flags = { local", "flags = { batch_size=4, local"
+    )
+    (figures.FOLDER / "two_methods.toml").write_text(text)
+    assert reproduce("two_methods", "small", two_methods, None, 1) == 0
+    # Another grid chooses other values, whose runs have folders of their own.
+    tuned = text.replace("# learn", "tune = learn").replace("# {", "tune = {")
+    (figures.FOLDER / "two_methods.toml").write_text(tuned)
+    assert reproduce("two_methods", "small", two_methods, None, 1) == 0
+    changed = text.replace('"data_parallel"', '"data_parallel", batch_size = 2')
+    (figures.FOLDER / "two_methods.toml").write_text(changed)
+    monkeypatch.setattr(runs, "train", lambda config: pytest.fail("run"))
+    with pytest.raises(ConfigurationError, match="holds a run with other flags"):
+        reproduce("two_methods", "small", two_methods, None, 1)
+
+
+def test_a_grid_of_one_value_needs_no_trial(two_methods):
+    (figures.FOLDER / "two_methods.toml").write_text(TUNED.replace("[1e-3, 0.05]", "[0.05]"))
+    assert reproduce("two_methods", "small", two_methods, None, 1) == 0
+    folders = {path.name for path in (two_methods / "Local_SGD_H_=_4").iterdir()}
+    assert folders == {"seed_0,learning_rate=0.05", "seed_1,learning_rate=0.05"}
+
+
 def test_curves_are_compared_at_the_same_x():
-    text = TUNED.replace("seeds = 2", "seeds = 1\nuntil = 5")
+    text = TUNED.replace("seeds = 2", "seeds = 1\nuntil = 6")
     figure = parse_figure(text, "one", "small", Config())
-    one = found_of([3.0, 2.0, 1.0], x=[0, 5, 8])
-    assert measured(figure, one, "train_loss") == "2.0000"
-    assert reproducing._over_runs(figure, [one], "step", "train_loss")[0].y == [[3.0, 2.0]]
+    one = found_of([3.0, 2.0, 0.5], x=[0, 5, 8])
+    assert measured(figure, one, "train_loss") == "1.5000"  # a third of the way from 2 to 0.5
+    assert over_runs(figure, one, "step", "train_loss") == ([0, 5, 6], [[3.0, 2.0, 1.5]])
+    assert "1 seed, at 6 steps, interpolated." in table(figure, [one])
+    early = found_of([3.0, 2.0], x=[0, 5])
+    assert measured(figure, early, "train_loss") == "—"
+
+
+def test_seeds_that_are_measured_at_other_x_are_drawn_at_the_same():
+    figure = parse_figure(TUNED, "one", "small", Config())
+    one = found_of([4.0, 2.0, 1.0], x=[0, 4, 8])
+    other = found_of([4.0, 1.0], x=[0, 6])
+    both = one._replace(runs=one.runs + other.runs, seeds=[0, 1], ended=["finished"] * 2)
+    x, y = over_runs(figure, both, "step", "train_loss")
+    assert x == [0, 4, 6] and y == [[4, 2, 1.5], [4, 2, 1]]
+
+
+def test_diverged_runs_are_no_points_of_ends_and_have_no_slope():
+    text = TUNED.replace('x = "step"', 'x = "workers"\nkind = "ends"\nslopes = [1, 8]')
+    text = re.sub(r"(?s)\[\[curves\]\]\nname = .Local.*?(?=\[\[)", "", text)
+    figure = parse_figure(text + "points.2 = {}", "one", "small", Config())
+    found = [found_of([1.0, 1 / k], ("workers", k), x=[0, 8], seeds=2) for k in (1, 2, 4)]
+    assert slopes(figure, found)["a"].value == pytest.approx(-1)
+    found = [one._replace(ended=["diverged: ∞"] * 2) for one in found]
+    assert math.isnan(slopes(figure, found)["a"].value)
+    assert "a none" in table(figure, found)
+    (drawn,) = picture._over_sweep(figure, found, "workers", "train_loss")
+    assert np.isnan(drawn.y).all()
 
 
 def test_a_list_of_x_makes_a_panel_of_each_and_slopes_of_the_first(monkeypatch, tmp_path):
@@ -169,8 +192,8 @@ def test_a_list_of_x_makes_a_panel_of_each_and_slopes_of_the_first(monkeypatch, 
     for line in one.runs[0]:
         line["round"] = line["step"] // 4
     drawn = []
-    monkeypatch.setattr(reproducing, "draw", lambda panels, *_: drawn.extend(panels))
-    reproducing.draw_figure(figure, [one], tmp_path)
+    monkeypatch.setattr(picture, "draw", lambda panels, *_: drawn.extend(panels))
+    picture.draw_figure(figure, [one], tmp_path)
     assert [(panel.x, panel.y) for panel in drawn] == [
         ("step", "train_loss"),
         ("round", "train_loss"),
@@ -180,24 +203,11 @@ def test_a_list_of_x_makes_a_panel_of_each_and_slopes_of_the_first(monkeypatch, 
 
 
 def test_of_ends_only_the_last_measurements_are_written():
-    text = TUNED.replace('x = "step"', 'x = "local_steps"\nkind = "ends"')
-    figure = parse_figure(text, "one", "small", Config())
+    figure = read_figure("overparam_partitions", "small", Config())
     found = [found_of([3.0, 1.0 / h], ("local_steps", h), x=[0, 8], seeds=2) for h in (1, 4)]
     rows = list(csv.DictReader(measurements(figure, found).splitlines()))
     written = [(row["sweep"], row["seed"], row["train_loss"]) for row in rows]
     assert written == [("1", "0", "1.0"), ("1", "1", "1.0"), ("4", "0", "0.25"), ("4", "1", "0.25")]
-
-
-def test_points_of_a_curve_have_flags_and_grids_of_their_own():
-    text = TUNED.replace('x = "step"', 'x = "workers"\nkind = "ends"')
-    own = "flags = { workers = 8 }, small = { flags = { seed = 3 }, tune = { seed = [1, 2] } }"
-    text += f"points.2 = {{}}\npoints.8 = {{ {own} }}\n"
-    two, eight = parse_figure(text, "one", "small", Config()).curves[1:]
-    assert (two.sweep, eight.sweep) == (("workers", 2.0), ("workers", 8.0))
-    assert (two.config.workers, eight.config.workers, eight.config.seed) == (2, 8, 3)
-    assert (two.tune, eight.tune) == ({}, {"seed": [1, 2]})
-    assert two.config.learning_rate == eight.config.learning_rate == 0.05
-    assert folder_name(eight) == "data_parallel-workers=8"
 
 
 def test_the_bound_of_the_perceptron_is_that_of_gradient_descent():
@@ -247,7 +257,7 @@ def test_the_bound_of_the_tight_instance_is_its_formula():
 
 def test_plans_need_no_runs(tmp_path, monkeypatch):
     text = TUNED.replace('x = "step"', 'x = "step"\nkind = "plan"').replace(
-        'y = ["train_loss"]', 'y = ["local_steps_max"]'
+        'y = ["train_loss"]', 'y = ["local_steps"]'
     )
     text = re.sub(r"tune = .*", "", text).replace("train_loss = 0.5", "communication_volume = 0.25")
     monkeypatch.setattr(
@@ -257,3 +267,7 @@ def test_plans_need_no_runs(tmp_path, monkeypatch):
     assert "| Local SGD, H = 4 | 0.2500 | 0.2500 |" in (tmp_path / TABLE).read_text()
     rows = list(csv.DictReader((tmp_path / CSV).open()))
     assert [row["rounds"] for row in rows] == ["2", "8"]
+    steps, text = (tmp_path / PICTURE).read_bytes(), text.replace("local_steps]", "curve]")
+    text = text.replace('"step"', '"communication_volume"').replace('"local_steps"]', '"curve"]')
+    assert reproduce("p", "small", tmp_path, None, 1) == 0
+    assert (tmp_path / PICTURE).read_bytes() != steps
