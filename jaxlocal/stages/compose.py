@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,27 @@ from jaxlocal.parallel.layout import AXES
 from jaxlocal.types import Info, Leaf, Memory, Stage
 
 
+class AnySteps:
+    """The `apply` of a stage of one step that can also take several.
+
+    Where steps send nothing, each worker can take all of them before the next worker begins, which
+    keeps one model in the cache instead of all. `repeat` then leaves the repetitions to it.
+
+    Args:
+      apply: `apply(state, memory, batches, context, steps)`.
+    """
+
+    def __init__(self, apply: Callable) -> None:
+        self.apply = apply
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.apply(*arguments, steps=1)
+
+    def repeated(self, steps: int) -> Callable:
+        """The function that takes so many steps."""
+        return partial(self.apply, steps=steps)
+
+
 class TurnMemory(NamedTuple):
     """The memory of stages that are applied in turn."""
 
@@ -21,9 +43,10 @@ class TurnMemory(NamedTuple):
 
 
 def repeat(stage: Stage, times: int) -> Stage:
-    """Repeat a stage in one `lax.scan`.
+    """Repeat a stage in one loop.
 
-    The result is the same to the bit however the repetitions are split.
+    The result is the same to the bit however the repetitions are split. Where a stage sends nothing
+    and workers run one by one, a worker repeats it before the next one begins.
 
     Args:
       stage: any stage.
@@ -63,6 +86,7 @@ def repeat(stage: Stage, times: int) -> Stage:
         ]
 
     turns = stage.turns // math.gcd(stage.turns, times)
+    apply = stage.apply.repeated(times) if isinstance(stage.apply, AnySteps) else apply
     return stage._replace(
         apply=apply, steps=times * stage.steps, communication=communication, turns=turns
     )

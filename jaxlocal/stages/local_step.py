@@ -1,14 +1,20 @@
 """The local step: a gradient and an optimizer step of every worker, without communication."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import optax
+from jax import lax
 
 from jaxlocal.parallel.collectives import vary
-from jaxlocal.parallel.worker_maps import over_workers
+from jaxlocal.parallel.worker_maps import block_size, over_workers
+from jaxlocal.stages.compose import AnySteps
 from jaxlocal.stages.gradient import GradFn
 from jaxlocal.stages.updates import apply_updates, update_of
 from jaxlocal.stages.worker_step import (
-    advance,
+    advance_by,
     at_rate,
     check_worker,
     choose_worker_map,
@@ -16,7 +22,7 @@ from jaxlocal.stages.worker_step import (
     inputs_of,
     reported,
 )
-from jaxlocal.types import Stage
+from jaxlocal.types import Stage, Tree
 
 
 def local_step(
@@ -53,20 +59,73 @@ def local_step(
     check_worker(grad_fn, worker_map)
     update = update_of(optimizer)
 
-    def apply(state, memory, batches, context):
-        def take(params, opt_state, model_state, batch, worker, rate):
-            inputs = inputs_of(state, context, model_state, batch, worker)
-            at = evaluation(grad_fn, state, params, inputs, grad_fn(params, *inputs))
-            updates, opt_state = update(at.grads, opt_state, params, **at.extra)
-            params = apply_updates(params, updates)
-            return vary((params, opt_state, at.model_state, reported(at.metrics)))
+    @partial(jax.jit, inline=True)  # one trace for rounds of all lengths
+    def take(state, context, params, opt_state, model_state, batch, worker, rate):
+        inputs = inputs_of(state, context, model_state, batch, worker)
+        at = evaluation(grad_fn, state, params, inputs, grad_fn(params, *inputs))
+        updates, opt_state = update(at.grads, opt_state, params, **at.extra)
+        params = apply_updates(params, updates)
+        return vary((params, opt_state, at.model_state, reported(at.metrics)))
 
-        stay = lambda shapes, params, opt_state, model_state, *_: (params, opt_state, model_state)
-        batch = jax.tree.map(lambda b: b[0], batches)
-        mode = choose_worker_map(worker_map, grad_fn, state, batch, context)
-        step = at_rate(take, stay, state, context, mode)
-        workers = (state.params, state.opt_state, state.model_state, batch)
-        results = over_workers(step, mode, in_place=3)(*workers, context.worker, context.rate)
-        return advance(state, memory, *results)
+    def apply(state, memory, batches, context, steps):
+        first = jax.tree.map(lambda b: b[0], batches)
+        mode = choose_worker_map(worker_map, grad_fn, state, first, context)
+        common = state._replace(params=(), opt_state=(), model_state=(), memory=(), anchor=())
 
-    return Stage(lambda state: (), apply, 1, lambda state, number=0: [], alike=())
+        def at(number):
+            now = common._replace(step=state.step + number)
+            return at_rate(partial(take, now, context), _stay, now, context, mode)
+
+        workers = (state.params, state.opt_state, state.model_state)
+        numbers, who = jnp.arange(steps, dtype=state.step.dtype), (context.worker, context.rate)
+        if block_size(mode) == 1:
+            d, n = context.worker.shape
+            places = jnp.arange(d * n).reshape(d, n)
+            all_steps = over_workers(_all_steps(at, numbers, batches), mode, in_place=3)
+            *workers, metrics = all_steps(*workers, places, *who)
+            metrics = {name: jnp.moveaxis(value, 2, 0) for name, value in metrics.items()}
+        else:
+            workers, metrics = lax.scan(_one_step(at, mode, who), workers, (numbers, batches))
+        return advance_by(steps, state, memory, *workers, metrics)
+
+    return Stage(lambda state: (), AnySteps(apply), 1, lambda state, number=0: [], alike=())
+
+
+def _stay(shapes: Tree, params: Tree, opt_state: Tree, model_state: Tree, *_: Tree) -> tuple:
+    return params, opt_state, model_state
+
+
+def _all_steps(at: Callable[[jax.Array], Callable], numbers: jax.Array, batches: Tree) -> Callable:
+    """All steps of the worker at a place: with the workers in the outer loop, one model is in the
+    cache.
+
+    Batches are read where they are, without a copy of all.
+    """
+    flat = jax.tree.map(
+        lambda b: b.reshape((len(b), b.shape[1] * b.shape[2]) + b.shape[3:]), batches
+    )
+
+    def steps(params, opt_state, model_state, place, worker, rate):
+        read = lambda b: lax.dynamic_index_in_dim(b, place, 1, keepdims=False)
+
+        def body(carry, step):
+            number, batch = step
+            *carry, metrics = at(number)(*carry, batch, worker, rate)
+            return tuple(carry), metrics
+
+        own = (numbers, jax.tree.map(read, flat))
+        carry, metrics = lax.scan(body, (params, opt_state, model_state), own)
+        return (*carry, metrics)
+
+    return steps
+
+
+def _one_step(at: Callable[[jax.Array], Callable], mode: str, who: tuple) -> Callable:
+    """One step of all workers, as the body of a scan."""
+
+    def body(carry, step):
+        number, batch = step
+        *carry, metrics = over_workers(at(number), mode, in_place=3)(*carry, batch, *who)
+        return tuple(carry), metrics
+
+    return body

@@ -130,10 +130,24 @@ def advance(
     metrics: dict[str, Any],
 ) -> tuple[TrainState, Tree, Info]:
     """The state after one step, and the report of it."""
+    by_step = {name: value[None] for name, value in metrics.items()}
+    return advance_by(1, state, memory, params, opt_state, model_state, by_step)
+
+
+def advance_by(
+    steps: int,
+    state: TrainState,
+    memory: Tree,
+    params: Tree,
+    opt_state: Tree,
+    model_state: Tree,
+    metrics: dict[str, Any],
+) -> tuple[TrainState, Tree, Info]:
+    """The state after some steps, and the report of them from metrics [steps, d, n]."""
     state = state._replace(
-        params=params, opt_state=opt_state, model_state=model_state, step=state.step + 1
+        params=params, opt_state=opt_state, model_state=model_state, step=state.step + steps
     )
-    return state, memory, Info(worker={name: value[None] for name, value in metrics.items()})
+    return state, memory, Info(worker=metrics)
 
 
 def zeros(tree: Tree) -> Tree:

@@ -118,7 +118,7 @@ def with_running_averages(method: Method, **averages: RunningAverage) -> Method:
     if not averages:
         return method
     stage = _averaging(averages)
-    if method.outer is NOTHING:  # an end of a round would be a dispatch a step
+    if method.outer is NOTHING:  # a round then may end at any step
         return method._replace(inner=sequence(method.inner, stage))
     return method._replace(outer=sequence(method.outer, stage))
 
