@@ -163,8 +163,8 @@ def streaming_diloco(
 
     Symbols: y the anchor, d the pseudo-gradient of a fragment. A round is H/P steps, the last τ of
     which run while d is averaged; see `stages.overlapped` for where a machine does both at once.
-    The end of a round is one program, which contains the τ steps P times, so that its compilation
-    takes P times as long.
+    The program of the end of a round contains the τ steps P times, so that its compilation takes P
+    times as long.
 
     Args:
       grad_fn: the gradient of one worker, as `gradients(loss)` makes it.

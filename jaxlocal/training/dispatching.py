@@ -80,7 +80,8 @@ def _round_lengths(method: Method, remaining: int) -> Iterator[int]:
 def dispatches(
     round_fn: RoundFn, steps: int, measure_every: int = 0, start: int = 0
 ) -> Iterator[Dispatch]:
-    """Dispatches of a run: its rounds, cut where measurements are due, in chunks.
+    """Dispatches of a run: its rounds, cut where measurements are due, in the chunks of
+    `RoundFn.chunks`.
 
     Args:
       round_fn: the round function.
@@ -100,7 +101,7 @@ def dispatches(
     >>> method = jaxlocal.local_sgd(grad_fn, optax.sgd(0.1), period=5)
     >>> round_fn = jaxlocal.RoundFn(method, jaxlocal.Layout(workers_per_hub=2))
     >>> [(piece.start, piece.steps, piece.ends_round) for piece in dispatches(round_fn, 8)]
-    [(0, 4, False), (4, 1, True), (5, 1, False), (6, 1, False), (7, 1, True)]
+    [(0, 5, True), (5, 1, False), (6, 1, False), (7, 1, True)]
     """
     inner = round_fn.method.inner.steps
     check_interval("measurements", measure_every)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -15,7 +16,8 @@ from jaxlocal.parallel.collectives import over_mesh
 from jaxlocal.parallel.layout import AXES, CONTEXT, STACKED
 from jaxlocal.parallel.leaves import path_name
 from jaxlocal.parallel.mesh import jit_on, on_mesh, place, wait_on_cpu_processes
-from jaxlocal.stages.compose import join, repeat
+from jaxlocal.stages.compose import AnySteps, join, repeat
+from jaxlocal.training.pieces import Piece, cut
 from jaxlocal.training.state import specs_of
 from jaxlocal.types import Context, Info, Method, Stage, TrainState, Tree
 
@@ -24,10 +26,7 @@ INFO = Info(worker=BATCHES, common=P())
 
 
 class Programs:
-    """The programs of a method on a mesh: each is made when it is first needed, and kept.
-
-    `which` is "outer" for the end of a round, or the number of inner stages.
-    """
+    """The programs of a method on a mesh: each is made when it is first needed, and kept."""
 
     def __init__(
         self,
@@ -39,7 +38,10 @@ class Programs:
         self._method, self._mesh, self._context = method, mesh, context
         self._keep_shardings = keep_shardings
         # One trace serves the programs of all numbers of inner stages; it is not in what they run.
-        self._inner = method.inner._replace(apply=jax.jit(method.inner.apply, inline=True))
+        # An apply of any number of steps keeps the trace of one of them itself.
+        kept = isinstance(method.inner.apply, AnySteps)
+        inlined = method.inner.apply if kept else jax.jit(method.inner.apply, inline=True)
+        self._inner = method.inner._replace(apply=inlined)
         self._made: dict[Any, Any] = {}
 
     def place(self, batches: Tree) -> Tree:
@@ -53,49 +55,57 @@ class Programs:
             self._made[fn] = jit_on(self._mesh, mapped)
         return wait_on_cpu_processes(self._mesh, self._made[fn](stacked, self._context))
 
-    def lower(self, which: int | str, state: TrainState, batches: Tree, steps: int) -> Any:
+    def lower(self, piece: Piece, state: TrainState, batches: Tree, steps: int) -> Any:
         """Lower the program of some steps without compiling it; arguments may be shapes."""
         shape = lambda x: jax.ShapeDtypeStruct((steps, *x.shape[1:]), x.dtype)
         shapes = jax.tree.map(shape, batches)
         placed = placing.with_shardings(shapes, self._shardings(shapes))
         with on_mesh(self._mesh):
-            return self.get(which, state).lower(state, placed, self._context)
+            return self.get(piece, state).lower(state, placed, self._context)
 
-    def get(self, which: int | str, state: TrainState) -> Any:
+    def get(self, piece: Piece, state: TrainState) -> Any:
         """The program, `program(state, batches, context)`, for states of this form, to call in
         `running`."""
-        if which not in self._made:
-            outer = which == "outer"
-            stage = self._method.outer if outer else repeat(self._inner, int(which))
-            part, specs = "outer" if outer else "inner", specs_of(state)
+        if piece not in self._made:
+            parts = [("inner", repeat(self._inner, piece.times))] if piece.times else []
+            parts += [("outer", self._method.outer)] if piece.ends else []
             keep = self._keep_shardings
-            self._made[which] = _compile_stage(stage, part, self._mesh, specs, keep)
-        return self._made[which]
+            self._made[piece] = _compile(parts, self._mesh, specs_of(state), keep)
+        return self._made[piece]
 
     def _shardings(self, batches: Tree) -> Tree:
         specs = placing.batch_specs(self._mesh, BATCHES, batches)
         return placing.named_shardings(self._mesh, specs)
 
 
-def _compile_stage(
-    stage: Stage,
-    memory: str,
+def _compile(
+    parts: list[tuple[str, Stage]],
     mesh: Mesh,
     specs: TrainState,
     keep_shardings: Callable[[TrainState], TrainState],
 ) -> Any:
-    """Compile a stage as `program(state, batches, context)` → (state, info); donates the state.
+    """Compile parts of a round as `program(state, batches, context)` → (state, info); donates the
+    state.
 
     Args:
-      memory: which part of the state's memory belongs to the stage, "inner" or "outer".
+      parts: stages, each with the part of the state's memory that belongs to it.
       specs: how the state is spread over the mesh, a prefix of its tree.
       keep_shardings: constrains a state to its shardings, where workers are sharded.
     """
 
     def run(state, batches, context):
-        own = getattr(state.memory, memory)
-        after, own, info = stage.apply(state._replace(memory=()), own, batches, context)
-        return after._replace(memory=state.memory._replace(**{memory: own})), info
+        infos: list[Info] = []
+        start = 0
+        for name, stage in parts:
+            # Apart from what follows, a stage has the bits that it has as a program of its own.
+            state = jax.tree.map(lax.optimization_barrier, state) if infos else state
+            own = cut(batches, start, stage.steps)
+            memory = getattr(state.memory, name)
+            after, memory, info = stage.apply(state._replace(memory=()), memory, own, context)
+            state = after._replace(memory=state.memory._replace(**{name: memory}))
+            infos.append(info)
+            start += stage.steps
+        return state, join(infos)
 
     mapped = over_mesh(run, mesh, (specs, BATCHES, CONTEXT), (specs, INFO))
     if not placing.is_sharded(mesh):

@@ -1,6 +1,5 @@
 """The compiled round: a method, a layout of workers and a mesh made into one function."""
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,11 +19,10 @@ from jaxlocal.parallel.pool import check_indices, pool_size
 from jaxlocal.stages.compose import NOTHING
 from jaxlocal.training import checks
 from jaxlocal.training.known_states import KnownStates
+from jaxlocal.training.pieces import Fed, Piece, Pieces
 from jaxlocal.training.programs import Programs, concatenate, running
 from jaxlocal.training.state import States
 from jaxlocal.types import Collective, Info, MessageBits, Method, TrainState, Tree
-
-_Piece = tuple[int | str, Tree, int]  # a program, its batches and their steps
 
 
 class RoundFn:
@@ -32,9 +30,9 @@ class RoundFn:
 
     The leaves of batches are [H, hubs, workers_per_hub, ...], where H is what the method's period
     gives at the state's step; `length=H` chooses another one, such as that of the last round of a
-    run. H may change from round to round: the round runs in chunks of powers of four, so that all H
-    up to H_max take at most ⌊log₄ H_max⌋ + 2 compilations. The state is donated: use the one that
-    is returned.
+    run. Of a constant period a round is one program. Where H may change from round to round, rounds
+    run in chunks of powers of four, so that all H up to H_max take at most ⌊log₄ H_max⌋ + 2
+    compilations. The state is donated: use the one that is returned.
 
     Args:
       method: what the workers do, as `jaxlocal.local_sgd` and the others make it.
@@ -87,7 +85,7 @@ class RoundFn:
             )
         self._examples = pool_size(data)
         self.context = place(layout.context(data), placing.named_shardings(self.mesh, CONTEXT))
-        self._most = checks.most_at_once(method, max_chunk)
+        self._pieces = Pieces(method, max_chunk, whole=not placing.is_sharded(self.mesh))
         self._programs = Programs(method, self.mesh, self.context, self._states.keep_shardings)
 
     def init(self, params: Tree, key: jax.Array, model_state: Tree = None) -> TrainState:
@@ -131,23 +129,17 @@ class RoundFn:
           ConfigurationError: the batches do not hold the H steps of the period, or of `length`; the
             state was donated before, or belongs to another round function.
         """
-        steps, own, rest = self._check_batches(batches), batches, ()
+        steps = self._check_batches(batches)
         self.check(state, batches)
         checks.check_length(self.method, steps)
         self._check_length(state, steps, length)
-        if ending := self.method.outer.steps:
-            own, rest = (
-                jax.tree.map(lambda b, p=part: b[p], batches)
-                for part in (slice(steps - ending), slice(steps - ending, None))
-            )
-        pieces = itertools.chain(self._in_chunks(own, steps - ending), self._at_end(rest))
-        return self._dispatched(state, pieces)
+        return self._dispatched(state, self._pieces.of(batches, steps, ends=True))
 
     def local_steps(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
         """Run steps of a round without its end, any multiple of those of the inner stage."""
         steps = self._check_batches(batches)
         self.check(state, batches)
-        return self._dispatched(state, self._in_chunks(batches, steps))
+        return self._dispatched(state, self._pieces.of(batches, steps, ends=False))
 
     def end_round(self, state: TrainState, batches: Tree = ()) -> tuple[TrainState, Info]:
         """Run the end of a round; the batches are those of the steps that it takes, if any."""
@@ -160,7 +152,8 @@ class RoundFn:
         if steps:
             self._check_batches(batches)
         self.check(state, batches)
-        return self._dispatched(state, self._at_end(batches))
+        end = (Piece(0, True), batches if steps else (), steps)
+        return self._dispatched(state, [end] if self.method.outer is not NOTHING else [])
 
     def check(self, state: TrainState, batches: Tree = ()) -> None:
         """Raise ConfigurationError where a state was donated or is not of this round function."""
@@ -173,19 +166,9 @@ class RoundFn:
         self._known.check_models(state)
 
     def chunks(self, steps: int) -> Iterator[int]:
-        """The sizes in which steps are dispatched: powers of four of inner stages, descending.
-
-        A dispatch costs little and a compilation much: powers of four need half as many
-        compilations as powers of two.
-        """
-        times, size = steps // self.method.inner.steps, 1
-        while 4 * size <= min(times, self._most):
-            size *= 4
-        while times:
-            while size > times:
-                size //= 4
-            yield size * self.method.inner.steps
-            times -= size
+        """The sizes in which steps are dispatched: powers of four of inner stages, descending, or
+        all at once where every round has as many."""
+        return self._pieces.chunks(steps)
 
     def local_batches(self, batches: Tree) -> Tree:
         """Make global batches of host arrays [H, local_workers, ...], the rows of this process."""
@@ -247,34 +230,18 @@ class RoundFn:
           (times, lowered) pairs; `lowered` is what `jax.jit(f).lower` gives.
         """
         self._known.check(state)
-        ending, lower = self.method.outer.steps, self._programs.lower
-        sizes = Counter(self.chunks(self._check_batches(batches) - ending))
-        lowered = [
-            (times, lower(size // self.method.inner.steps, state, batches, size))
-            for size, times in sizes.items()
+        steps = self._check_batches(batches)
+        checks.check_length(self.method, steps)
+        pieces = [(piece, own) for piece, _, own in self._pieces.of((), steps, ends=True)]
+        return [
+            (times, self._programs.lower(piece, state, batches if own else (), own))
+            for (piece, own), times in Counter(pieces).items()
         ]
-        if self.method.outer is not NOTHING:
-            own = batches if ending else ()
-            lowered.append((1, lower("outer", state, own, ending)))
-        return lowered
 
-    def _in_chunks(self, batches: Tree, steps: int) -> Iterator[_Piece]:
-        start = 0
-        for size in self.chunks(steps):
-            part = batches
-            if size < steps:
-                part = jax.tree.map(lambda b, a=start, n=size: b[a : a + n], batches)
-            yield size // self.method.inner.steps, part, size
-            start += size
-
-    def _at_end(self, batches: Tree) -> Iterator[_Piece]:
-        if (outer := self.method.outer) is not NOTHING:
-            yield "outer", batches if outer.steps else (), outer.steps
-
-    def _dispatched(self, state: TrainState, pieces: Iterable[_Piece]) -> tuple[TrainState, Info]:
+    def _dispatched(self, state: TrainState, pieces: Iterable[Fed]) -> tuple[TrainState, Info]:
         infos = []
-        for which, batches, steps in pieces:
-            program, placed = self._programs.get(which, state), self._programs.place(batches)
+        for piece, batches, steps in pieces:
+            program, placed = self._programs.get(piece, state), self._programs.place(batches)
             with running(self.mesh, state):
                 done = program(state, placed, self.context)
             self._known.follow(state, done[0], steps)

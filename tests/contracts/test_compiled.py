@@ -11,6 +11,7 @@ from jaxlocal import Layout, RoundFn
 from jaxlocal.communication import topology
 from jaxlocal.communication.audit import Audited, audit
 from jaxlocal.nn import conv_general_dilated, max_pool
+from jaxlocal.training.pieces import Piece
 
 
 def dense(params, batch, key):
@@ -42,9 +43,9 @@ def collectives(method, layout: Layout, loss, inner_stages: int | None) -> list[
     round_fn = RoundFn(method, layout)
     state = round_fn.init(PARAMS[loss], jax.random.key(0))
     if inner_stages is None:
-        program, batches = round_fn._programs.get("outer", state), ()
+        program, batches = round_fn._programs.get(Piece(0, True), state), ()
     else:
-        program = round_fn._programs.get(inner_stages, state)
+        program = round_fn._programs.get(Piece(inner_stages, False), state)
         shape = (inner_stages * method.inner.steps, *layout.shape, *IMAGES)
         batches = jax.ShapeDtypeStruct(shape, jnp.float32)
     compiled = program.lower(state, batches, round_fn.context).compile()

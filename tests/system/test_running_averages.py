@@ -24,6 +24,7 @@ AVERAGED = dataclasses.replace(
     local_steps=3,
     ema_decay=0.8,
     swa_start=10,
+    eval_every=8,
     checkpoint_every=4,
     export=True,
     keep=10,

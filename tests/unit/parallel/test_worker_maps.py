@@ -16,6 +16,7 @@ from jaxlocal import ConfigurationError, Layout, RoundFn, make_mesh
 from jaxlocal.compression import top_k
 from jaxlocal.parallel.layout import STACKED
 from jaxlocal.parallel.worker_maps import block_size, over_workers
+from jaxlocal.training.pieces import Piece
 
 MODES = ("vmap", "map", "blocks:1", "blocks:2", "blocks:3", "blocks:8", "blocks:100")
 
@@ -139,7 +140,9 @@ def test_a_worker_that_skips_its_step_in_a_loop_takes_no_gradient(method, mode, 
     round_fn = RoundFn(METHODS[method](grad_fn, optax.sgd(0.1), worker_map=mode), layout)
     state = round_fn.init(jnp.ones(2), jax.random.key(0))
     batches = jnp.ones((1, *layout.shape, 2))
-    traced = jax.make_jaxpr(round_fn._programs.get(1, state))(state, batches, round_fn.context)
+    traced = jax.make_jaxpr(round_fn._programs.get(Piece(1, False), state))(
+        state, batches, round_fn.context
+    )
     found = set(primitives(traced.jaxpr))
     assert {inside for name, inside in found if name == "cos"} == {mode != "vmap"}
     sent = {inside for name, inside in found if name.startswith(("psum", "all_gather"))}

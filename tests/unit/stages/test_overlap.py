@@ -256,8 +256,8 @@ def test_what_does_not_fit_is_an_error():
     layout, batches = Layout(1, 2), problems.make_batches(Layout(1, 2), 4)
     make = lambda **options: jaxlocal.streaming_diloco(grad_fn, optax.sgd(0.1), period=8, **options)
     start = lambda method: problems.on_one_device(method, layout).init(FOUR, jax.random.key(0))
-    with refused("4 tensors does not divide into 5 fragments"):
-        start(make(fragments=5))
+    with refused("4 tensors does not divide into 8 fragments"):
+        start(make(fragments=8))
     with refused(r"mixing factor.*\[0, 1\], got 1.5"):
         make(mixing_factor=1.5)
     with refused(r"all workers common.*\('workers',\)"):

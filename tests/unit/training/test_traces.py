@@ -31,10 +31,11 @@ def counted():
 def test_chunks_of_all_lengths_take_one_trace_of_the_loss(micro_batches):
     loss, traces = counted()
     grad_fn = jaxlocal.accumulate(jaxlocal.gradients(loss), micro_batches)
-    round_fn = RoundFn(jaxlocal.local_sgd(grad_fn, optax.sgd(0.1), period=21), LAYOUT)
-    assert list(round_fn.chunks(21)) == [16, 4, 1]
+    round_fn = RoundFn(jaxlocal.local_sgd(grad_fn, optax.sgd(0.1), period=5), LAYOUT)
+    assert list(round_fn.chunks(5)) == [5] and list(round_fn.chunks(21)) == [16, 4, 1]
     state = round_fn.init(np.float32(0), jax.random.key(0))
-    round_fn(state, np.ones((21, 1, 2, 4), np.float32))
+    for steps in (5, 21):
+        state, _ = round_fn(state, np.ones((steps, 1, 2, 4), np.float32), length=steps)
     assert traces == [(4 // micro_batches,)]
 
 
