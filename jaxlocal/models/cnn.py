@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlocal.models.adapters import Model
-from jaxlocal.models.layers import Conv, Logits, image_sides
+from jaxlocal.models.layers import Conv, Linear, Logits, image_sides
 from jaxlocal.models.nnx_modules import from_nnx
 from jaxlocal.nn import conv_relu_max_pool, max_pool
 
@@ -23,7 +23,7 @@ class MllCnn(nnx.Module):
     ) -> None:
         self.first = Conv(channels, 10, (5, 5), rngs=rngs)
         self.second = Conv(10, 20, (5, 5), rngs=rngs)
-        self.hidden = nnx.Linear(20 * (height // 4) * (width // 4), 100, rngs=rngs)
+        self.hidden = Linear(20 * (height // 4) * (width // 4), 100, rngs=rngs)
         self.logits = Logits(100, outputs, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -42,7 +42,7 @@ class Cifarnet(nnx.Module):
         normal = nnx.initializers.truncated_normal
         conv = functools.partial(Conv, kernel_size=(5, 5), kernel_init=normal(0.05), rngs=rngs)
         bias = nnx.initializers.constant(0.1)
-        dense = functools.partial(nnx.Linear, kernel_init=normal(0.04), bias_init=bias, rngs=rngs)
+        dense = functools.partial(Linear, kernel_init=normal(0.04), bias_init=bias, rngs=rngs)
         self.first = conv(channels, 64)
         self.second = conv(64, 64)
         self.hidden = dense(64 * (height // 4) * (width // 4), 384)

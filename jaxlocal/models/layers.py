@@ -8,9 +8,10 @@ from flax import nnx
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.variables import Statistic
-from jaxlocal.nn import conv_general_dilated
+from jaxlocal.nn import conv_general_dilated, dot_general
 
 Conv = partial(nnx.Conv, conv_general_dilated=conv_general_dilated)
+Linear = partial(nnx.Linear, dot_general=dot_general)
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -35,6 +36,9 @@ class BatchNorm(nnx.BatchNorm):
 
 class Logits(nnx.Linear):
     """Last layer: `[batch, features]` to `[batch, outputs]`, or to `[batch]` for one output."""
+
+    def __init__(self, features: int, outputs: int, **settings: Any) -> None:
+        super().__init__(features, outputs, dot_general=dot_general, **settings)
 
     def __call__(self, inputs: jax.Array, out_sharding: object = None) -> jax.Array:
         logits = super().__call__(inputs, out_sharding)

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model
-from jaxlocal.models.layers import Logits
+from jaxlocal.models.layers import Linear, Logits
 from jaxlocal.models.nnx_modules import from_nnx
 
 HIDDEN = 128
@@ -28,8 +28,8 @@ class Perceptron(nnx.Module):
     """Two hidden layers with relu on the flattened input, and a dense layer."""
 
     def __init__(self, features: int, outputs: int, rngs: nnx.Rngs) -> None:
-        self.first = nnx.Linear(features, HIDDEN, rngs=rngs)
-        self.second = nnx.Linear(HIDDEN, HIDDEN, rngs=rngs)
+        self.first = Linear(features, HIDDEN, rngs=rngs)
+        self.second = Linear(HIDDEN, HIDDEN, rngs=rngs)
         self.logits = Logits(HIDDEN, outputs, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model
 from jaxlocal.models.attention import Block, Initializers, check_sizes
+from jaxlocal.models.layers import Linear
 from jaxlocal.models.nnx_modules import from_nnx
 
 DEVIATION = 0.02  # of the initial weights
@@ -37,7 +38,7 @@ class Transformer(nnx.Module):
         block = partial(Block, width, heads, initial, rngs, causal=True, dropout=dropout)
         self.blocks = nnx.List([block() for _ in range(layers)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.logits = nnx.Linear(width, vocabulary, kernel_init=normal, rngs=rngs)
+        self.logits = Linear(width, vocabulary, kernel_init=normal, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         positions = self.positions[...][: tokens.shape[1]]

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model
 from jaxlocal.models.attention import Block, Initializers, check_sizes
-from jaxlocal.models.layers import Logits, image_sides
+from jaxlocal.models.layers import Linear, Logits, image_sides
 from jaxlocal.models.nnx_modules import from_nnx
 
 LONGEST_WAVE = 10_000  # of the positions, in patches by 2 π
@@ -32,7 +32,7 @@ class VisionTransformer(nnx.Module):
         self.patch = patch
         numbers = patch * patch * channels
         self.norm_of_patches = nnx.LayerNorm(numbers, rngs=rngs)
-        self.embed = nnx.Linear(numbers, width, rngs=rngs)
+        self.embed = Linear(numbers, width, rngs=rngs)
         self.norm_of_embeddings = nnx.LayerNorm(width, rngs=rngs)
         # For the matrices of queries, keys and values one by one, this is Xavier's distribution.
         square, xavier = nnx.initializers.lecun_uniform(), nnx.initializers.xavier_uniform()

@@ -1,4 +1,4 @@
-"""The fast layer that replaces one convolution or max-pooling of a program."""
+"""The fast layer that replaces one convolution, max-pooling or dense layer of a program."""
 
 import functools
 import math
@@ -11,6 +11,7 @@ from jax.extend import core
 
 from jaxlocal.nn.chains import inputs
 from jaxlocal.nn.convolution import conv_general_dilated, why_slow
+from jaxlocal.nn.dense import dot_general, pays
 from jaxlocal.nn.pooling import LARGEST_WINDOW, max_pool
 
 _OPTIONS = (
@@ -23,6 +24,8 @@ _OPTIONS = (
     "precision",
     "preferred_element_type",
 )
+
+_DENSE = ("dimension_numbers", "precision", "preferred_element_type")
 
 
 def reason_slow(eqn: core.JaxprEqn) -> str:
@@ -40,11 +43,27 @@ def as_fast_layer(eqn: core.JaxprEqn) -> core.JaxprEqn:
     return eqn.replace(primitive=fast.primitive, params=fast.params)
 
 
+def is_dense(eqn: core.JaxprEqn) -> bool:
+    """Whether the equation is a matrix product whose weight gradient the fast layer changes."""
+    if eqn.primitive.name != "dot_general" or eqn.params["out_sharding"] is not None:
+        return False
+    lhs, rhs = inputs(eqn)
+    return pays(lhs, rhs, eqn.params["dimension_numbers"])
+
+
+def as_fast_dense(eqn: core.JaxprEqn) -> core.JaxprEqn:
+    """The product, changed so that it calls the fast layer."""
+    call = functools.partial(_dense, **{name: eqn.params[name] for name in _DENSE})
+    (fast,) = jax.make_jaxpr(call)(*inputs(eqn)).eqns
+    return eqn.replace(primitive=fast.primitive, params=fast.params)
+
+
 def describe(eqn: core.JaxprEqn) -> str:
     """The layer and its shapes, for a report."""
-    if eqn.primitive.name == "conv_general_dilated":
+    if eqn.primitive.name in ("conv_general_dilated", "dot_general"):
         lhs, rhs = (list(x.shape) for x in inputs(eqn))
-        return f"convolution {lhs} by {rhs}"
+        kind = "dense layer" if eqn.primitive.name == "dot_general" else "convolution"
+        return f"{kind} {lhs} by {rhs}"
     is_gradient = eqn.primitive.name == "select_and_scatter_add"
     layer = "gradient of a max pooling" if is_gradient else "max pooling"
     return f"{layer} {list(inputs(eqn)[0].shape)} by {list(_window(eqn))}"
@@ -62,8 +81,9 @@ def _why_slow_convolution(eqn: core.JaxprEqn) -> str:
     return why_slow(lhs, rhs, eqn.params["batch_group_count"])
 
 
-# `jax.jit` makes it a single equation, which is traced once for equal layers.
+# `jax.jit` makes them single equations, which are traced once for equal layers.
 _convolution = jax.jit(conv_general_dilated, static_argnames=_OPTIONS)
+_dense = jax.jit(dot_general, static_argnames=_DENSE)
 
 
 def _why_slow_pooling(eqn: core.JaxprEqn) -> str:

@@ -1,9 +1,9 @@
 """Replace the layers of a loss that is already written by layers that stay fast in a loop.
 
-A function is traced to its jaxpr. Each equation that is a convolution or a max-pooling is replaced
-by a call of this package's layer, with the same inputs and outputs, and so is each chain of them
-that one layer computes. The result runs in place of the function. All other equations stay as they
-were traced. Nested programs are treated alike.
+A function is traced to its jaxpr. Each equation that is a convolution, a max-pooling or a dense
+layer that this package makes faster is replaced by a call of its layer, with the same inputs and
+outputs, and so is each chain of them that one layer computes. The result runs in place of the
+function. All other equations stay as they were traced. Nested programs are treated alike.
 """
 
 import functools
@@ -18,7 +18,14 @@ from jax.extend import core
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.nn.chains import as_one_layer, find_chains
-from jaxlocal.nn.replacements import LAYERS, as_fast_layer, describe, reason_slow
+from jaxlocal.nn.replacements import (
+    LAYERS,
+    as_fast_dense,
+    as_fast_layer,
+    describe,
+    is_dense,
+    reason_slow,
+)
 from jaxlocal.types import Tree
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,7 +42,7 @@ class Report(NamedTuple):
 
 
 def fast_layers(fn: F) -> F:
-    """Make the convolutions and max-poolings of a loss fast in a compiled training loop on CPU.
+    """Make convolutions, max-poolings and dense layers of a loss fast in a compiled loop on CPU.
 
     It takes a loss, or a model's `apply`, that is written with plain Flax or `jax.lax` layers:
 
@@ -174,6 +181,12 @@ def _replace_equation(eqn: core.JaxprEqn, report: Report) -> core.JaxprEqn:
     name = eqn.primitive.name
     if name in LAYERS:
         return _replace_layer(eqn, report)
+    if is_dense(eqn):
+        report.fast.append(describe(eqn))
+        return as_fast_dense(eqn)
+    if _is_own_dense(eqn):
+        report.fast.append(describe(next(_inside(eqn))))
+        return eqn
     if not _holds_layers(eqn):
         return eqn
     if name in _TRANSPARENT:
@@ -203,15 +216,33 @@ def _replace_layer(eqn: core.JaxprEqn, report: Report) -> core.JaxprEqn:
 
 
 def _holds_layers(eqn: core.JaxprEqn) -> bool:
+    if eqn.primitive.name in _TRANSPARENT:
+        return any(map(_is_layer, _inside(eqn)))
     return next(_layers_inside(eqn), None) is not None
 
 
+def _is_layer(eqn: core.JaxprEqn) -> bool:
+    """Whether a report has a line for the equation, or for one that it holds."""
+    own = is_dense(eqn) or _is_own_dense(eqn)
+    return own or eqn.primitive.name in LAYERS or _holds_layers(eqn)
+
+
 def _layers_inside(eqn: core.JaxprEqn) -> Iterator[str]:
+    for inner in _inside(eqn):
+        if inner.primitive.name in LAYERS:
+            yield describe(inner)
+        yield from _layers_inside(inner)
+
+
+def _inside(eqn: core.JaxprEqn) -> Iterator[core.JaxprEqn]:
     for program in core.jaxprs_in_params(eqn.params):
-        for inner in program.eqns:
-            if inner.primitive.name in LAYERS:
-                yield describe(inner)
-            yield from _layers_inside(inner)
+        yield from program.eqns
+
+
+def _is_own_dense(eqn: core.JaxprEqn) -> bool:
+    if eqn.primitive.name != "custom_jvp_call" or not _is_own(eqn):
+        return False
+    return next(_inside(eqn)).primitive.name == "dot_general"
 
 
 def _is_own(eqn: core.JaxprEqn) -> bool:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain_networks as plain
 import pytest
+from jax.extend import core
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models import build, in_precision
@@ -147,12 +148,19 @@ def test_initial_weights_have_the_documented_deviations():
     assert set(block["attention"]["out"]) == {"kernel"}
 
 
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in core.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
 def test_half_precision_reaches_all_layers():
     model = in_precision(vision_transformer((4, 4, 3), 5, 2, 1, 8, 2), "bfloat16")
     params, _ = plain.shapes_of(model)
     images = jax.ShapeDtypeStruct((2, 4, 4, 3), jnp.float32)
     program = jax.make_jaxpr(lambda *args: model.apply(*args, None, True)[0])(params, {}, images)
-    products = [eqn for eqn in program.eqns if eqn.primitive.name == "dot_general"]
+    products = [eqn for eqn in equations(program.jaxpr) if eqn.primitive.name == "dot_general"]
     assert {eqn.outvars[0].aval.dtype.name for eqn in products} == {"bfloat16"}
     assert len(products) == 8  # embedding, four of attention, two of the perceptron, logits
 

@@ -1,15 +1,21 @@
 """Layers that stay slow in a rewritten function are reported with the reason, and unchanged."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from plain_layers import IMAGES, KERNEL, LAYOUT, convolve, loss
+from plain_layers import IMAGES, KERNEL, LAYOUT, convolve, digits, loss
 
 from jaxlocal.errors import ConfigurationError
-from jaxlocal.nn import conv_general_dilated, fast_layers, fast_layers_report
+from jaxlocal.nn import (
+    conv_general_dilated,
+    conv_relu_max_pool,
+    fast_layers,
+    fast_layers_report,
+)
 
 
 def custom_rule(loss):
@@ -118,6 +124,15 @@ def test_layers_of_this_package_are_fast_already():
         [CONVOLUTION],
         [],
     )  # the pooling is no pooling any more
+
+
+def test_a_gradient_of_an_own_chain_is_kept():
+    """Its backward pass holds another function of this package with a derivative of its own."""
+    images, kernel = digits((2, 6, 6, 1)), digits((3, 3, 1, 2), seed=1)
+    chain = lambda kernel: conv_relu_max_pool(images, kernel, jnp.zeros(2)).sum()
+    inner = lambda kernel: jax.grad(chain)(kernel).sum()
+    assert fast_layers_report(inner, kernel).slow == []
+    np.testing.assert_array_equal(fast_layers(inner)(kernel), inner(kernel))
 
 
 def test_a_gradient_of_a_pooling_is_reported_as_slow():
