@@ -8,7 +8,7 @@ import pytest
 from jax.extend import core
 
 import jaxlocal
-from jaxlocal import Layout, RoundFn
+from jaxlocal import ConfigurationError, Layout, RoundFn
 from jaxlocal.compression import grbs
 from jaxlocal.training.pieces import Piece, Pieces
 
@@ -92,3 +92,10 @@ def loops(jaxpr, outside=()):
             yield inside
         for inner in core.jaxprs_in_params(eqn.params):
             yield from loops(inner, inside)
+
+
+def test_a_round_without_steps_before_its_end_is_not_lowered():
+    round_fn = RoundFn(METHODS["overlapped"](), Layout(2, 2))
+    state = round_fn.init(jnp.ones(4), jax.random.key(0))
+    with pytest.raises(ConfigurationError, match="H = 2 is too short"):
+        round_fn.lower(state, np.ones((2, 2, 2, 3, 4), np.float32))
