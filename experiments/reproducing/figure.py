@@ -129,13 +129,13 @@ def parse_figure(text: str, name: str, scale: str | None, base: Config) -> Figur
     at = table[scale]
     shared = table.get("flags", {}) | at.get("flags", {})
     tune = table.get("tune", {}) | at.get("tune", {})
+    axes = tuple([table["x"]] if isinstance(table["x"], str) else table["x"])
     curves = [
         point
         for curve in table["curves"]
-        for one in _points(name, curve, scale, shared, tune, base, table["x"])
+        for one in _points(name, curve, scale, shared, tune, base, axes[0])
         for point in (one, *_averages(name, one, curve.get("averages", {})))
     ]
-    axes = tuple([table["x"]] if isinstance(table["x"], str) else table["x"])
     _check_swept(name, axes[0] if table.get("kind") == "ends" else None, curves)
     _check_distinct(name, table["curves"], curves)
     slopes = table.get("slopes")
@@ -203,7 +203,7 @@ def _points(
     shared: dict[str, Any],
     tune: dict[str, Any],
     base: Config,
-    x: str | list[str],
+    x: str,
 ) -> list[Curve]:
     """A curve at a scale, or the points of its sweep over x."""
     where = f"figure {figure}, curve {curve['name']!r}"
@@ -214,10 +214,8 @@ def _points(
     make = lambda more: with_flags(base, _words(flags | more), where, SHARED)
     one = Curve(curve["name"], base, _typed(where, chosen), published, None, curve.get("group"))
     if "points" in curve:
-        over = x if isinstance(x, str) else x[0]
         return [
-            _point(where, one, (over, value), at, scale, make)
-            for value, at in curve["points"].items()
+            _point(where, one, (x, value), at, scale, make) for value, at in curve["points"].items()
         ]
     sweep = own.get("sweep", curve.get("sweep"))
     if sweep is None:
