@@ -42,7 +42,7 @@ class Pieces:
         if whole and method.period.constant:
             length = length_at(method.period, 0, checks.MOST_STEPS) - method.outer.steps
             times = length // method.inner.steps
-            self._whole = times if 0 < times <= self._largest else None
+            self._whole = times if 0 < times <= most else None
 
     def chunks(self, steps: int) -> Iterator[int]:
         """The steps of each piece of steps without the end of a round."""

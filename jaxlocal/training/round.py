@@ -30,9 +30,10 @@ class RoundFn:
 
     The leaves of batches are [H, hubs, workers_per_hub, ...], where H is what the method's period
     gives at the state's step; `length=H` chooses another one, such as that of the last round of a
-    run. Of a constant period a round is one program. Where H may change from round to round, rounds
-    run in chunks of powers of four, so that all H up to H_max take at most ⌊log₄ H_max⌋ + 2
-    compilations. The state is donated: use the one that is returned.
+    run. Of a constant period a round is one program, unless it is longer than `max_chunk` or its
+    workers are sharded. Where H may change from round to round, rounds run in chunks of powers of
+    four, so that all H up to H_max take at most ⌊log₄ H_max⌋ + 2 compilations. The state is
+    donated: use the one that is returned.
 
     Args:
       method: what the workers do, as `jaxlocal.local_sgd` and the others make it.
