@@ -69,7 +69,7 @@ def mean() -> Mixer:
 
         return _gather_as_bits(one, (tree, context.weight), AXES)
 
-    return Mixer(average, AXES, message_bits, collectives, gather)
+    return Mixer(average, AXES, message_bits, collectives, gather, by_weight=True)
 
 
 def hub_mean() -> Mixer:

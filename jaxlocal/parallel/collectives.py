@@ -1,7 +1,8 @@
 """Programs over the mesh of workers, and sums, averages and distances between the workers."""
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxlocal.parallel.leaves import is_averaged, is_key, wide
 from jaxlocal.types import Context, Tree
 
 _TYPED: ContextVar[bool] = ContextVar("_TYPED", default=True)
+_ALIKE: ContextVar[bool] = ContextVar("_ALIKE", default=False)
 
 
 def over_mesh(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
@@ -84,7 +86,23 @@ def vary(tree: Tree, axes: Sequence[str] = AXES) -> Tree:
         missing = tuple(a for a in axes if a in manual and a not in varying)
         return lax.pcast(x, missing, to="varying") if missing else x
 
-    return jax.tree.map(one, tree) if _TYPED.get() else tree
+    return jax.tree.map(one, tree) if _TYPED.get() and not _ALIKE.get() else tree
+
+
+@contextlib.contextmanager
+def alike() -> Iterator[None]:
+    """Inside, what is given to the workers stays typed as common to all devices, since all of them
+    are given the same: `vary` changes nothing.
+
+    >>> with alike():
+    ...     vary(jnp.ones(2))
+    Array([1., 1.], dtype=float32)
+    """
+    before = _ALIKE.set(True)
+    try:
+        yield
+    finally:
+        _ALIKE.reset(before)
 
 
 def worker_shapes(stacked: Tree) -> Tree:
@@ -208,7 +226,7 @@ def mean(params: Tree, context: Context) -> Tree:
     largest over the workers, exactly; of random keys that of worker 0.
 
     Args:
-      params: x_i, leaves [d, n, ...].
+      params: x_i, leaves [d, n, ...], or [1, 1, ...] where workers are alike.
       context: with the weights a_i.
 
     Returns:
@@ -248,7 +266,8 @@ def consensus_distance(params: Tree, context: Context) -> jax.Array:
     To be called inside `over_mesh`.
 
     Args:
-      params: x_i, leaves [d, n, ...]; leaves that are not averaged, such as counters, are left out.
+      params: x_i, leaves [d, n, ...], or [1, 1, ...] where workers are alike; leaves that are not
+        averaged, such as counters, are left out.
       context: with the weights a_i.
 
     Returns:
@@ -266,6 +285,8 @@ def consensus_distance(params: Tree, context: Context) -> jax.Array:
         u = _mean(x, context)
         off = x.astype(u.dtype) - u[None, None]
         off = jnp.abs(off) if jnp.iscomplexobj(off) else off
+        if _is_common(x, context):
+            return jnp.square(off).sum()
         return weighted_sum(context.weight, jnp.square(off), "all").sum()
 
     squares = [square(x) for x in jax.tree.leaves(params) if is_averaged(x)]
@@ -275,5 +296,12 @@ def consensus_distance(params: Tree, context: Context) -> jax.Array:
     return jnp.sqrt(psum(sum(x.astype(widest) for x in squares), AXES))
 
 
+def _is_common(x: jax.Array, context: Context) -> bool:
+    """Whether a leaf is one row of workers that are alike."""
+    return x.shape[:2] == (1, 1) != context.weight.shape
+
+
 def _mean(x: jax.Array, context: Context) -> jax.Array:
+    if _is_common(x, context):
+        return x[0, 0].astype(wide(x.dtype))
     return psum(weighted_sum(context.weight, x, "all"), AXES)[0, 0]

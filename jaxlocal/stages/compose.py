@@ -22,10 +22,12 @@ class AnySteps:
 
     Args:
       apply: `apply(state, memory, batches, context, steps)`.
+      averaged: `averaged(state, batches, context, steps, leaves)` takes them from a state in which
+        some leaves are the same on all workers, [1, 1, ...], and gives the `Averaged` workers.
     """
 
-    def __init__(self, apply: Callable) -> None:
-        self.apply = apply
+    def __init__(self, apply: Callable, averaged: Callable) -> None:
+        self.apply, self.averaged = apply, averaged
 
     def __call__(self, *arguments: Any) -> Any:
         return self.apply(*arguments, steps=1)
@@ -87,9 +89,8 @@ def repeat(stage: Stage, times: int) -> Stage:
 
     turns = stage.turns // math.gcd(stage.turns, times)
     apply = stage.apply.repeated(times) if isinstance(stage.apply, AnySteps) else apply
-    return stage._replace(
-        apply=apply, steps=times * stage.steps, communication=communication, turns=turns
-    )
+    steps = times * stage.steps
+    return Stage(stage.init, apply, steps, communication, stage.anchored, turns, stage.alike)
 
 
 def sequence(*stages: Stage) -> Stage:

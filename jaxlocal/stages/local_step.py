@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxlocal.parallel.collectives import vary
 from jaxlocal.parallel.worker_maps import block_size, over_workers
+from jaxlocal.stages.averaged_workers import averaged_rows, averaged_workers, with_rows
 from jaxlocal.stages.compose import AnySteps
 from jaxlocal.stages.gradient import GradFn
 from jaxlocal.stages.updates import apply_updates, update_of
@@ -67,7 +68,7 @@ def local_step(
         params = apply_updates(params, updates)
         return vary((params, opt_state, at.model_state, reported(at.metrics)))
 
-    def apply(state, memory, batches, context, steps):
+    def at_numbers(state, batches, context):
         first = jax.tree.map(lambda b: b[0], batches)
         mode = choose_worker_map(worker_map, grad_fn, state, first, context)
         common = state._replace(params=(), opt_state=(), model_state=(), memory=(), anchor=())
@@ -76,6 +77,10 @@ def local_step(
             now = common._replace(step=state.step + number)
             return at_rate(partial(take, now, context), _stay, now, context, mode)
 
+        return at, mode
+
+    def apply(state, memory, batches, context, steps):
+        at, mode = at_numbers(state, batches, context)
         workers = (state.params, state.opt_state, state.model_state)
         numbers, who = jnp.arange(steps, dtype=state.step.dtype), (context.worker, context.rate)
         if block_size(mode) == 1:
@@ -88,7 +93,17 @@ def local_step(
             workers, metrics = lax.scan(_one_step(at, mode, who), workers, (numbers, batches))
         return advance_by(steps, state, memory, *workers, metrics)
 
-    return Stage(lambda state: (), AnySteps(apply), 1, lambda state, number=0: [], alike=())
+    def averaged(state, batches, context, steps, leaves):
+        at, mode = at_numbers(state, batches, context)
+        if block_size(mode) == 1:
+            numbers = jnp.arange(steps, dtype=state.step.dtype)
+            all_steps = _all_steps(at, numbers, batches)
+            return averaged_workers(all_steps, state, context, steps, leaves)
+        after, _, info = apply(with_rows(state, context), (), batches, context, steps)
+        return averaged_rows(after, context, leaves, info)
+
+    take_steps = AnySteps(apply, averaged)
+    return Stage(lambda state: (), take_steps, 1, lambda state, number=0: [], alike=())
 
 
 def _stay(shapes: Tree, params: Tree, opt_state: Tree, model_state: Tree, *_: Tree) -> tuple:

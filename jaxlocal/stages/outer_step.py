@@ -87,7 +87,8 @@ def outer_step(
         models = Message(mixer, worker_shapes(state.params))
         return [models, *policy.messages(mixer, state)]
 
-    return Stage(init, apply, 0, communication, anchored=True)
+    common = policy.common if mixer.by_weight else None
+    return Stage(init, apply, 0, communication, anchored=True, common=common)
 
 
 def moved(anchor: Leaf, params: Leaf) -> Leaf:

@@ -14,7 +14,7 @@ from jaxlocal.parallel.worker_maps import over_workers
 from jaxlocal.stages.compose import NOTHING
 from jaxlocal.stages.partial_sync import check_mixer
 from jaxlocal.stages.updates import init_of
-from jaxlocal.types import Context, Info, Message, Mixer, Stage, TrainState
+from jaxlocal.types import Context, Info, Message, Mixer, Stage, TrainState, Tree
 
 OPTIMIZER_STATES = ("keep", "average", "reset")
 MODEL_STATES = ("keep", "average")
@@ -69,7 +69,8 @@ def sync(
         models = Message(mixer, worker_shapes(state.params))
         return [models, *policy.messages(mixer, state)]
 
-    return Stage(lambda state: (), apply, 0, communication)
+    common = policy.common if mixer.by_weight else None
+    return Stage(lambda state: (), apply, 0, communication, common=common)
 
 
 def sync_model_state(mixer: Mixer, *, model_state: str = "average") -> Stage:
@@ -119,11 +120,31 @@ class StatePolicy:
             state = state._replace(model_state=_average(state.model_state, mixer, context))
         return state
 
+    def common(self, state: TrainState) -> tuple[Tree, Tree, Tree]:
+        """What is the same on all workers after it, if their parameters are; see `Stage`."""
+        every = lambda value, tree: jax.tree.map(lambda _: value, tree)
+        averaged = lambda option, tree: jax.tree.map(
+            lambda x: option == "average" and is_averaged(x), tree
+        )
+        opt_state = averaged(self.optimizer_state, state.opt_state)
+        if self.optimizer_state == "reset":
+            opt_state = jax.tree.map(
+                lambda x: every(False, x) if _counts(x) else not holds_key(x, 2),
+                state.opt_state,
+                is_leaf=_counts,
+            )
+        return every(True, state.params), opt_state, averaged(self.model_state, state.model_state)
+
     def messages(self, mixer: Mixer, state: TrainState) -> list[Message]:
         """The messages by which it is averaged."""
         averaged = [state.opt_state] * (self.optimizer_state == "average")
         averaged += [state.model_state] * (self.model_state == "average")
         return [Message(mixer, worker_shapes(_floats(tree))) for tree in averaged]
+
+
+def _counts(node):
+    """Whether it counts steps for a learning rate, which goes on after a reset."""
+    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def _floats(tree):
@@ -141,12 +162,11 @@ def _average(tree, mixer, context):
 
 def _reset(optimizer, state):
     def fresh(params, old):
-        counts = lambda node: isinstance(node, optax.ScaleByScheduleState)
         return jax.tree.map(
-            lambda new, old: old if counts(new) or holds_key(new) else new,
+            lambda new, old: old if _counts(new) or holds_key(new) else new,
             vary(init_of(optimizer, params)),
             old,
-            is_leaf=counts,
+            is_leaf=_counts,
         )
 
     return over_workers(fresh, "vmap")(state.params, state.opt_state)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.leaves import is_key
+from jaxlocal.training.common_state import CommonState, full_shapes, held
 from jaxlocal.training.disk import (
     SavingError,
     advice,
@@ -151,7 +152,7 @@ class Checkpoints:
             remove_unfinished(self.folder)
             self._has_saved = True
         arguments = self._args.Composite(
-            state=self._args.StandardSave(_without_empty(state)),
+            state=self._args.StandardSave(_without_empty(held(state))),
             notes=self._args.JsonSave(notes),
             manifest=self._args.JsonSave(manifest_of(state, notes)),
         )
@@ -229,14 +230,18 @@ class Checkpoints:
         check_whole(folder)
         manifest, notes = (self._json.restore(folder / item) for item in ("manifest", "notes"))
         check_read(manifest, notes, step)
+        if difference(manifest, shapes) and not difference(manifest, full_shapes(shapes)):
+            shapes = full_shapes(shapes)  # saved in the middle of a round
         _check_same(folder, manifest, shapes)
         return manifest, notes, self._read_state(folder / "state", shapes)
 
     def _read_state(self, folder: Path, shapes: TrainState) -> TrainState:
-        arguments = self._args.StandardRestore(_without_empty(shapes))
+        like = held(shapes)
+        arguments = self._args.StandardRestore(_without_empty(like))
         state = self._state.restore(folder, args=arguments)
         empty = lambda like: jnp.empty(like.shape, like.dtype, device=like.sharding)
-        return jax.tree.map(lambda like, x: x if like.size else empty(like), shapes, state)
+        state = jax.tree.map(lambda like, x: x if like.size else empty(like), like, state)
+        return CommonState(state, shapes.grid) if isinstance(shapes, CommonState) else state
 
     def _set_aside(self, damaged: Mapping[int, str], good: int) -> None:
         """Rename the folders of damaged checkpoints, so that they are not counted any more."""

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from jaxlocal.errors import ConfigurationError, check_integer
 from jaxlocal.parallel import collectives
 from jaxlocal.parallel.collectives import over_mesh
-from jaxlocal.parallel.layout import AXES, CONTEXT, MODEL, STACKED
+from jaxlocal.parallel.layout import AXES, CONTEXT, MODEL
 from jaxlocal.parallel.leaves import check_fits, describe, dtype_of, is_key, wide
 from jaxlocal.parallel.mesh import jit_on, local_rows, place, place_rows, wait_on_cpu_processes
 from jaxlocal.parallel.pool import fetch, pool_size
 from jaxlocal.parallel.sharding import is_sharded
+from jaxlocal.training.common_state import models_of
+from jaxlocal.training.programs import OnModels
 from jaxlocal.training.reestimation import Reestimation
 from jaxlocal.training.round import RoundFn
 from jaxlocal.types import TrainState, Tree
@@ -89,13 +91,13 @@ class Evaluation:
         self._within = P(None, MODEL) if is_sharded(mesh) else P()
         # The lookup is a separate program, so that a pool and a source give the same bits.
         self._lookup = jit_on(mesh, over_mesh(fetch, mesh, (P(), P(AXES)), P(AXES)))
-        specs = (STACKED, CONTEXT, P(AXES), P(AXES))
-        self._program = jit_on(mesh, over_mesh(_sums_of(metrics), mesh, specs, P()))
+        specs = (CONTEXT, P(AXES), P(AXES))
+        self._program = OnModels(_sums_of(metrics), mesh, specs, P())
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """The mean of each metric over the examples, by name."""
         self._round_fn.check_models(state)
-        model, context = (state.params, state.model_state), self._round_fn.context
+        model, context = models_of(state), self._round_fn.context
         context = context._replace(data=())
         parts = []
         for examples, counts in self._chunks():

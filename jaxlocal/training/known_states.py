@@ -10,6 +10,7 @@ from jaxlocal.parallel.collectives import worker_shapes
 from jaxlocal.parallel.layout import Layout
 from jaxlocal.parallel.leaves import check_same, is_key, path_name
 from jaxlocal.training.checks import check_model
+from jaxlocal.training.common_state import full_shapes, held
 from jaxlocal.training.state import States
 from jaxlocal.types import TrainState, Tree
 
@@ -42,7 +43,8 @@ class KnownStates:
         form = _form(leaves, structure)
         if form not in self._forms:
             self._check_grids(state)
-            check_same("this state", "one of this method", self._like(state), state, False)
+            like, given = full_shapes(self._like(state)), full_shapes(state)
+            check_same("this state", "one of this method", like, given, False)
             self._forms.add(form)
 
     def check_models(self, state: TrainState) -> None:
@@ -51,7 +53,8 @@ class KnownStates:
         Only its parameters and model state are looked at.
         """
         _check_type(state)
-        _check_usable(jax.tree.leaves((state.params, state.model_state)))
+        models = held(state)
+        _check_usable(jax.tree.leaves((models.params, models.model_state)))
         self._check_devices(state.step)
         self._check_grids(state)
 
@@ -74,12 +77,14 @@ class KnownStates:
 
     def _like(self, state: TrainState) -> TrainState:
         """The shapes of this round function's state of the same model, with keys of any kind."""
-        check_model(state.params, state.model_state)
-        shapes = self._states.shapes(*worker_shapes((state.params, state.model_state)))
+        models = held(state)
+        check_model(models.params, models.model_state)
+        shapes = self._states.shapes(*worker_shapes((models.params, models.model_state)))
         any_kind = is_key(state.key) and not state.key.shape
         return shapes._replace(key=state.key) if any_kind else shapes
 
     def _check_grids(self, state: TrainState) -> None:
+        state = full_shapes(state)
         for part in ("params", "model_state"):
             for path, x in jax.tree_util.tree_leaves_with_path(getattr(state, part)):
                 if (shape := getattr(x, "shape", ()))[:2] != self._layout.shape:

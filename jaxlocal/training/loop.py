@@ -4,7 +4,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import NamedSharding
@@ -125,15 +125,21 @@ def run(
         yield Progress(state, 0, 0, first, sent.bits, math.nan, True, False, 0.0)
     for start, size, length, ends_round, due in dispatches(round_fn, steps, measure_every, begin):
         fed = _fed(round_fn, batches, start, size)
-        if not (ends_round and ending):
-            state, info = round_fn.local_steps(state, fed)
+        distance: Any = 0.0
+        if size == length and ends_round and round_fn.is_measured(state, size):
+            state, info, distance = round_fn.measured_round(state, fed)
             losses.add(start, info)
-            sent.add_steps(size)
-        distance = float(round_fn.consensus_distance(state)) if due else 0.0
-        if ends_round:
-            state, info = round_fn.end_round(state, fed if ending else ())
-            losses.add(start, info)
-            sent.add_end_of_round()
+        else:
+            if not (ends_round and ending):
+                state, info = round_fn.local_steps(state, fed)
+                losses.add(start, info)
+            if due:
+                distance = float(round_fn.consensus_distance(state))
+            if ends_round:
+                state, info = round_fn.end_round(state, fed if ending else ())
+                losses.add(start, info)
+        sent.add(0 if ends_round and ending else size, ends_round)
+        distance = np.asarray(distance).item() if due else 0.0
         now = start + size
         save = bool(save_every) and (now == steps or now // save_every > start // save_every)
         losses.check(0 if due or save else _AHEAD)
@@ -165,12 +171,12 @@ class _Sent:
         self.rounds = sum(1 for _ in itertools.takewhile(lambda end: end <= begin, ends))
         self.bits = round_fn.message_bits(state, begin, self.rounds)
 
-    def add_steps(self, steps: int) -> None:
+    def add(self, steps: int, ends_round: bool) -> None:
+        """Add inner stages of some steps, and maybe the end of a round."""
         self.bits = self.bits.plus(self._inner, steps // self._inner_steps)
-
-    def add_end_of_round(self) -> None:
-        self.bits = self.bits.plus(self._outer[self.rounds % len(self._outer)])
-        self.rounds += 1
+        if ends_round:
+            self.bits = self.bits.plus(self._outer[self.rounds % len(self._outer)])
+            self.rounds += 1
 
 
 class _Losses:

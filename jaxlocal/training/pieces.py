@@ -16,6 +16,7 @@ class Piece(NamedTuple):
 
     times: int  # how often the inner stage is repeated
     ends: bool  # whether the end of the round follows
+    measured: bool = False  # of a whole round: whether it reports the distance before its end
 
 
 Fed = tuple[Piece, Tree, int]  # a piece, its batches and their steps
@@ -44,6 +45,11 @@ class Pieces:
             times = length // method.inner.steps
             self._whole = times if 0 < times <= most else None
 
+    def is_whole(self, steps: int) -> bool:
+        """Whether a round of so many steps is one piece."""
+        inner, outer = self._method.inner, self._method.outer
+        return self._whole is not None and steps == self._whole * inner.steps + outer.steps
+
     def chunks(self, steps: int) -> Iterator[int]:
         """The steps of each piece of steps without the end of a round."""
         for size in self._sizes(steps // self._method.inner.steps):
@@ -54,7 +60,7 @@ class Pieces:
         inner, outer = self._method.inner, self._method.outer
         ends = ends and outer is not NOTHING
         times = (steps - ends * outer.steps) // inner.steps
-        if ends and times == self._whole:
+        if ends and self.is_whole(steps):
             yield Piece(times, True), batches, steps
             return
         start = 0

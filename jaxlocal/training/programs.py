@@ -6,54 +6,85 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel import sharding as placing
 from jaxlocal.parallel.collectives import over_mesh
-from jaxlocal.parallel.layout import AXES, CONTEXT, STACKED
+from jaxlocal.parallel.layout import AXES, CONTEXT
 from jaxlocal.parallel.leaves import path_name
 from jaxlocal.parallel.mesh import jit_on, on_mesh, place, wait_on_cpu_processes
-from jaxlocal.stages.compose import AnySteps, join, repeat
-from jaxlocal.training.pieces import Piece, cut
-from jaxlocal.training.state import specs_of
-from jaxlocal.types import Context, Info, Method, Stage, TrainState, Tree
+from jaxlocal.stages.compose import AnySteps, join
+from jaxlocal.training.bodies import body
+from jaxlocal.training.common_state import CommonState, full_shapes
+from jaxlocal.training.pieces import Piece
+from jaxlocal.training.state import States, specs_of, specs_of_parts
+from jaxlocal.types import Context, Info, Method, TrainState, Tree
 
 BATCHES = P(None, *AXES)
 INFO = Info(worker=BATCHES, common=P())
 
 
+class Consuming:
+    """A program whose state has another form than the one it returns, so that no buffer is used
+    again; it deletes the state as a donation does."""
+
+    def __init__(self, program: Any) -> None:
+        self._program, self.lower = program, program.lower
+
+    def __call__(self, state: TrainState, *arguments: Tree) -> Any:
+        done = self._program(state, *arguments)
+        for x in jax.tree.leaves(state):
+            if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+                x.delete()
+        return done
+
+
+class OnModels:
+    """A function of the workers' models over a mesh, compiled for each form in which they are held.
+
+    Args:
+      fn: `fn(models, *arguments)`, of leaves [d, n, ...], or [1, 1, ...] where workers are alike.
+      mesh: of the workers.
+      specs: of the other arguments.
+      out_specs: of the result.
+    """
+
+    def __init__(self, fn: Callable, mesh: Mesh, specs: tuple, out_specs: Any) -> None:
+        self._fn, self._mesh, self._specs, self._out_specs = fn, mesh, specs, out_specs
+        self._made: dict[Any, Any] = {}
+
+    def __call__(self, models: Tree, *arguments: Tree) -> Tree:
+        form = specs_of_parts(models)
+        key = jax.tree.structure(models), tuple(jax.tree.leaves(form))
+        if key not in self._made:
+            mapped = over_mesh(self._fn, self._mesh, (form, *self._specs), self._out_specs)
+            self._made[key] = jit_on(self._mesh, mapped)
+        return wait_on_cpu_processes(self._mesh, self._made[key](models, *arguments))
+
+
 class Programs:
     """The programs of a method on a mesh: each is made when it is first needed, and kept."""
 
-    def __init__(
-        self,
-        method: Method,
-        mesh: Mesh,
-        context: Context,
-        keep_shardings: Callable[[TrainState], TrainState],
-    ) -> None:
-        self._method, self._mesh, self._context = method, mesh, context
-        self._keep_shardings = keep_shardings
+    def __init__(self, method: Method, mesh: Mesh, context: Context, states: States) -> None:
+        self._mesh, self._context, self._states = mesh, context, states
         # One trace serves the programs of all numbers of inner stages; it is not in what they run.
         # An apply of any number of steps keeps the trace of one of them itself.
         kept = isinstance(method.inner.apply, AnySteps)
         inlined = method.inner.apply if kept else jax.jit(method.inner.apply, inline=True)
-        self._inner = method.inner._replace(apply=inlined)
+        self._method = method._replace(inner=method.inner._replace(apply=inlined))
         self._made: dict[Any, Any] = {}
 
     def place(self, batches: Tree) -> Tree:
         """Batches on the devices of the mesh."""
         return place(batches, self._shardings(batches))
 
-    def measure(self, fn: Callable[[Tree, Context], Tree], stacked: Tree) -> Tree:
-        """A function of all workers' arrays, whose result is the same on all devices."""
+    def measure(self, fn: Callable[[Tree, Context], Tree], models: Tree) -> Tree:
+        """A function of all workers' models, whose result is the same on all devices."""
         if fn not in self._made:
-            mapped = over_mesh(fn, self._mesh, (STACKED, CONTEXT), P())
-            self._made[fn] = jit_on(self._mesh, mapped)
-        return wait_on_cpu_processes(self._mesh, self._made[fn](stacked, self._context))
+            self._made[fn] = OnModels(fn, self._mesh, (CONTEXT,), P())
+        return self._made[fn](models, self._context)
 
     def lower(self, piece: Piece, state: TrainState, batches: Tree, steps: int) -> Any:
         """Lower the program of some steps without compiling it; arguments may be shapes."""
@@ -65,57 +96,31 @@ class Programs:
 
     def get(self, piece: Piece, state: TrainState) -> Any:
         """The program, `program(state, batches, context)`, for states of this form, to call in
-        `running`."""
-        if piece not in self._made:
-            parts = [("inner", repeat(self._inner, piece.times))] if piece.times else []
-            parts += [("outer", self._method.outer)] if piece.ends else []
-            keep = self._keep_shardings
-            self._made[piece] = _compile(parts, self._mesh, specs_of(state), keep)
-        return self._made[piece]
+        `running`; it donates the state."""
+        form = piece, type(state)
+        if form not in self._made:
+            self._made[form] = self._compile(piece, state)
+        return self._made[form]
+
+    def _compile(self, piece: Piece, state: TrainState) -> Any:
+        leaves = self._states.common_leaves(state)
+        after = self._states.at_end(state) if piece.ends else full_shapes(state)
+        run = body(self._method, piece, leaves, self._states.grid)
+        specs = specs_of(state), BATCHES, CONTEXT
+        mapped = over_mesh(run, self._mesh, specs, (specs_of(after), INFO))
+        if not placing.is_sharded(self._mesh):
+            reused = isinstance(state, CommonState) == isinstance(after, CommonState)
+            return jax.jit(mapped, donate_argnums=0) if reused else Consuming(jax.jit(mapped))
+
+        def constrained(state, batches, context):
+            state, info = mapped(state, batches, context)
+            return self._states.keep_shardings(state), info
+
+        return jax.jit(constrained, donate_argnums=0)
 
     def _shardings(self, batches: Tree) -> Tree:
         specs = placing.batch_specs(self._mesh, BATCHES, batches)
         return placing.named_shardings(self._mesh, specs)
-
-
-def _compile(
-    parts: list[tuple[str, Stage]],
-    mesh: Mesh,
-    specs: TrainState,
-    keep_shardings: Callable[[TrainState], TrainState],
-) -> Any:
-    """Compile parts of a round as `program(state, batches, context)` → (state, info); donates the
-    state.
-
-    Args:
-      parts: stages, each with the part of the state's memory that belongs to it.
-      specs: how the state is spread over the mesh, a prefix of its tree.
-      keep_shardings: constrains a state to its shardings, where workers are sharded.
-    """
-
-    def run(state, batches, context):
-        infos: list[Info] = []
-        start = 0
-        for name, stage in parts:
-            # Apart from what follows, a stage has the bits that it has as a program of its own.
-            state = jax.tree.map(lax.optimization_barrier, state) if infos else state
-            own = cut(batches, start, stage.steps)
-            memory = getattr(state.memory, name)
-            after, memory, info = stage.apply(state._replace(memory=()), memory, own, context)
-            state = after._replace(memory=state.memory._replace(**{name: memory}))
-            infos.append(info)
-            start += stage.steps
-        return state, join(infos)
-
-    mapped = over_mesh(run, mesh, (specs, BATCHES, CONTEXT), (specs, INFO))
-    if not placing.is_sharded(mesh):
-        return jax.jit(mapped, donate_argnums=0)
-
-    def constrained(state, batches, context):
-        state, info = mapped(state, batches, context)
-        return keep_shardings(state), info
-
-    return jax.jit(constrained, donate_argnums=0)
 
 
 @contextlib.contextmanager

@@ -9,15 +9,16 @@ from jax import lax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel import collectives
-from jaxlocal.parallel.collectives import broadcast_to_workers, over_mesh
+from jaxlocal.parallel.collectives import broadcast_to_workers
 from jaxlocal.parallel.layout import CONTEXT, STACKED
 from jaxlocal.parallel.leaves import check_same
-from jaxlocal.parallel.mesh import jit_on, place, wait_on_cpu_processes
+from jaxlocal.parallel.mesh import place
 from jaxlocal.parallel.pool import check_indices, fetch, pool_size
 from jaxlocal.parallel.sharding import batch_specs, named_shardings
 from jaxlocal.parallel.worker_maps import over_workers
 from jaxlocal.training.checks import leading_size
-from jaxlocal.training.programs import BATCHES
+from jaxlocal.training.common_state import models_of
+from jaxlocal.training.programs import BATCHES, OnModels
 from jaxlocal.training.round import RoundFn
 from jaxlocal.types import TrainState, Tree
 
@@ -68,17 +69,15 @@ class Reestimation:
         if (examples := pool_size(round_fn.context.data)) is not None:
             check_indices(batches, examples)
         self._round_fn, self._context = round_fn, round_fn.context
-        self._mesh = mesh = round_fn.mesh
+        mesh = round_fn.mesh
         self._batches = place(batches, named_shardings(mesh, batch_specs(mesh, BATCHES, batches)))
-        specs = (STACKED, CONTEXT, BATCHES)
-        self._program = jit_on(mesh, over_mesh(_statistics_of(apply), mesh, specs, STACKED))
+        self._program = OnModels(_statistics_of(apply), mesh, (CONTEXT, BATCHES), STACKED)
 
     def __call__(self, state: TrainState) -> TrainState:
         """The state with the re-estimated model state on every worker; `state` stays usable."""
         self._round_fn.check_models(state)
-        model = (state.params, state.model_state)
-        estimates = self._program(model, self._context, self._batches)
-        return state._replace(model_state=wait_on_cpu_processes(self._mesh, estimates))
+        estimates = self._program(models_of(state), self._context, self._batches)
+        return state._replace(model_state=estimates)
 
 
 def _statistics_of(apply: Apply) -> Callable[..., Tree]:

@@ -18,11 +18,13 @@ from jaxlocal.parallel.own_mesh import usable_mesh
 from jaxlocal.parallel.pool import check_indices, pool_size
 from jaxlocal.stages.compose import NOTHING
 from jaxlocal.training import checks
+from jaxlocal.training.bodies import DISTANCE
+from jaxlocal.training.common_state import CommonState, full_shapes, models_of
 from jaxlocal.training.known_states import KnownStates
 from jaxlocal.training.pieces import Fed, Piece, Pieces
 from jaxlocal.training.programs import Programs, concatenate, running
 from jaxlocal.training.state import States
-from jaxlocal.types import Collective, Info, MessageBits, Method, TrainState, Tree
+from jaxlocal.types import Collective, Info, Leaf, MessageBits, Method, TrainState, Tree
 
 
 class RoundFn:
@@ -87,7 +89,7 @@ class RoundFn:
         self._examples = pool_size(data)
         self.context = place(layout.context(data), placing.named_shardings(self.mesh, CONTEXT))
         self._pieces = Pieces(method, max_chunk, whole=not placing.is_sharded(self.mesh))
-        self._programs = Programs(method, self.mesh, self.context, self._states.keep_shardings)
+        self._programs = Programs(method, self.mesh, self.context, self._states)
 
     def init(self, params: Tree, key: jax.Array, model_state: Tree = None) -> TrainState:
         """Make the state before the first step: every worker starts from the same parameters.
@@ -136,6 +138,20 @@ class RoundFn:
         self._check_length(state, steps, length)
         return self._dispatched(state, self._pieces.of(batches, steps, ends=True))
 
+    def measured_round(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info, Leaf]:
+        """Run one round of workers that are alike as one program, where `is_measured` says so;
+        returns the consensus distance before its end, [1], too."""
+        steps = self._check_batches(batches)
+        self.check(state, batches)
+        [(piece, *rest)] = self._pieces.of(batches, steps, ends=True)
+        state, info = self._dispatched(state, [(piece._replace(measured=True), *rest)])
+        return state, info, info.common.pop(DISTANCE)
+
+    def is_measured(self, state: TrainState, steps: int) -> bool:
+        """Whether `measured_round` can run a round of so many steps from this state."""
+        alike = isinstance(state, CommonState) and self._states.common_leaves(state) is not None
+        return alike and self._pieces.is_whole(steps)
+
     def local_steps(self, state: TrainState, batches: Tree) -> tuple[TrainState, Info]:
         """Run steps of a round without its end, any multiple of those of the inner stage."""
         steps = self._check_batches(batches)
@@ -179,19 +195,19 @@ class RoundFn:
     def mean(self, state: TrainState) -> tuple[Tree, Tree]:
         """The average model u = Σ a_i x_i, and the average model state; leaves [...]."""
         self.check_models(state)
-        return self._programs.measure(collectives.mean, (state.params, state.model_state))
+        return self._programs.measure(collectives.mean, models_of(state))
 
     def consensus_distance(self, state: TrainState) -> jax.Array:
         """The consensus distance √(Σ a_i ‖x_i − u‖²) of the workers' models now."""
         self.check_models(state)
-        return self._programs.measure(collectives.consensus_distance, state.params)
+        return self._programs.measure(collectives.consensus_distance, models_of(state)[0])
 
     def stage_bits(self, state: TrainState, number: int = 0) -> tuple[MessageBits, MessageBits]:
         """Bits sent in one inner stage, and at the end of the number-th round, counted from 0.
 
         The state may be given as its shapes.
         """
-        inner, outer = self.method.inner, self.method.outer
+        inner, outer, state = self.method.inner, self.method.outer, full_shapes(state)
         messages = inner.communication(state), outer.communication(state, number)
         return (
             accounting.message_bits(messages[0], self.layout),
@@ -215,7 +231,7 @@ class RoundFn:
 
         The state may be given as its shapes.
         """
-        inner, outer = self.method.inner, self.method.outer
+        inner, outer, state = self.method.inner, self.method.outer, full_shapes(state)
         times = (steps - outer.steps) // inner.steps
         messages = [m._replace(times=m.times * times) for m in inner.communication(state)]
         messages += outer.communication(state, number)

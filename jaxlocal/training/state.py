@@ -13,9 +13,17 @@ from jaxlocal.parallel.keys import own_keys
 from jaxlocal.parallel.layout import SINGLE, STACKED, Layout
 from jaxlocal.parallel.leaves import check_arrays, check_params, dtype_of, is_key, wide
 from jaxlocal.parallel.mesh import jit_on, place
-from jaxlocal.parallel.sharding import Rule, named_shardings, shardings, with_shardings
+from jaxlocal.parallel.sharding import (
+    Rule,
+    is_sharded,
+    named_shardings,
+    shardings,
+    with_shardings,
+)
+from jaxlocal.stages.averaged_workers import Leaves, parts_of, with_parts
 from jaxlocal.stages.compose import common_axes
 from jaxlocal.stages.updates import init_of
+from jaxlocal.training.common_state import CommonState, common_leaves, full_shapes, held
 from jaxlocal.types import Memory, Method, RoundMemory, TrainState, Tree
 
 
@@ -23,7 +31,9 @@ class States:
     """Make the states of a method on a mesh."""
 
     def __init__(self, method: Method, layout: Layout, mesh: Mesh, rule: Rule):
-        self._method, self._layout, self._mesh, self._rule = method, layout, mesh, rule
+        self._method, self._mesh, self._rule = method, mesh, rule
+        self.grid = layout.shape
+        self._common: dict[Any, Leaves | None] = {}
 
     def shapes(self, params: Tree, model_state: Tree = None) -> TrainState:
         """Shapes, dtypes and shardings of a state, from parameters or their shapes."""
@@ -52,7 +62,7 @@ class States:
 
     @functools.cached_property
     def _make(self):
-        method, grid = self._method, self._layout.shape
+        method, grid = self._method, self.grid
 
         def make(params, model_state, key):
             stack = lambda tree: jax.tree.map(
@@ -69,9 +79,34 @@ class States:
             state = TrainState(stacked, opt_state, model_state, anchor, (), key, jnp.int32(0))
             memory = RoundMemory(method.inner.init(state), method.outer.init(state))
             state = jax.tree.map(_strong, state._replace(memory=memory))
+            state = self._alike(state)
             return lax.with_sharding_constraint(state, self._shardings(state))
 
         return jit_on(self._mesh, make)
+
+    def common_leaves(self, state: TrainState) -> Leaves | None:
+        """The leaves of a state that are the same on all workers at the end of a round; None where
+        such a state is not held as a `CommonState`."""
+        if is_sharded(self._mesh):
+            return None
+        leaves, structure = jax.tree.flatten(state)
+        form = structure, tuple(map(dtype_of, leaves))
+        if form not in self._common:
+            self._common[form] = common_leaves(self._method, full_shapes(state))
+        return self._common[form]
+
+    def at_end(self, state: TrainState) -> TrainState:
+        """The shapes of the state after the end of a round, from any state."""
+        return jax.eval_shape(self._alike, full_shapes(state))
+
+    def _alike(self, state: TrainState) -> TrainState:
+        """What is held of a state of workers that are alike."""
+        leaves = self.common_leaves(state)
+        if leaves is None:
+            return state
+        common, own = leaves.split(parts_of(state))
+        one = with_parts(state, leaves.join([x[:1, :1] for x in common], own))
+        return CommonState(one, self.grid)
 
     def _shardings(self, state: TrainState) -> TrainState:
         return shardings(self._mesh, self._rule, specs_of(state), state)
@@ -81,7 +116,15 @@ def specs_of(state: TrainState) -> TrainState:
     """How the parts of a state are spread over the axes of workers, as a prefix of its tree."""
     is_memory = lambda node: isinstance(node, Memory)
     memory = jax.tree.map(lambda _: Memory(STACKED, SINGLE), state.memory, is_leaf=is_memory)
-    return TrainState(STACKED, STACKED, STACKED, SINGLE, memory, SINGLE, SINGLE)
+    specs = TrainState(STACKED, STACKED, STACKED, SINGLE, memory, SINGLE, SINGLE)
+    if not isinstance(state, CommonState):
+        return specs
+    return CommonState(with_parts(specs, specs_of_parts(parts_of(held(state)))), state.grid)
+
+
+def specs_of_parts(parts: Tree) -> Tree:
+    """How leaves are spread of which those of [1, 1, ...] are the same on all workers."""
+    return jax.tree.map(lambda x: SINGLE if x.shape[:2] == (1, 1) else STACKED, parts)
 
 
 def _checked(params: Tree, model_state: Tree) -> tuple[Tree, Tree]:

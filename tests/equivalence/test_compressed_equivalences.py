@@ -117,11 +117,11 @@ def test_cser_that_sends_nothing_at_steps_and_resets_everything_is_local_sgd(opt
     np.testing.assert_allclose(run(method), local, **ROUNDING)
 
 
-@pytest.mark.optimized
-def test_the_second_implementation_that_sends_nothing_at_steps_is_local_sgd_to_the_bit():
+def test_the_second_implementation_that_sends_nothing_at_steps_is_local_sgd():
+    """Up to rounding: Local SGD averages the workers of a device first."""
     local = run(jaxlocal.local_sgd(problem.grad_fn, ADAMW, period=QSR))
     method = cser(ADAMW, zero(), identity(), period=QSR, implementation=2)
-    np.testing.assert_array_equal(run(method), local)
+    np.testing.assert_allclose(run(method), local, **ROUNDING)
 
 
 @pytest.mark.optimized

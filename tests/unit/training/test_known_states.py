@@ -79,7 +79,8 @@ def test_a_donated_state_is_neither_saved_nor_exported(used, tmp_path):
 def test_one_array_in_two_leaves_is_refused_with_both_names(used):
     """JAX ends the process where it is donated twice on two devices."""
     round_fn, _, state = used
-    shared = state._replace(params={**state.params, "w": state.params["b"]})
+    params = state.params
+    shared = state._replace(params={**params, "w": params["b"]})
     for use in ("a round", "steps", "an end", "a run"):
         with refused("^params/b and params/w of this state are one array, which .* by jax.numpy.c"):
             USES[use](round_fn, shared)
