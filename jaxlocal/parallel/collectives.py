@@ -20,7 +20,9 @@ _TYPED: ContextVar[bool] = ContextVar("_TYPED", default=True)
 _ALIKE: ContextVar[bool] = ContextVar("_ALIKE", default=False)
 
 
-def over_mesh(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+def over_mesh(
+    fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any, typed: bool = True
+) -> Callable:
     """Map a function over the devices of a mesh: `jax.shard_map` over the axes of workers.
 
     Inside, `fn` sees the block of workers of its device, leaves [d, n, ...], and communicates by
@@ -37,6 +39,7 @@ def over_mesh(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callab
       in_specs: how the arguments lie on the mesh, prefixes of their trees: `STACKED` for leaves
         [D, N, ...], `SINGLE` for leaves that are the same on all devices, `CONTEXT` for a Context.
       out_specs: how the results lie on the mesh.
+      typed: whether values have those types; without them, what is declared common is believed.
 
     Returns:
       A function of the global arrays.
@@ -52,7 +55,8 @@ def over_mesh(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callab
 
     def mapped(*arguments):
         try:
-            return jax.shard_map(fn, **options)(*arguments)
+            if typed:
+                return jax.shard_map(fn, **options)(*arguments)
         except TypeError as error:
             if "manual ax" not in str(error):
                 raise

@@ -131,7 +131,8 @@ def sequence(*stages: Stage) -> Stage:
     steps = sum(stage.steps for stage in stages)
     anchored = any(stage.anchored for stage in stages)
     turns = math.lcm(*(stage.turns for stage in stages))
-    return Stage(init, apply, steps, communication, anchored, turns, common_axes(*stages))
+    common = _common_after(stages) if all(stage.common for stage in stages) else None
+    return Stage(init, apply, steps, communication, anchored, turns, common_axes(*stages), common)
 
 
 def in_turn(*stages: Stage) -> Stage:
@@ -199,6 +200,17 @@ def join(infos: list[Info], concatenate: Callable = jnp.concatenate) -> Info:
         for name, values in _collected(reports).items()
     }
     return Info(by_name([i.worker for i in infos]), by_name([i.common for i in infos]))
+
+
+def _common_after(stages: tuple[Stage, ...]) -> Callable | None:
+    """What is the same on all workers after stages of which the first makes it so."""
+
+    def common(state):
+        marks = [stage.common(state) for stage in stages if stage.common]
+        first = marks[0] if stages and all(jax.tree.leaves(marks[0][0])) else None
+        return first and jax.tree.map(lambda *marks: any(marks), *marks)
+
+    return common if stages else None
 
 
 def _check_stages(*stages: Any) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlocal.parallel.collectives import alike, consensus_distance, psum
+from jaxlocal.parallel.collectives import alike, consensus_distance, psum, vary
 from jaxlocal.parallel.layout import AXES
 from jaxlocal.stages.averaged_workers import (
     Averaged,
@@ -17,7 +17,7 @@ from jaxlocal.stages.averaged_workers import (
     with_rows,
 )
 from jaxlocal.stages.compose import AnySteps, join, repeat
-from jaxlocal.training.common_state import CommonState, held
+from jaxlocal.training.common_state import CommonState, held, of_stacked
 from jaxlocal.training.pieces import Piece, cut
 from jaxlocal.types import Context, Info, Leaf, Method, Stage, TrainState, Tree
 
@@ -44,7 +44,7 @@ def _in_order(parts: list[tuple[str, Stage]]) -> Body:
     """Stages one after another, each with its part of the memory, and a row for every worker."""
 
     def run(state, batches, context):
-        state = with_rows(held(state), context) if isinstance(state, CommonState) else state
+        state = _every_row(state, context)
         infos: list[Info] = []
         start = 0
         for name, stage in parts:
@@ -69,7 +69,7 @@ def _averaged(
     assert isinstance(take, AnySteps)
 
     def run(state, batches, context):
-        memory = state.memory
+        memory = of_stacked(lambda x: x[:1, :1], held(state).memory)
         if piece.times and isinstance(state, CommonState) and leaves.are_rows(held(state)):
             own = held(state)._replace(memory=())
             after = take.averaged(own, batches, context, piece.times, leaves)
@@ -87,6 +87,15 @@ def _averaged(
         return CommonState(one, grid), join([*infos, info])
 
     return run
+
+
+def _every_row(state: TrainState, context: Context) -> TrainState:
+    """The state with a row for every worker of the device."""
+    if not isinstance(state, CommonState):
+        return state
+    rows = lambda x: vary(jnp.broadcast_to(x, context.worker.shape + x.shape[2:]))
+    state = held(state)
+    return with_rows(state, context)._replace(memory=of_stacked(rows, state.memory))
 
 
 def _distance(after: Averaged) -> Leaf:

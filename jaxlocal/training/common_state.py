@@ -1,7 +1,7 @@
 """The state of workers that are alike: it holds one row of what is the same on all of them."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -51,18 +51,31 @@ class CommonState(TrainState):
         return CommonState, (tuple(held(self)), self.grid)
 
     def _replace(self, **fields: Tree) -> TrainState:  # type: ignore[override]
-        if not fields.keys() & set(PARTS):
+        if not fields.keys() & {*PARTS, "memory"}:
             return CommonState(held(self)._replace(**fields), self.grid)
         return TrainState(*self)._replace(**fields)
 
     params = property(lambda self: _rows(held(self).params, self.grid))
     opt_state = property(lambda self: _rows(held(self).opt_state, self.grid))
     model_state = property(lambda self: _rows(held(self).model_state, self.grid))
+    memory = property(lambda self: of_stacked(lambda x: _row(x, self.grid), held(self).memory))
 
 
 def held(state: TrainState) -> TrainState:
     """What a state holds, as a plain tuple: of a common one with leaves [1, 1, ...]."""
     return TrainState(*tuple.__iter__(state)) if isinstance(state, CommonState) else state
+
+
+def held_as(state: TrainState, fields: TrainState) -> TrainState:
+    """The state of those fields, a common one where `state` is one."""
+    return CommonState(fields, state.grid) if isinstance(state, CommonState) else fields
+
+
+def of_stacked(fn: Callable, memory: Tree) -> Tree:
+    """Map a function over the leaves of a memory that belong to workers."""
+    is_memory = lambda node: isinstance(node, Memory)
+    one = lambda node: Memory(jax.tree.map(fn, node.stacked), node.single)
+    return jax.tree.map(one, memory, is_leaf=is_memory)
 
 
 def models_of(state: TrainState) -> tuple[Tree, Tree]:
@@ -80,26 +93,21 @@ def full_shapes(state: TrainState) -> TrainState:
 def common_leaves(method: Method, shapes: TrainState) -> Leaves | None:
     """The leaves of a state that are the same on all workers at the end of a round.
 
-    None where the end of a round needs more of the workers than their average, where a stage
-    remembers something of each, where half precision would round the average, or where there is one
-    worker.
+    None where the end of a round needs more of the workers than their average, where half precision
+    would round the average, or where there is one worker.
 
     Args:
       method: of the rounds.
       shapes: of a state with a row for every worker.
     """
-    is_memory = lambda node: isinstance(node, Memory)
-    memories = jax.tree.leaves(shapes.memory, is_leaf=is_memory)
-    alone = jax.tree.leaves(shapes.params)[0].shape[:2] == (1, 1)
-    remembered = jax.tree.leaves([m.stacked for m in memories if is_memory(m)])
-    if method.outer.common is None or not isinstance(method.inner.apply, AnySteps):
-        return None
-    marks = jax.tree.leaves(method.outer.common(shapes))
+    of = method.outer.common
+    marks = of(shapes) if of and isinstance(method.inner.apply, AnySteps) else None
     leaves, structure = jax.tree.flatten(parts_of(shapes))
-    averaged = [x for x, common in zip(leaves, marks, strict=True) if common and is_averaged(x)]
-    if alone or remembered or any(x.dtype != wide(x.dtype) for x in averaged):
+    if marks is None or not all(jax.tree.leaves(marks[0])) or leaves[0].shape[:2] == (1, 1):
         return None
-    return Leaves(structure, marks)
+    flags = jax.tree.leaves(marks)
+    averaged = [x for x, common in zip(leaves, flags, strict=True) if common and is_averaged(x)]
+    return None if any(x.dtype != wide(x.dtype) for x in averaged) else Leaves(structure, flags)
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -109,20 +117,20 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
 
 def _rows(tree: Tree, grid: tuple[int, int]) -> Tree:
     """A tree with leaves [D, N, ...] for those of [1, 1, ...]; what is no array stays."""
+    return jax.tree.map(lambda x: _row(x, grid), tree)
 
-    def one(x):
-        if getattr(x, "shape", ())[:2] != (1, 1):
-            return x
-        shape = (*grid, *x.shape[2:])
-        if isinstance(x, np.ndarray):
-            return np.broadcast_to(x, shape)
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=_of_workers(x.sharding))
-        if isinstance(x, jax.core.Tracer):
-            return jnp.broadcast_to(x, shape)
-        return x if x.is_deleted() else _broadcast(shape, _of_workers(x.sharding))(x)
 
-    return jax.tree.map(one, tree)
+def _row(x: Any, grid: tuple[int, int]) -> Any:
+    if getattr(x, "shape", ())[:2] != (1, 1):
+        return x
+    shape = (*grid, *x.shape[2:])
+    if isinstance(x, np.ndarray):
+        return np.broadcast_to(x, shape)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=_of_workers(x.sharding))
+    if isinstance(x, jax.core.Tracer):
+        return jnp.broadcast_to(x, shape)
+    return x if x.is_deleted() else _broadcast(shape, _of_workers(x.sharding))(x)
 
 
 def _of_workers(sharding: Any) -> Any:

@@ -107,7 +107,9 @@ class Programs:
         after = self._states.at_end(state) if piece.ends else full_shapes(state)
         run = body(self._method, piece, leaves, self._states.grid)
         specs = specs_of(state), BATCHES, CONTEXT
-        mapped = over_mesh(run, self._mesh, specs, (specs_of(after), INFO))
+        # That all workers remember the same is not seen in the types of what each remembers.
+        typed = isinstance(state, CommonState) == isinstance(after, CommonState) or not piece.ends
+        mapped = over_mesh(run, self._mesh, specs, (specs_of(after), INFO), typed)
         if not placing.is_sharded(self._mesh):
             reused = isinstance(state, CommonState) == isinstance(after, CommonState)
             return jax.jit(mapped, donate_argnums=0) if reused else Consuming(jax.jit(mapped))

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 
 from jaxlocal.errors import ConfigurationError, check_integer, lookup
 from jaxlocal.parallel.leaves import wide
+from jaxlocal.stages.averaged_workers import parts_of
 from jaxlocal.stages.compose import NOTHING, sequence
+from jaxlocal.training.common_state import held, held_as
 from jaxlocal.types import Info, Memory, Method, Stage, TrainState
 
 
@@ -137,11 +139,12 @@ def running_average(state: TrainState, name: str) -> TrainState:
     Raises:
       ConfigurationError: the state has no average of this name.
     """
-    is_kept = lambda node: isinstance(node, RunningAverages)
-    nodes = filter(is_kept, jax.tree.leaves(state.memory, is_leaf=is_kept))
+    is_kept, rows = lambda node: isinstance(node, RunningAverages), held(state)
+    nodes = filter(is_kept, jax.tree.leaves(rows.memory, is_leaf=is_kept))
     found = {own: models for node in nodes for own, models in node.kept.stacked.items()}
     models = lookup("running average of this state", name, found)
-    return state._replace(params=jax.tree.map(lambda m, x: m.astype(x.dtype), models, state.params))
+    params = jax.tree.map(lambda m, x: m.astype(x.dtype), models, rows.params)
+    return held_as(state, rows._replace(params=params))
 
 
 def _averaging(averages: dict[str, RunningAverage]) -> Stage:
@@ -159,4 +162,5 @@ def _averaging(averages: dict[str, RunningAverage]) -> Stage:
             moved[name] = jax.tree.map(move, models, state.params)
         return state, RunningAverages(Memory(moved, state.step)), Info()
 
-    return Stage(init, apply, 0, lambda state, number=0: [])
+    nothing = lambda state: jax.tree.map(lambda _: False, parts_of(state))
+    return Stage(init, apply, 0, lambda state, number=0: [], common=nothing)

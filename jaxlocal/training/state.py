@@ -23,7 +23,13 @@ from jaxlocal.parallel.sharding import (
 from jaxlocal.stages.averaged_workers import Leaves, parts_of, with_parts
 from jaxlocal.stages.compose import common_axes
 from jaxlocal.stages.updates import init_of
-from jaxlocal.training.common_state import CommonState, common_leaves, full_shapes, held
+from jaxlocal.training.common_state import (
+    CommonState,
+    common_leaves,
+    full_shapes,
+    held,
+    of_stacked,
+)
 from jaxlocal.types import Memory, Method, RoundMemory, TrainState, Tree
 
 
@@ -105,8 +111,9 @@ class States:
         if leaves is None:
             return state
         common, own = leaves.split(parts_of(state))
-        one = with_parts(state, leaves.join([x[:1, :1] for x in common], own))
-        return CommonState(one, self.grid)
+        first = lambda x: x[:1, :1]
+        one = with_parts(state, leaves.join(list(map(first, common)), own))
+        return CommonState(one._replace(memory=of_stacked(first, state.memory)), self.grid)
 
     def _shardings(self, state: TrainState) -> TrainState:
         return shardings(self._mesh, self._rule, specs_of(state), state)
@@ -119,6 +126,8 @@ def specs_of(state: TrainState) -> TrainState:
     specs = TrainState(STACKED, STACKED, STACKED, SINGLE, memory, SINGLE, SINGLE)
     if not isinstance(state, CommonState):
         return specs
+    memory = jax.tree.map(lambda _: Memory(SINGLE, SINGLE), held(state).memory, is_leaf=is_memory)
+    specs = specs._replace(memory=memory)
     return CommonState(with_parts(specs, specs_of_parts(parts_of(held(state)))), state.grid)
 
 

@@ -17,6 +17,7 @@ from jaxlocal.training import (
     Evaluation,
     RunningAverage,
     run,
+    running_average,
     with_running_averages,
 )
 from jaxlocal.training.common_state import CommonState, held
@@ -127,6 +128,26 @@ def test_what_is_the_same_is_held_once_with_the_numbers_of_rows(made, options, r
     jax.tree.map(np.testing.assert_array_equal, values(one), values(every))
 
 
+def test_running_averages_are_held_once_too_and_change_no_bit():
+    method = jaxlocal.local_sgd(grad_fn, momentum(RATE), period=STEPS)
+    averaged = with_running_averages(method, ema=RunningAverage(decay=0.5))
+    plain, with_ema = RoundFn(method, LAYOUT), RoundFn(averaged, LAYOUT)
+    without, one, every = start(plain), start(with_ema), start(with_ema)
+    for batches in BATCHES:
+        without, _ = plain(without, batches)
+        one, _ = with_ema(one, batches)
+        every, _ = with_ema.local_steps(every, batches)
+        every, _ = with_ema.end_round(every)
+    equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    equal(one.params, without.params)
+    ema = running_average(one, "ema")
+    assert isinstance(ema, CommonState) and ema.params["w"].shape == (2, 4, 3)
+    equal(ema.params, running_average(every, "ema").params)
+    assert (np.asarray(ema.params["w"]) != np.asarray(one.params["w"])).any()
+    assert {x.shape[:2] for x in jax.tree.leaves(held(one).memory.outer)[:2]} == {(1, 1)}
+    assert jax.tree.leaves(one.memory.outer)[0].shape[:2] == (2, 4)
+
+
 def test_what_workers_keep_of_their_own_stays_their_own():
     round_fn = round_fn_of("local_sgd", "scheduled", optimizer_state="reset")
     state, _ = round_fn(start(round_fn), BATCHES[0])
@@ -149,7 +170,6 @@ def test_a_method_whose_workers_differ_holds_all_of_them():
     hubs = jaxlocal.mll_sgd(grad_fn, sgd, matrix=np.eye(2), local_steps=2, hub_period=2)
     assert of(hubs) is not CommonState
     assert of(jaxlocal.data_parallel(grad_fn, sgd)) is not CommonState
-    assert of(with_running_averages(local, ema=RunningAverage(decay=0.9))) is not CommonState
     assert of(local, Layout()) is not CommonState
     assert of(local, params=half) is not CommonState  # an average in half precision would round
 
