@@ -102,31 +102,48 @@ def _by_layers(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Arr
 
 def _by_windows(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     batch, height, width, _ = images.shape
-    down, across = height // 2, width // 2
-    rows = lax.dot_general(
-        _kernel_of_windows(kernel), _patches(images, kernel.shape[:2]), (((0,), (0,)), ((), ()))
-    )
-    largest = _first_maximum(rows.reshape(4, -1, down * across * batch))
-    pooled = nnx.relu(largest + bias[:, None])
-    return pooled.reshape(-1, down, across, batch).transpose(3, 1, 2, 0)
+    windows = (height // 2, width // 2)
+    patches = _patches(images, kernel.shape[:2])
+    pixels = lax.dot_general(_kernel_of_windows(kernel), patches, (((0,), (0,)), ((), ())))
+    pooled = _pool_windows((*windows, batch), pixels, bias)
+    # The transposition of a matrix becomes part of the matrix product of a dense layer.
+    examples = pooled.transpose(1, 2, 0, 3).reshape(-1, batch).T
+    return examples.reshape(batch, *windows, -1)
 
 
-@jax.custom_jvp
-def _first_maximum(x: jax.Array) -> jax.Array:
-    """The maximum over the first dimension; of equal entries, the first gets the gradient."""
-    return functools.reduce(jnp.maximum, list(x))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pool_windows(shape: tuple[int, ...], pixels: jax.Array, bias: jax.Array) -> jax.Array:
+    """relu(maximum + bias) of four pixels [4 · out, windows · batch], to [out, *shape]."""
+    pooled = nnx.relu(_largest(pixels.reshape(4, bias.size, -1)) + bias[:, None])
+    return pooled.reshape(-1, *shape)
 
 
-@_first_maximum.defjvp
-def _first_maximum_jvp(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+def _pool_forward(
+    shape: tuple[int, ...], pixels: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, Any]:
+    return _pool_windows(shape, pixels, bias), (pixels, bias)
+
+
+def _pool_backward(
+    shape: tuple[int, ...], operands: Any, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    (x,), (tangent,) = primals, tangents
-    largest = _first_maximum(x)
-    equal = list(x == largest[None])
+    """Of equal pixels, the first gets the gradient."""
+    pixels, bias = operands
+    # This has the shape of the image: XLA fuses it with the sum over patches that comes before it.
+    positive = jnp.where(_pool_windows(shape, pixels, bias) > 0, cotangent, 0)
+    rows = positive.reshape(bias.size, -1)
+    pixels = pixels.reshape(4, *rows.shape)
+    equal = list(pixels == _largest(pixels)[None])
     earlier = itertools.accumulate(equal[:-1], jnp.logical_or)
-    first = jnp.stack([equal[0], *(a & ~b for a, b in zip(equal[1:], earlier, strict=True))])
-    return largest, jnp.where(first, tangent, 0).sum(0)
+    first = [equal[0], *(a & ~b for a, b in zip(equal[1:], earlier, strict=True))]
+    return jnp.concatenate([jnp.where(here, rows, 0) for here in first]), positive.sum((1, 2, 3))
+
+
+_pool_windows.defvjp(_pool_forward, _pool_backward)
+
+
+def _largest(pixels: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.maximum, list(pixels))
 
 
 def _patches(images: jax.Array, taps: tuple[int, ...]) -> jax.Array:
@@ -141,13 +158,49 @@ def _patches(images: jax.Array, taps: tuple[int, ...]) -> jax.Array:
     image = lax.pad(images.transpose(3, 1, 2, 0), jnp.zeros((), images.dtype), [*pads, (0, 0, 0)])
     down, across = (window + block - 1 for window, block in zip(windows, blocks, strict=True))
     image = image.reshape(channels, down, 2, across, 2, batch).transpose(2, 4, 0, 1, 3, 5)
-    image = image.reshape(4 * channels, down, across, batch)
-    moved = [
-        image[:, i : i + windows[0], j : j + windows[1]].reshape(4 * channels, -1)
-        for i in range(blocks[0])
-        for j in range(blocks[1])
-    ]
-    return jnp.concatenate(moved)
+    return _lay_out((blocks[0], blocks[1]), image.reshape(4 * channels, down, across, batch))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lay_out(blocks: tuple[int, int], image: jax.Array) -> jax.Array:
+    """The blocks that each window reads: [blocks · rows, windows · batch].
+
+    Args:
+      blocks: down and across, of one patch.
+      image: `[rows, down, across, batch]`.
+
+    The blocks across come first, so that those down are long contiguous pieces.
+    """
+    windows = [size - block + 1 for size, block in zip(image.shape[1:3], blocks, strict=True)]
+    image = jnp.concatenate([image[:, :, j : j + windows[1]] for j in range(blocks[1])])
+    line = windows[1] * image.shape[3]
+    image = image.reshape(image.shape[0], -1)
+    return jnp.concatenate([image[:, i * line : (i + windows[0]) * line] for i in range(blocks[0])])
+
+
+def _lay_out_forward(blocks: tuple[int, int], image: jax.Array) -> tuple[jax.Array, Any]:
+    return _lay_out(blocks, image), image
+
+
+def _lay_out_backward(
+    blocks: tuple[int, int], image: jax.Array, cotangent: jax.Array
+) -> tuple[jax.Array]:
+    """Sum all blocks in one pass."""
+    _, down, across, _ = image.shape
+
+    def in_one_step(image: jax.Array) -> jax.Array:
+        moved = [
+            image[:, i : down - blocks[0] + 1 + i, j : across - blocks[1] + 1 + j]
+            for i in range(blocks[0])
+            for j in range(blocks[1])
+        ]
+        return jnp.concatenate(moved).reshape(cotangent.shape)
+
+    (gradient,) = jax.linear_transpose(in_one_step, image)(cotangent)
+    return (gradient,)
+
+
+_lay_out.defvjp(_lay_out_forward, _lay_out_backward)
 
 
 def _kernel_of_windows(kernel: jax.Array) -> jax.Array:
