@@ -207,12 +207,12 @@ def _kernel_of_windows(kernel: jax.Array) -> jax.Array:
     (16, 4)
     """
     *taps, ins, outs = kernel.shape
-    blocks = [tap // 2 + 1 for tap in taps]
-    zero = jnp.zeros((), kernel.dtype)
+    down, across = (tap // 2 + 1 for tap in taps)
+    pads = [(1, 2 * block - tap, 0) for block, tap in zip((down, across), taps, strict=True)]
+    kernel = lax.pad(kernel, jnp.zeros((), kernel.dtype), [*pads, (0, 0, 0), (0, 0, 0)])
     placed = []
-    for at in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        room = zip(at, blocks, taps, strict=True)
-        pads = [(first, 2 * block - tap - first, 0) for first, block, tap in room]
-        placed.append(lax.pad(kernel, zero, [*pads, (0, 0, 0), (0, 0, 0)]))
-    patch = jnp.stack(placed, 3).reshape(blocks[0], 2, blocks[1], 2, ins, 4 * outs)
-    return patch.transpose(0, 2, 1, 3, 4, 5).reshape(-1, 4 * outs)
+    for i, j in ((1, 1), (1, 0), (0, 1), (0, 0)):
+        patch = kernel[i : i + 2 * down, j : j + 2 * across]
+        patch = patch.reshape(down, 2, across, 2, ins, outs).transpose(0, 2, 1, 3, 4, 5)
+        placed.append(patch.reshape(-1, outs))
+    return jnp.concatenate(placed, 1)
