@@ -126,7 +126,7 @@ def _pool_backward(
 ) -> tuple[jax.Array, jax.Array]:
     """Of equal pixels, the first gets the gradient."""
     pixels, bias = operands
-    # This has the shape of the image: XLA fuses it with the sum over patches that comes before it.
+    # XLA fuses this with the sum over patches before it, which is slow in any shape but the image's.
     positive = jnp.where(_pool_windows(shape, pixels, bias) > 0, cotangent, 0)
     rows = positive.reshape(bias.size, -1)
     pixels = pixels.reshape(4, *rows.shape)
@@ -140,6 +140,7 @@ _pool_windows.defvjp(_pool_forward, _pool_backward)
 
 
 def _largest(pixels: jax.Array) -> jax.Array:
+    # Not `pixels.max(0)`, which XLA:CPU computes in a pass of its own.
     return functools.reduce(jnp.maximum, list(pixels))
 
 
@@ -182,7 +183,7 @@ def _lay_out_forward(blocks: tuple[int, int], image: jax.Array) -> tuple[jax.Arr
 def _lay_out_backward(
     blocks: tuple[int, int], image: jax.Array, cotangent: jax.Array
 ) -> tuple[jax.Array]:
-    """Sum all blocks in one pass."""
+    """Sum all blocks in one pass: the transpose of `_lay_out` would take one for each dimension."""
     _, down, across, _ = image.shape
 
     def in_one_step(image: jax.Array) -> jax.Array:
