@@ -126,7 +126,7 @@ def _pool_backward(
 ) -> tuple[jax.Array, jax.Array]:
     """Of equal pixels, the first gets the gradient."""
     pixels, bias = operands
-    # XLA fuses this with the sum over patches before it, which is slow in any shape but the image's.
+    # In the shape of the image: XLA fuses it with the sum over patches, which is slow in any other.
     positive = jnp.where(_pool_windows(shape, pixels, bias) > 0, cotangent, 0)
     rows = positive.reshape(bias.size, -1)
     pixels = pixels.reshape(4, *rows.shape)
@@ -183,7 +183,7 @@ def _lay_out_forward(blocks: tuple[int, int], image: jax.Array) -> tuple[jax.Arr
 def _lay_out_backward(
     blocks: tuple[int, int], image: jax.Array, cotangent: jax.Array
 ) -> tuple[jax.Array]:
-    """Sum all blocks in one pass: the transpose of `_lay_out` would take one for each dimension."""
+    """Sum all blocks in one pass; the transpose of `_lay_out` takes one for each dimension."""
     _, down, across, _ = image.shape
 
     def in_one_step(image: jax.Array) -> jax.Array:
