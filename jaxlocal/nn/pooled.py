@@ -23,14 +23,14 @@ from jaxlocal.nn.pooling import max_pool
 POOL = (2, 2)
 # With more channels, three separate layers are as fast: the patch of a window is larger than the
 # kernel. This was measured on CPU, for kernels of 3 x 3 and 5 x 5 and images of 14 x 14 to 32 x 32.
-MOST_IN, MOST_OUT = 10, 64
+MOST_IN, MOST_OUT = 16, 64
 
 
 def conv_relu_max_pool(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """Convolution, bias, relu and max-pooling of 2 x 2 as one layer, which is fast on CPU.
 
     It computes max_pool(relu(conv(images, kernel) + bias)) with stride 1 and padding "SAME". The
-    fast form is for at most 10 input and 64 output channels; with more, and on other backends than
+    fast form is for at most 16 input and 64 output channels; with more, and on other backends than
     CPU, it runs as three layers. Values and gradients equal those of the three layers up to the
     order of summation. It is a `jax.custom_vjp`, which allows reverse mode only, as
     `conv_general_dilated` does.
@@ -102,31 +102,46 @@ def _by_layers(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Arr
 
 def _by_windows(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     batch, height, width, _ = images.shape
-    down, across = height // 2, width // 2
-    rows = lax.dot_general(
-        _kernel_of_windows(kernel), _patches(images, kernel.shape[:2]), (((0,), (0,)), ((), ()))
-    )
-    largest = _first_maximum(rows.reshape(4, -1, down * across * batch))
-    pooled = nnx.relu(largest + bias[:, None])
-    return pooled.reshape(-1, down, across, batch).transpose(3, 1, 2, 0)
+    windows = (height // 2, width // 2)
+    patches = _patches(images, kernel.shape[:2])
+    pixels = lax.dot_general(_kernel_of_windows(kernel), patches, (((0,), (0,)), ((), ())))
+    return _pool_windows((*windows, batch), pixels, bias).transpose(3, 1, 2, 0)
 
 
-@jax.custom_jvp
-def _first_maximum(x: jax.Array) -> jax.Array:
-    """The maximum over the first dimension; of equal entries, the first gets the gradient."""
-    return functools.reduce(jnp.maximum, list(x))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pool_windows(shape: tuple[int, ...], pixels: jax.Array, bias: jax.Array) -> jax.Array:
+    """relu(maximum + bias) of four pixels [4 · out, windows · batch], to [out, *shape]."""
+    pooled = nnx.relu(_largest(pixels.reshape(4, bias.size, -1)) + bias[:, None])
+    return pooled.reshape(-1, *shape)
 
 
-@_first_maximum.defjvp
-def _first_maximum_jvp(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+def _pool_forward(
+    shape: tuple[int, ...], pixels: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, Any]:
+    return _pool_windows(shape, pixels, bias), (pixels, bias)
+
+
+def _pool_backward(
+    shape: tuple[int, ...], operands: Any, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    (x,), (tangent,) = primals, tangents
-    largest = _first_maximum(x)
-    equal = list(x == largest[None])
+    """Of equal pixels, the first gets the gradient."""
+    pixels, bias = operands
+    # In the shape of the image: XLA fuses it with the sum over patches, which is slow in any other.
+    positive = jnp.where(_pool_windows(shape, pixels, bias) > 0, cotangent, 0)
+    rows = positive.reshape(bias.size, -1)
+    pixels = pixels.reshape(4, *rows.shape)
+    equal = list(pixels == _largest(pixels)[None])
     earlier = itertools.accumulate(equal[:-1], jnp.logical_or)
-    first = jnp.stack([equal[0], *(a & ~b for a, b in zip(equal[1:], earlier, strict=True))])
-    return largest, jnp.where(first, tangent, 0).sum(0)
+    first = [equal[0], *(a & ~b for a, b in zip(equal[1:], earlier, strict=True))]
+    return jnp.concatenate([jnp.where(here, rows, 0) for here in first]), positive.sum((1, 2, 3))
+
+
+_pool_windows.defvjp(_pool_forward, _pool_backward)
+
+
+def _largest(pixels: jax.Array) -> jax.Array:
+    # Not `pixels.max(0)`, which XLA:CPU computes in a pass of its own.
+    return functools.reduce(jnp.maximum, list(pixels))
 
 
 def _patches(images: jax.Array, taps: tuple[int, ...]) -> jax.Array:
@@ -141,13 +156,49 @@ def _patches(images: jax.Array, taps: tuple[int, ...]) -> jax.Array:
     image = lax.pad(images.transpose(3, 1, 2, 0), jnp.zeros((), images.dtype), [*pads, (0, 0, 0)])
     down, across = (window + block - 1 for window, block in zip(windows, blocks, strict=True))
     image = image.reshape(channels, down, 2, across, 2, batch).transpose(2, 4, 0, 1, 3, 5)
-    image = image.reshape(4 * channels, down, across, batch)
-    moved = [
-        image[:, i : i + windows[0], j : j + windows[1]].reshape(4 * channels, -1)
-        for i in range(blocks[0])
-        for j in range(blocks[1])
-    ]
-    return jnp.concatenate(moved)
+    return _lay_out((blocks[0], blocks[1]), image.reshape(4 * channels, down, across, batch))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lay_out(blocks: tuple[int, int], image: jax.Array) -> jax.Array:
+    """The blocks that each window reads: [blocks · rows, windows · batch].
+
+    Args:
+      blocks: down and across, of one patch.
+      image: `[rows, down, across, batch]`.
+
+    The blocks across come first, so that those down are long contiguous pieces.
+    """
+    windows = [size - block + 1 for size, block in zip(image.shape[1:3], blocks, strict=True)]
+    image = jnp.concatenate([image[:, :, j : j + windows[1]] for j in range(blocks[1])])
+    line = windows[1] * image.shape[3]
+    image = image.reshape(image.shape[0], -1)
+    return jnp.concatenate([image[:, i * line : (i + windows[0]) * line] for i in range(blocks[0])])
+
+
+def _lay_out_forward(blocks: tuple[int, int], image: jax.Array) -> tuple[jax.Array, Any]:
+    return _lay_out(blocks, image), image
+
+
+def _lay_out_backward(
+    blocks: tuple[int, int], image: jax.Array, cotangent: jax.Array
+) -> tuple[jax.Array]:
+    """Sum all blocks in one pass; the transpose of `_lay_out` takes one for each dimension."""
+    _, down, across, _ = image.shape
+
+    def in_one_step(image: jax.Array) -> jax.Array:
+        moved = [
+            image[:, i : down - blocks[0] + 1 + i, j : across - blocks[1] + 1 + j]
+            for i in range(blocks[0])
+            for j in range(blocks[1])
+        ]
+        return jnp.concatenate(moved).reshape(cotangent.shape)
+
+    (gradient,) = jax.linear_transpose(in_one_step, image)(cotangent)
+    return (gradient,)
+
+
+_lay_out.defvjp(_lay_out_forward, _lay_out_backward)
 
 
 def _kernel_of_windows(kernel: jax.Array) -> jax.Array:
@@ -157,12 +208,12 @@ def _kernel_of_windows(kernel: jax.Array) -> jax.Array:
     (16, 4)
     """
     *taps, ins, outs = kernel.shape
-    blocks = [tap // 2 + 1 for tap in taps]
-    zero = jnp.zeros((), kernel.dtype)
+    down, across = (tap // 2 + 1 for tap in taps)
+    pads = [(1, 2 * block - tap, 0) for block, tap in zip((down, across), taps, strict=True)]
+    kernel = lax.pad(kernel, jnp.zeros((), kernel.dtype), [*pads, (0, 0, 0), (0, 0, 0)])
     placed = []
-    for at in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        room = zip(at, blocks, taps, strict=True)
-        pads = [(first, 2 * block - tap - first, 0) for first, block, tap in room]
-        placed.append(lax.pad(kernel, zero, [*pads, (0, 0, 0), (0, 0, 0)]))
-    patch = jnp.stack(placed, 3).reshape(blocks[0], 2, blocks[1], 2, ins, 4 * outs)
-    return patch.transpose(0, 2, 1, 3, 4, 5).reshape(-1, 4 * outs)
+    for i, j in ((1, 1), (1, 0), (0, 1), (0, 0)):
+        patch = kernel[i : i + 2 * down, j : j + 2 * across]
+        patch = patch.reshape(down, 2, across, 2, ins, outs).transpose(0, 2, 1, 3, 4, 5)
+        placed.append(patch.reshape(-1, outs))
+    return jnp.concatenate(placed, 1)
