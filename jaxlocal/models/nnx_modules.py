@@ -11,6 +11,7 @@ from flax import linen, nnx
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model, keywords_taken
+from jaxlocal.models.initialization import compiled_init
 from jaxlocal.models.jaxprs import depends, origin
 from jaxlocal.models.module_attributes import check_nothing_hidden, check_unchanged, numbers_of
 from jaxlocal.models.random_streams import check_nothing_drawn, counts_of, stream_keys
@@ -102,7 +103,7 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
             check_nothing_drawn(counts, counts_of(after.transient))
         return outputs, _as_dict(after.state, known=_paths(plan.state))
 
-    return Model(init, apply)
+    return Model(compiled_init(init), apply)
 
 
 def _check_makes_modules(make_module: Any) -> None:
