@@ -20,6 +20,7 @@ from jaxlocal.parallel.leaves import check_fits, describe, dtype_of, is_key, wid
 from jaxlocal.parallel.mesh import jit_on, local_rows, place, place_rows, wait_on_cpu_processes
 from jaxlocal.parallel.pool import fetch, pool_size
 from jaxlocal.parallel.sharding import is_sharded
+from jaxlocal.training.ahead import Ahead, Compiling
 from jaxlocal.training.reestimation import Reestimation
 from jaxlocal.training.round import RoundFn
 from jaxlocal.types import TrainState, Tree
@@ -76,6 +77,7 @@ class Evaluation:
         check_integer("the batch size of an evaluation", batch_size)
         mesh = round_fn.mesh
         self._round_fn, self._source = round_fn, source
+        self._context, self._compiling = round_fn.context._replace(data=()), Compiling()
         pool = round_fn.context.data if data is None else data
         self._data = place(pool if source is None else (), NamedSharding(mesh, P()))
         leaves = jax.tree.leaves(self._data)
@@ -95,11 +97,10 @@ class Evaluation:
     def __call__(self, state: TrainState) -> dict[str, float]:
         """The mean of each metric over the examples, by name."""
         self._round_fn.check_models(state)
-        model, context = (state.params, state.model_state), self._round_fn.context
-        context = context._replace(data=())
-        parts = []
+        self._compiling.finished(self)
+        parts, model = [], (state.params, state.model_state)
         for examples, counts in self._chunks():
-            part = self._program(model, context, examples, counts)
+            part = self._program(model, self._context, examples, counts)
             parts.append(wait_on_cpu_processes(self._round_fn.mesh, part))
             jax.block_until_ready(parts[-2:-1])  # at most two chunks are on the devices
         totals: dict[str, float] = {}
@@ -107,6 +108,12 @@ class Evaluation:
             for name, value in part.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         return {name: value / len(self._examples) for name, value in totals.items()}
+
+    def compile_ahead(self, state: TrainState, ahead: Ahead) -> None:
+        """Compile the program in a thread, before an evaluation; the state may be its shapes."""
+        model = state.params, state.model_state
+        lowered = self._program.lower(model, self._context, *next(self._chunks()))
+        self._compiling.begin(self, lowered, ahead)
 
     def _chunks(self) -> Iterator[tuple[Tree, jax.Array]]:
         """Chunks of examples [devices, batches, batch, ...], and a mask of those that count.

@@ -17,6 +17,7 @@ from jaxlocal.parallel.layout import AXES, CONTEXT, STACKED
 from jaxlocal.parallel.leaves import path_name
 from jaxlocal.parallel.mesh import jit_on, on_mesh, place, wait_on_cpu_processes
 from jaxlocal.stages.compose import AnySteps, join, repeat
+from jaxlocal.training.ahead import Ahead, Compiling
 from jaxlocal.training.pieces import Piece, cut
 from jaxlocal.training.state import specs_of
 from jaxlocal.types import Context, Info, Method, Stage, TrainState, Tree
@@ -43,6 +44,7 @@ class Programs:
         inlined = method.inner.apply if kept else jax.jit(method.inner.apply, inline=True)
         self._inner = method.inner._replace(apply=inlined)
         self._made: dict[Any, Any] = {}
+        self._compiling = Compiling()
 
     def place(self, batches: Tree) -> Tree:
         """Batches on the devices of the mesh."""
@@ -50,10 +52,8 @@ class Programs:
 
     def measure(self, fn: Callable[[Tree, Context], Tree], stacked: Tree) -> Tree:
         """A function of all workers' arrays, whose result is the same on all devices."""
-        if fn not in self._made:
-            mapped = over_mesh(fn, self._mesh, (STACKED, CONTEXT), P())
-            self._made[fn] = jit_on(self._mesh, mapped)
-        return wait_on_cpu_processes(self._mesh, self._made[fn](stacked, self._context))
+        self._compiling.finished(fn)
+        return wait_on_cpu_processes(self._mesh, self._measuring(fn)(stacked, self._context))
 
     def lower(self, piece: Piece, state: TrainState, batches: Tree, steps: int) -> Any:
         """Lower the program of some steps without compiling it; arguments may be shapes."""
@@ -63,15 +63,37 @@ class Programs:
         with on_mesh(self._mesh):
             return self.get(piece, state).lower(state, placed, self._context)
 
+    def compile_ahead(
+        self, piece: Piece, state: TrainState, batches: Tree, steps: int, ahead: Ahead
+    ) -> None:
+        """Compile the program of some steps in a thread, once; arguments may be shapes."""
+        if piece not in self._made:
+            self._compiling.begin(piece, self.lower(piece, state, batches, steps), ahead)
+
+    def measure_ahead(
+        self, fn: Callable[[Tree, Context], Tree], stacked: Tree, ahead: Ahead
+    ) -> None:
+        """Compile what `measure` calls in a thread; the arrays may be shapes."""
+        if fn not in self._made:
+            lowered = self._measuring(fn).lower(stacked, self._context)
+            self._compiling.begin(fn, lowered, ahead)
+
     def get(self, piece: Piece, state: TrainState) -> Any:
         """The program, `program(state, batches, context)`, for states of this form, to call in
         `running`."""
+        self._compiling.finished(piece)
         if piece not in self._made:
             parts = [("inner", repeat(self._inner, piece.times))] if piece.times else []
             parts += [("outer", self._method.outer)] if piece.ends else []
             keep = self._keep_shardings
             self._made[piece] = _compile(parts, self._mesh, specs_of(state), keep)
         return self._made[piece]
+
+    def _measuring(self, fn: Callable[[Tree, Context], Tree]) -> jit_on:
+        if fn not in self._made:
+            mapped = over_mesh(fn, self._mesh, (STACKED, CONTEXT), P())
+            self._made[fn] = jit_on(self._mesh, mapped)
+        return self._made[fn]
 
     def _shardings(self, batches: Tree) -> Tree:
         specs = placing.batch_specs(self._mesh, BATCHES, batches)

@@ -18,6 +18,7 @@ from jaxlocal.parallel.own_mesh import usable_mesh
 from jaxlocal.parallel.pool import check_indices, pool_size
 from jaxlocal.stages.compose import NOTHING
 from jaxlocal.training import checks
+from jaxlocal.training.ahead import Ahead
 from jaxlocal.training.known_states import KnownStates
 from jaxlocal.training.pieces import Fed, Piece, Pieces
 from jaxlocal.training.programs import Programs, concatenate, running
@@ -238,6 +239,26 @@ class RoundFn:
             (times, self._programs.lower(piece, state, batches if own else (), own))
             for (piece, own), times in Counter(pieces).items()
         ]
+
+    def compile_ahead(
+        self, state: TrainState, batches: Tree, steps: int, ends: bool, ahead: Ahead
+    ) -> None:
+        """Compile the programs of a call of `local_steps` or `end_round` in threads, before it.
+
+        Args:
+          state, batches: of the call, or their shapes; batches of any number of steps.
+          steps: of `local_steps`.
+          ends: whether it is a call of `end_round`, whose steps are known.
+          ahead: the threads.
+        """
+        outer, programs = self.method.outer, self._programs
+        pieces = [(piece, own) for piece, _, own in self._pieces.of((), steps, ends=False)]
+        if ends:
+            pieces = [(Piece(0, True), outer.steps)] if outer is not NOTHING else []
+        with running(self.mesh, state):
+            for piece, own in pieces:
+                programs.compile_ahead(piece, state, batches if own else (), own, ahead)
+            programs.measure_ahead(collectives.consensus_distance, state.params, ahead)
 
     def _dispatched(self, state: TrainState, pieces: Iterable[Fed]) -> tuple[TrainState, Info]:
         infos = []
