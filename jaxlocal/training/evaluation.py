@@ -148,8 +148,8 @@ def _checked(examples: Any, have: int) -> NDArray[np.int32]:
 def _chunk_shape(examples: int, devices: int, batch_size: int, nbytes: int) -> tuple[int, int, int]:
     """The shape [devices, batches, batch] of equal chunks that together hold all examples."""
     per_device = -(-examples // devices)
-    batch = min(batch_size, per_device)
-    batches = -(-per_device // batch)
+    batches = -(-per_device // batch_size)
+    batch = -(-per_device // batches)  # the last one is as full as the others
     fit = max(1, CHUNK_BYTES // max(1, nbytes * devices * batch))
     chunks = -(-batches // fit)
     return devices, -(-batches // chunks), batch
