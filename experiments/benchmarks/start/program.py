@@ -6,6 +6,7 @@ where SECONDS is `time.monotonic()` of the process that starts it. It writes one
 the seconds of each phase. What is imported before the first phase is imported by every program.
 """
 
+import gc
 import importlib
 import os
 import runpy
@@ -79,6 +80,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 def first_round(name: str, clock: Clock) -> None:
     """Run a round of Local SGD of a workload, as a program of the README does."""
+    gc.enable()  # which the commands of `experiments` do after their imports
     import jax
     import optax
 
