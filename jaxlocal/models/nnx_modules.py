@@ -81,8 +81,8 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
 
     def init(key: jax.Array) -> tuple[Tree, Tree]:
         params, _, _, state = parts.of(key)
-        if not all(isinstance(leaf, nnx.Variable) for _, leaf in _leaves(state)):
-            constants = _paths(blueprint().constants)
+        # Here the blueprint is of the same trace; inside a mesh JAX would trace again.
+        if constants := _paths(blueprint().constants):
             _, state = nnx.split_state(state, lambda path, _: path in constants, ...)
         return _as_dict(params), _as_dict(state)
 
@@ -181,7 +181,7 @@ class _Parts:
 
 def _blueprint(make_module: Callable[[nnx.Rngs], nnx.Module], parts: _Parts) -> _Blueprint:
     """The module without its values; nothing is computed but its plain arrays."""
-    traced = parts.of.trace(jax.random.key(0))
+    traced = parts.of.trace(jax.eval_shape(lambda: jax.random.key(0)))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), traced.out_info)
     on_key = jax.tree.unflatten(jax.tree.structure(shapes), depends(traced.jaxpr))
     drawn = {path for path, is_drawn in _leaves(on_key[-1]) if is_drawn is True}
