@@ -87,23 +87,27 @@ def first_round(name: str, clock: Clock) -> None:
     import jaxlocal
     from experiments.benchmarks.workloads import (
         LEARNING_RATE,
-        gradient_of,
         make_indices,
         make_pool,
         model_of,
         parse_workload,
+        scaled,
     )
     from experiments.launching.starting import cores, use_the_cores
+    from jaxlocal.models.supervised import training_loss
 
     clock.end(IMPORTS)
     workload = parse_workload(name)._replace(examples=1000)
     grid = (1, workload.workers)
     use_the_cores([grid], cores())
     sgd = optax.sgd(LEARNING_RATE)
-    method = jaxlocal.local_sgd(gradient_of(workload), sgd, period=workload.steps)
+    model = model_of(workload)
+    loss = training_loss(model, scaled, workload.classes)
+    grad_fn = jaxlocal.gradients(loss, stateful=True)
+    method = jaxlocal.local_sgd(grad_fn, sgd, period=workload.steps)
     layout = jaxlocal.Layout(*grid)
     round_fn = jaxlocal.RoundFn(method, layout, data=make_pool(workload))
-    params, model_state = model_of(workload).init(jax.random.key(0))
+    params, model_state = model.init(jax.random.key(0))
     state = round_fn.init(params, jax.random.key(1), model_state)
     indices = make_indices(workload, 0).reshape(workload.steps, *grid, workload.batch_size)
     jax.block_until_ready(state)
