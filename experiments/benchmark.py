@@ -7,6 +7,8 @@ process and in alternation: for each workload the seconds of a round, and how ma
 jaxlocal is. Suite `compression` times a partial synchronisation with each compressor and the
 gradient of one step, in the same run and in alternation, and counts the peak memory of methods
 above that of Local SGD. Suite `compilation` measures how long rounds with each compressor compile.
+Suite `start` measures how long new processes take to the end of their first round, with an empty
+compilation cache and with a full one.
 Suite `scaling` times a step on more and more virtual devices and
 processes, and over a link that is slowed down on purpose, next to the prediction of the cost model.
 Each suite prints tables and writes its figures as JSON.
@@ -24,6 +26,7 @@ from experiments.benchmarks.compression import suite as compression
 from experiments.benchmarks.report import check_output, write_figures
 from experiments.benchmarks.scaling import suite as scaling
 from experiments.benchmarks.speed import suite as speed
+from experiments.benchmarks.start import suite as start
 from experiments.benchmarks.workloads import WORKLOADS, Workload
 from experiments.launching.command_line import run_command
 from experiments.launching.statuses import FAILED
@@ -63,11 +66,19 @@ def _scaling(console: Console) -> dict[str, Any]:
     return scaling.run(workloads, *options, FLAGS.wait_idle, console)
 
 
+def _start(console: Console) -> dict[str, Any]:
+    cases = list(start.CASES) if FLAGS.workloads is None else FLAGS.workloads
+    known = {name: name for name in (*WORKLOADS, start.TRAIN)}
+    chosen = [lookup("workload", name, known) for name in cases]
+    return start.run(chosen, FLAGS.repeats, FLAGS.limit, FLAGS.wait_idle, console)
+
+
 SUITES: dict[str, Callable[[Console], dict[str, Any]]] = {
     "speed": _speed,
     "compression": _compression,
     "compilation": _compilation,
     "scaling": _scaling,
+    "start": _start,
 }
 
 
@@ -93,10 +104,10 @@ def main() -> None:
 
 def _define_speed_and_scaling() -> None:
     flags.DEFINE_list(
-        "workloads", None, "Speed, scaling: workloads to train; by default all, and mlp."
+        "workloads", None, "Speed, scaling, start: workloads to train; by default all, mlp, four."
     )
     flags.DEFINE_float(
-        "limit", 300.0, "Speed, scaling: seconds to wait for one round.", lower_bound=1.0
+        "limit", 300.0, "Speed, scaling, start: seconds to wait for a round.", lower_bound=1.0
     )
     flags.DEFINE_string("worker_map", None, "Speed: how a device runs the workers of jaxlocal.")
     flags.DEFINE_bool("growth", False, "Speed: measure time and memory with more workers too.")

@@ -89,7 +89,7 @@ def gradient_of(workload: Workload) -> GradFn:
 
 def initial_params(workload: Workload) -> Tree:
     """Initialise the parameters that all workers start from, as arrays on the host."""
-    return jax.device_get(jax.jit(model_of(workload).init)(jax.random.key(0))[0])
+    return jax.device_get(model_of(workload).init(jax.random.key(0))[0])
 
 
 def param_shapes(workload: Workload) -> Tree:

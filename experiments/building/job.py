@@ -30,6 +30,7 @@ from jaxlocal.communication import topology
 from jaxlocal.data import Augmentation, Dataset, load, parse_augmentation, plan_batches
 from jaxlocal.methods import METHODS
 from jaxlocal.models import Model
+from jaxlocal.models.initialization import compiled_init
 from jaxlocal.stages.gradient import GradFn
 from jaxlocal.training import RunningAverage, with_running_averages
 from jaxlocal.training.dispatching import schedule
@@ -119,7 +120,7 @@ def build_job(config: Config) -> Job:
     check_data(config, dataset, augmentation)
     check_same_data(dataset)
     model = build_model(config, dataset)
-    model = model._replace(init=jax.jit(model.init))  # one trace, for the shapes and the values
+    model = model._replace(init=compiled_init(model.init))  # with what the dataset changes
     shapes, example = jax.eval_shape(model.init, jax.random.key(0)), dataset.train_source()[0]
     sizes = (dataset.train_examples, *grid, config.batch_size)
     task = _Task(

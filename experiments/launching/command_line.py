@@ -3,6 +3,7 @@ status."""
 
 import dataclasses
 import faulthandler
+import gc
 import os
 import sys
 import textwrap
@@ -83,6 +84,9 @@ def run_command(main: Callable[..., int], about: str | None, operands: bool = Fa
       about: what `--help` prints above the flags that the command defines.
       operands: whether there may be arguments that are not flags.
     """
+    if not gc.isenabled():  # since the command began
+        gc.freeze()  # what was imported stays
+        gc.enable()
     logging.use_absl_handler()
     faulthandler.enable()
     sys.unraisablehook = _handle_ignored

@@ -11,6 +11,7 @@ from experiments.building.job import Job
 from experiments.building.time_slots import make_time_slots
 from experiments.running.feeding import read_all
 from jaxlocal import RoundFn
+from jaxlocal.training.ahead import Ahead
 from jaxlocal.training.evaluation import Evaluation, Reestimation
 from jaxlocal.training.loop import Progress
 from jaxlocal.training.running_averages import running_average
@@ -27,7 +28,6 @@ class Measure:
     Args:
       first_batches: `first_batches(steps)`, on which `--model_state=reestimate` estimates batch
         statistics.
-      seconds: that the run took before it was resumed.
     """
 
     def __init__(
@@ -35,18 +35,26 @@ class Measure:
         job: Job,
         round_fn: RoundFn,
         first_batches: Callable[[int], Tree],
-        seconds: float = 0.0,
     ):
         config, data = job.config, job.dataset
         train = _sample(config.train_eval_examples, data.train_examples, config.seed)
         test = _sample(config.test_eval_examples, data.test_examples, config.seed)
-        self._job, self._start = job, time.perf_counter() - seconds
+        self._job, self._start = job, time.perf_counter()
         self._train, self._test = _evaluations(job, round_fn, train, test)
         self._time_slots = make_time_slots(job)
         self._reestimate = None
         averaged = job.running_averages and jax.tree.leaves(job.model_shapes[1])
         if config.model_state == "reestimate" or averaged:
             self._reestimate = _reestimation(job, round_fn, first_batches)
+
+    def start(self, seconds: float = 0.0) -> None:
+        """Start the clock of the run, which took some seconds before it was resumed."""
+        self._start = time.perf_counter() - seconds
+
+    def compile_ahead(self, state: TrainState, ahead: Ahead) -> None:
+        """Compile the evaluations in threads; the state may be its shapes."""
+        for evaluation in (self._test, self._train):
+            evaluation.compile_ahead(state, ahead)
 
     @property
     def seconds(self) -> float:

@@ -21,6 +21,7 @@ from experiments.launching.statuses import FAILED
 from experiments.launching.stopping import WORDS, Patience, status_of
 from experiments.plotting.display import Display
 from experiments.plotting.partition import plot_partition
+from experiments.running.compiling import compile_ahead
 from experiments.running.feeding import Feed
 from experiments.running.locking import locked
 from experiments.running.measuring import Measure
@@ -30,6 +31,7 @@ from experiments.running.saving import Saver
 from jaxlocal import RoundFn
 from jaxlocal.communication.accounting import model_bits
 from jaxlocal.data import StreamError
+from jaxlocal.training.ahead import Ahead
 from jaxlocal.training.checkpoints import SavingError
 from jaxlocal.training.loop import Diverged, Progress, run
 
@@ -51,24 +53,35 @@ def run_job(job: Job, folder: Path, seeds: tuple[Path, Config] | None = None) ->
     with Feed(job) as feed, locked(folder) as check_held:
         round_fn = make_round_fn(job, feed.pool)
         recorder = record(folder, job.config, check_held, seeds)
-        with Saver(job, folder) as saver:
-            return _Run(job, round_fn, feed, recorder, saver).to_the_end()
+        with Saver(job, folder) as saver, Ahead() as ahead:
+            return _Run(job, round_fn, feed, recorder, saver, ahead).to_the_end()
 
 
 class _Run:
     """A run that is under way: its state, and everything that watches it."""
 
-    def __init__(self, job: Job, round_fn: RoundFn, feed: Feed, recorder: Recorder, saver: Saver):
+    def __init__(
+        self,
+        job: Job,
+        round_fn: RoundFn,
+        feed: Feed,
+        recorder: Recorder,
+        saver: Saver,
+        ahead: Ahead,
+    ):
         self.job, self.round_fn, self.feed = job, round_fn, feed
         self.recorder, self.saver = recorder, saver
+        self.measure = Measure(job, round_fn, feed.first)
+        if not saver.steps:
+            compile_ahead(job, round_fn, feed, self.measure, ahead)
         restored = saver.newest(job.state)
         self.state, notes = restored or (initial_state(job, round_fn), {})
+        self.measure.start(notes.get("seconds", 0.0))
         self.first = jax.process_index() == 0  # of several processes the one that writes and shows
         uncompressed = model_bits(job.state.params) if job.compressors else 0
         self.display = Display(job.steps, uncompressed, quiet=not self.first)
         self.ended: str | None = notes.get("ended")
         self.measurements: int | None = notes.get("measurements")
-        self.measure = Measure(job, round_fn, feed.first, notes.get("seconds", 0.0))
 
     def to_the_end(self) -> int:
         """Train, then write what the run leaves; returns the exit status."""

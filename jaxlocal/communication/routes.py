@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import networkx as nx
 import numpy as np
 
 
@@ -59,6 +58,8 @@ def _matchings(edges: set[tuple[int, int]], size: int) -> list[list[tuple[int, i
     bipartite graph of starts and ends has a perfect matching, and removing it leaves all degrees
     equal again.
     """
+    import networkx as nx  # here, since most programs mix over no graph and start without it
+
     counts = np.zeros((size, size), int)
     for edge in edges:
         counts[edge] = 1

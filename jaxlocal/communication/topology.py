@@ -6,7 +6,6 @@ Hierarchical Networks", ICLR 2021, https://arxiv.org/abs/2007.13819.
 
 from pathlib import Path
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
@@ -40,9 +39,7 @@ def hub_graph(spec: str, hubs: int, seed: int = 0) -> np.ndarray:
     check_integer("hubs", hubs)
     name, *options = spec.split(":") if isinstance(spec, str) else (spec,)
     if name in ("complete", "ring", "path", "star") and not options:
-        make = {"complete": nx.complete_graph, "ring": nx.cycle_graph, "path": nx.path_graph}
-        graph = nx.star_graph(hubs - 1) if name == "star" else make[name](hubs)
-        adjacency = nx.to_numpy_array(graph) > 0
+        adjacency = _named(name, hubs)
     elif name == "erdos_renyi":
         adjacency = _erdos_renyi(spec, options, hubs, seed)
     elif isinstance(spec, str) and Path(spec).is_file():
@@ -50,6 +47,14 @@ def hub_graph(spec: str, hubs: int, seed: int = 0) -> np.ndarray:
     else:
         raise unknown("hub graph (and no such file)", spec, GRAPHS)
     return check_graph(adjacency, hubs, spec)
+
+
+def _named(name: str, hubs: int) -> np.ndarray:
+    import networkx as nx  # here, since most programs mix over no graph and start without it
+
+    make = {"complete": nx.complete_graph, "ring": nx.cycle_graph, "path": nx.path_graph}
+    graph = nx.star_graph(hubs - 1) if name == "star" else make[name](hubs)
+    return nx.to_numpy_array(graph) > 0
 
 
 def _erdos_renyi(spec: str, options: list[str], hubs: int, seed: int) -> np.ndarray:
@@ -63,6 +68,8 @@ def _erdos_renyi(spec: str, options: list[str], hubs: int, seed: int) -> np.ndar
             f"hub graph {spec!r} is not erdos_renyi:PROBABILITY:SEED with a probability in [0, 1] "
             f"and an integer seed"
         ) from None
+    import networkx as nx
+
     return nx.to_numpy_array(nx.gnp_random_graph(hubs, probability, seed=seed)) > 0
 
 
@@ -133,6 +140,8 @@ def check_graph(adjacency: npt.ArrayLike, hubs: int, name: str) -> np.ndarray:
         raise ConfigurationError(
             f"hub graph {name!r} is not symmetric: entries ({i}, {j}) and ({j}, {i}) differ"
         )
+    import networkx as nx
+
     parts = list(nx.connected_components(nx.from_numpy_array(adjacency)))
     if len(parts) > 1:
         raise ConfigurationError(

@@ -18,10 +18,9 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import numpy as np
-
 from jaxlocal.data.checks import check_name, check_whole
 from jaxlocal.data.dataset import Dataset, Request
+from jaxlocal.data.digits import digits
 from jaxlocal.data.emnist import emnist_letters
 from jaxlocal.data.examples import ArraySource
 from jaxlocal.data.prepared import PreparedSplit, find, require
@@ -97,27 +96,6 @@ def load(
     return data
 
 
-def _digits(request: Request) -> Dataset:
-    require("digits", "scikit-learn", "sklearn")
-
-    def read(held_out: bool) -> ArraySource:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        # Every fifth example of each label, in order: stratified, and the same in every version.
-        chosen = np.zeros(len(digits.target), bool)
-        chosen[np.argsort(digits.target, kind="stable")[::5]] = True
-        chosen = chosen == held_out
-        images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-        return ArraySource(
-            {"inputs": images[..., None], "targets": digits.target[chosen].astype(np.int32)}
-        )
-
-    return Dataset(
-        request.spec, lambda: read(False), lambda: read(True), 1437, 360, (8, 8, 1), classes=10
-    )
-
-
 def _mnist_binary(request: Request) -> Dataset:
     classes = tuple(int(digit <= 4) for digit in range(10))
     data = _prepared(request._replace(spec="mnist"), classes)
@@ -181,7 +159,7 @@ def _docstrings(request: Request) -> Dataset:
 
 
 _SOURCES: Mapping[str, Callable[[Request], Dataset]] = {
-    "digits": _digits,
+    "digits": digits,
     "docstrings": _docstrings,
     "mnist": _prepared,
     "mnist_binary": _mnist_binary,

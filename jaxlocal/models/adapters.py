@@ -11,6 +11,7 @@ from flax import linen
 from flax.linen import fp8_ops
 
 from jaxlocal.errors import ConfigurationError
+from jaxlocal.models.initialization import compiled_init
 
 Tree = Any
 
@@ -118,7 +119,7 @@ def from_linen(module: linen.Module, inputs: Any, streams: Sequence[str] = ("dro
         )
         return outputs, {**model_state, **changed}
 
-    return Model(init, apply)
+    return Model(compiled_init(init), apply)
 
 
 def from_functions(init: Callable[[jax.Array], Any], apply: Callable[..., Any]) -> Model:

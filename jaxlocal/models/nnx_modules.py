@@ -11,6 +11,7 @@ from flax import linen, nnx
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.models.adapters import Model, keywords_taken
+from jaxlocal.models.initialization import compiled_init
 from jaxlocal.models.jaxprs import depends, origin
 from jaxlocal.models.module_attributes import check_nothing_hidden, check_unchanged, numbers_of
 from jaxlocal.models.random_streams import check_nothing_drawn, counts_of, stream_keys
@@ -72,17 +73,18 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     _check_makes_modules(make_module)
     _register_tracers()
 
+    parts = _Parts(make_module)
+
     @functools.cache
     def blueprint() -> _Blueprint:
-        return _blueprint(make_module)
+        return _blueprint(make_module, parts)
 
     def init(key: jax.Array) -> tuple[Tree, Tree]:
-        parts = _split(_built(make_module, key))
-        state = parts.state
-        if not all(isinstance(leaf, nnx.Variable) for _, leaf in _leaves(state)):
-            constants = _paths(blueprint().constants)
+        params, _, _, state = parts.of(key)
+        # Here the blueprint is of the same trace; inside a mesh JAX would trace again.
+        if constants := _paths(blueprint().constants):
             _, state = nnx.split_state(state, lambda path, _: path in constants, ...)
-        return _as_dict(parts.params), _as_dict(state)
+        return _as_dict(params), _as_dict(state)
 
     def apply(
         params: Tree, model_state: Tree, inputs: Any, key: jax.Array | None, train: bool
@@ -102,7 +104,7 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Model:
             check_nothing_drawn(counts, counts_of(after.transient))
         return outputs, _as_dict(after.state, known=_paths(plan.state))
 
-    return Model(init, apply)
+    return Model(compiled_init(init), apply)
 
 
 def _check_makes_modules(make_module: Any) -> None:
@@ -158,18 +160,29 @@ def _register_tracers() -> None:
     register(jax.core.Tracer)
 
 
-def _blueprint(make_module: Callable[[nnx.Rngs], nnx.Module]) -> _Blueprint:
+class _Parts:
+    """The parts of a module but for its structure: one trace serves `init` and the blueprint.
+
+    `of(key)` gives the parameters, transient variables, constants and all other state, traced.
+    """
+
+    def __init__(self, make_module: Callable[[nnx.Rngs], nnx.Module]) -> None:
+        self.graphs: list[Any] = []  # the structure, from every trace
+
+        def parts(key: jax.Array) -> tuple[State, ...]:
+            module = _built(make_module, key)
+            check_nothing_hidden(module)
+            graph, *states = _split(module)
+            self.graphs.append(graph)
+            return tuple(states)
+
+        self.of = jax.jit(parts, inline=True)
+
+
+def _blueprint(make_module: Callable[[nnx.Rngs], nnx.Module], parts: _Parts) -> _Blueprint:
     """The module without its values; nothing is computed but its plain arrays."""
-    graphs = []
-
-    def parts(key: jax.Array) -> tuple[State, ...]:
-        module = _built(make_module, key)
-        check_nothing_hidden(module)
-        graph, *states = _split(module)
-        graphs.append(graph)
-        return tuple(states)
-
-    traced, shapes = jax.make_jaxpr(parts, return_shape=True)(jax.random.key(0))
+    traced = parts.of.trace(jax.eval_shape(lambda: jax.random.key(0)))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), traced.out_info)
     on_key = jax.tree.unflatten(jax.tree.structure(shapes), depends(traced.jaxpr))
     drawn = {path for path, is_drawn in _leaves(on_key[-1]) if is_drawn is True}
     plain = {path for path, leaf in _leaves(shapes[-1]) if not isinstance(leaf, nnx.Variable)}
@@ -178,7 +191,7 @@ def _blueprint(make_module: Callable[[nnx.Rngs], nnx.Module]) -> _Blueprint:
     constants, state = nnx.split_state(state, lambda path, _: path in plain - drawn, ...)
     if plain - drawn:
         constants = _computed(lambda key: _split(_built(make_module, key), plain - drawn).constants)
-    return _Blueprint(graphs[0], params, transient, constants, state)
+    return _Blueprint(parts.graphs[0], params, transient, constants, state)
 
 
 def _check_no_key(drawn: dict[Path, Any]) -> None:

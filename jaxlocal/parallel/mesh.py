@@ -195,6 +195,11 @@ class jit_on:
         with on_mesh(self._mesh):
             return self._jitted(*arguments)
 
+    def lower(self, *arguments: Any) -> Any:
+        """As that of `jax.jit`."""
+        with on_mesh(self._mesh):
+            return self._jitted.lower(*arguments)
+
     def eval_shape(self, *arguments: Any) -> Any:
         """As that of `jax.jit`."""
         with on_mesh(self._mesh):

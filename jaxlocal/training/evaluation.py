@@ -20,6 +20,7 @@ from jaxlocal.parallel.leaves import check_fits, describe, dtype_of, is_key, wid
 from jaxlocal.parallel.mesh import jit_on, local_rows, place, place_rows, wait_on_cpu_processes
 from jaxlocal.parallel.pool import fetch, pool_size
 from jaxlocal.parallel.sharding import is_sharded
+from jaxlocal.training.ahead import Ahead, Compiling
 from jaxlocal.training.common_state import models_of
 from jaxlocal.training.programs import OnModels
 from jaxlocal.training.reestimation import Reestimation
@@ -78,6 +79,7 @@ class Evaluation:
         check_integer("the batch size of an evaluation", batch_size)
         mesh = round_fn.mesh
         self._round_fn, self._source = round_fn, source
+        self._context, self._compiling = round_fn.context._replace(data=()), Compiling()
         pool = round_fn.context.data if data is None else data
         self._data = place(pool if source is None else (), NamedSharding(mesh, P()))
         leaves = jax.tree.leaves(self._data)
@@ -97,18 +99,21 @@ class Evaluation:
     def __call__(self, state: TrainState) -> dict[str, float]:
         """The mean of each metric over the examples, by name."""
         self._round_fn.check_models(state)
-        model, context = models_of(state), self._round_fn.context
-        context = context._replace(data=())
-        parts = []
+        self._compiling.finished(self)
+        parts, model = [], models_of(state)
         for examples, counts in self._chunks():
-            part = self._program(model, context, examples, counts)
-            parts.append(wait_on_cpu_processes(self._round_fn.mesh, part))
+            parts.append(self._program(model, self._context, examples, counts))
             jax.block_until_ready(parts[-2:-1])  # at most two chunks are on the devices
         totals: dict[str, float] = {}
         for part in jax.device_get(parts):
             for name, value in part.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         return {name: value / len(self._examples) for name, value in totals.items()}
+
+    def compile_ahead(self, state: TrainState, ahead: Ahead) -> None:
+        """Compile the program in a thread, before an evaluation; the state may be its shapes."""
+        lowered = self._program.lower(models_of(state), self._context, *next(self._chunks()))
+        self._compiling.begin(self, lowered, ahead)
 
     def _chunks(self) -> Iterator[tuple[Tree, jax.Array]]:
         """Chunks of examples [devices, batches, batch, ...], and a mask of those that count.
@@ -143,8 +148,8 @@ def _checked(examples: Any, have: int) -> NDArray[np.int32]:
 def _chunk_shape(examples: int, devices: int, batch_size: int, nbytes: int) -> tuple[int, int, int]:
     """The shape [devices, batches, batch] of equal chunks that together hold all examples."""
     per_device = -(-examples // devices)
-    batch = min(batch_size, per_device)
-    batches = -(-per_device // batch)
+    batches = -(-per_device // batch_size)
+    batch = -(-per_device // batches)  # the last one is as full as the others
     fit = max(1, CHUNK_BYTES // max(1, nbytes * devices * batch))
     chunks = -(-batches // fit)
     return devices, -(-batches // chunks), batch

@@ -16,6 +16,7 @@ from jaxlocal.parallel.layout import AXES, CONTEXT
 from jaxlocal.parallel.leaves import path_name
 from jaxlocal.parallel.mesh import jit_on, on_mesh, place, wait_on_cpu_processes
 from jaxlocal.stages.compose import AnySteps, join
+from jaxlocal.training.ahead import Ahead, Compiling
 from jaxlocal.training.bodies import body
 from jaxlocal.training.common_state import CommonState, full_shapes
 from jaxlocal.training.pieces import Piece
@@ -56,12 +57,19 @@ class OnModels:
         self._made: dict[Any, Any] = {}
 
     def __call__(self, models: Tree, *arguments: Tree) -> Tree:
+        return wait_on_cpu_processes(self._mesh, self._get(models)(models, *arguments))
+
+    def lower(self, models: Tree, *arguments: Tree) -> Any:
+        """As that of `jax.jit`."""
+        return self._get(models).lower(models, *arguments)
+
+    def _get(self, models: Tree) -> jit_on:
         form = specs_of_parts(models)
         key = jax.tree.structure(models), tuple(jax.tree.leaves(form))
         if key not in self._made:
             mapped = over_mesh(self._fn, self._mesh, (form, *self._specs), self._out_specs)
             self._made[key] = jit_on(self._mesh, mapped)
-        return wait_on_cpu_processes(self._mesh, self._made[key](models, *arguments))
+        return self._made[key]
 
 
 class Programs:
@@ -75,6 +83,7 @@ class Programs:
         inlined = method.inner.apply if kept else jax.jit(method.inner.apply, inline=True)
         self._method = method._replace(inner=method.inner._replace(apply=inlined))
         self._made: dict[Any, Any] = {}
+        self._compiling = Compiling()
 
     def place(self, batches: Tree) -> Tree:
         """Batches on the devices of the mesh."""
@@ -82,9 +91,8 @@ class Programs:
 
     def measure(self, fn: Callable[[Tree, Context], Tree], models: Tree) -> Tree:
         """A function of all workers' models, whose result is the same on all devices."""
-        if fn not in self._made:
-            self._made[fn] = OnModels(fn, self._mesh, (CONTEXT,), P())
-        return self._made[fn](models, self._context)
+        self._compiling.finished(fn)
+        return self._measuring(fn)(models, self._context)
 
     def lower(self, piece: Piece, state: TrainState, batches: Tree, steps: int) -> Any:
         """Lower the program of some steps without compiling it; arguments may be shapes."""
@@ -94,10 +102,27 @@ class Programs:
         with on_mesh(self._mesh):
             return self.get(piece, state).lower(state, placed, self._context)
 
+    def compile_ahead(
+        self, piece: Piece, state: TrainState, batches: Tree, steps: int, ahead: Ahead
+    ) -> None:
+        """Compile the program of some steps in a thread, once; arguments may be shapes."""
+        form = piece, type(state)
+        if form not in self._made:
+            self._compiling.begin(form, self.lower(piece, state, batches, steps), ahead)
+
+    def measure_ahead(
+        self, fn: Callable[[Tree, Context], Tree], models: Tree, ahead: Ahead
+    ) -> None:
+        """Compile what `measure` calls in a thread; the arrays may be shapes."""
+        if fn not in self._made:
+            lowered = self._measuring(fn).lower(models, self._context)
+            self._compiling.begin(fn, lowered, ahead)
+
     def get(self, piece: Piece, state: TrainState) -> Any:
         """The program, `program(state, batches, context)`, for states of this form, to call in
         `running`; it donates the state."""
         form = piece, type(state)
+        self._compiling.finished(form)
         if form not in self._made:
             self._made[form] = self._compile(piece, state)
         return self._made[form]
@@ -119,6 +144,11 @@ class Programs:
             return self._states.keep_shardings(state), info
 
         return jax.jit(constrained, donate_argnums=0)
+
+    def _measuring(self, fn: Callable[[Tree, Context], Tree]) -> OnModels:
+        if fn not in self._made:
+            self._made[fn] = OnModels(fn, self._mesh, (CONTEXT,), P())
+        return self._made[fn]
 
     def _shardings(self, batches: Tree) -> Tree:
         specs = placing.batch_specs(self._mesh, BATCHES, batches)

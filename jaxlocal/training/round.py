@@ -18,6 +18,7 @@ from jaxlocal.parallel.own_mesh import usable_mesh
 from jaxlocal.parallel.pool import check_indices, pool_size
 from jaxlocal.stages.compose import NOTHING
 from jaxlocal.training import checks
+from jaxlocal.training.ahead import Ahead
 from jaxlocal.training.bodies import DISTANCE
 from jaxlocal.training.common_state import CommonState, full_shapes, models_of
 from jaxlocal.training.known_states import KnownStates
@@ -254,6 +255,32 @@ class RoundFn:
             (times, self._programs.lower(piece, state, batches if own else (), own))
             for (piece, own), times in Counter(pieces).items()
         ]
+
+    def compile_ahead(
+        self, state: TrainState, batches: Tree, steps: int, ends: bool, ahead: Ahead
+    ) -> None:
+        """Compile the programs of `local_steps`, of `end_round` where `steps` is 0, or of
+        `measured_round`, in threads, before the call.
+
+        Args:
+          state, batches: of the call, or their shapes; batches of any number of steps.
+          steps: of the call; 0 for those of the end of a round, which are known.
+          ends: whether the round ends.
+          ahead: the threads.
+        """
+        outer, programs = self.method.outer, self._programs
+        pieces = [(piece, own) for piece, _, own in self._pieces.of((), steps, ends)]
+        measured = steps and ends
+        if ends and not steps:
+            pieces = [(Piece(0, True), outer.steps)] if outer is not NOTHING else []
+        with running(self.mesh, state):
+            for piece, own in pieces:
+                piece = piece._replace(measured=bool(measured))
+                programs.compile_ahead(piece, state, batches if own else (), own, ahead)
+                state = state if measured else full_shapes(state)
+            if not measured:
+                distance = collectives.consensus_distance
+                programs.measure_ahead(distance, models_of(full_shapes(state)), ahead)
 
     def _dispatched(self, state: TrainState, pieces: Iterable[Fed]) -> tuple[TrainState, Info]:
         infos = []

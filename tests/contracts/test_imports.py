@@ -165,7 +165,7 @@ HEAVY = {
 
 
 def test_importing_jaxlocal_brings_neither_flax_nor_anything_of_the_experiments():
-    assert not brought_along("import jaxlocal") & (HEAVY | {"flax", "rich"})
+    assert not brought_along("import jaxlocal") & (HEAVY | {"flax", "networkx", "rich"})
 
 
 def test_importing_all_of_it_brings_nothing_of_the_experiments():

@@ -45,18 +45,6 @@ def test_a_synthetic_problem_is_as_described_and_depends_on_its_seed(spec):
         assert (first["inputs"] != load(spec, seed=4).train()["inputs"]).any()
 
 
-def test_digits_are_as_described_and_split_by_label_for_every_seed():
-    pytest.importorskip("sklearn")
-    data = load("digits", seed=5)
-    check_described(data)
-    train, test = data.train(), data.test()
-    shares = np.bincount(test["targets"]) / np.bincount(train["targets"])
-    # A fifth of every label is held out: each count is within one of it.
-    np.testing.assert_allclose(shares, 0.25, atol=0.015)
-    assert train["inputs"].min() == 0 and train["inputs"].max() == 255
-    assert (load("digits", seed=6).test()["inputs"] == test["inputs"]).all()
-
-
 def test_least_squares_is_solved_up_to_its_noise():
     data = load("least_squares")
     train, test = data.train(), data.test()
