@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from experiments.benchmarks.speed.jax_contenders import RunRound
+from experiments.benchmarks.speed.jax_contenders import Rounds
 from experiments.benchmarks.speed.torch_models import torch_model
 from experiments.benchmarks.workloads import LEARNING_RATE, Workload, make_pool
 from jaxlocal.types import Tree
 
 
-def torch_rounds(workload: Workload, params: Tree) -> RunRound:
+def torch_rounds(workload: Workload, params: Tree) -> Rounds:
     """Run rounds of Local SGD in PyTorch: a model per worker, forward, backward and SGD in turn."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pool = [torch.from_numpy(x).to(device) for x in _stored(workload)]
@@ -35,7 +35,7 @@ def torch_rounds(workload: Workload, params: Tree) -> RunRound:
         _average(parameters)
         return torch.stack(losses).reshape(indices.shape[:2]).cpu().numpy()
 
-    return run
+    return Rounds(run)
 
 
 @torch.no_grad()

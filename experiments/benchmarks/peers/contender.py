@@ -1,0 +1,39 @@
+"""Run the rounds of jaxlocal or of a peer in this process, one for each line on the standard input.
+
+    python -m experiments.benchmarks.peers.contender --contender=plain_jax --workload=mll_cnn
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+
+from experiments.benchmarks.speed.contender import CONTENDERS, JAXLOCAL, Contender, main, worker_grid
+from experiments.benchmarks.speed.jax_contenders import Rounds
+from experiments.benchmarks.workloads import Workload
+from jaxlocal.types import Tree
+
+
+def _of(module: str, function: str) -> Callable[[Workload, Tree], Rounds]:
+    """A function of a module of this package, imported when it is called."""
+
+    def build(workload: Workload, params: Tree) -> Rounds:
+        return getattr(import_module(f"{__package__}.{module}"), function)(workload, params)
+
+    return build
+
+
+PEERS = {
+    JAXLOCAL: CONTENDERS[JAXLOCAL],
+    "jax_1": Contender("plain JAX, one device", _of("plain_jax", "plain_rounds")),
+    "jax": Contender("plain JAX, all devices", _of("plain_jax", "plain_rounds"), worker_grid),
+    "jax_layers_1": Contender(
+        "plain JAX with jaxlocal's layers, one device", _of("plain_jax", "library_layers_rounds")
+    ),
+    "jax_layers": Contender(
+        "plain JAX with jaxlocal's layers, all devices",
+        _of("plain_jax", "library_layers_rounds"),
+        worker_grid,
+    ),
+}
+
+if __name__ == "__main__":
+    main(PEERS)
