@@ -21,6 +21,10 @@ def _of(module: str, function: str) -> Callable[[Workload, Tree], Rounds]:
     return build
 
 
+def _torch(label: str, function: str) -> Contender:
+    return Contender(label, _of("torch_processes", function), package="torch")
+
+
 PEERS = {
     JAXLOCAL: CONTENDERS[JAXLOCAL],
     "jax_1": Contender("plain JAX, one device", _of("plain_jax", "plain_rounds")),
@@ -32,6 +36,12 @@ PEERS = {
         "plain JAX with jaxlocal's layers, all devices",
         _of("plain_jax", "library_layers_rounds"),
         worker_grid,
+    ),
+    "torch": _torch("PyTorch, one process", "torch_rounds"),
+    "torch_2": _torch("PyTorch, a process for each core", "parallel_rounds"),
+    "torch_compiled": _torch("PyTorch compiled, one process", "compiled_rounds"),
+    "torch_compiled_2": _torch(
+        "PyTorch compiled, a process for each core", "parallel_compiled_rounds"
     ),
 }
 
