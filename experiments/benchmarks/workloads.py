@@ -75,8 +75,9 @@ def parse_workload(text: str) -> Workload:
     """
     if not text.startswith("{"):
         return lookup("workload", text, WORKLOADS)
-    fields = json.loads(text)
-    return Workload(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    fields: dict[str, Any] = json.loads(text)
+    whole = {name: tuple(fields[name]) for name in ("input_shape", "sizes")}
+    return Workload(**{**fields, **whole})
 
 
 def model_of(workload: Workload) -> Model:

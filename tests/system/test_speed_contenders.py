@@ -41,7 +41,9 @@ def losses(rounds, workload, count=2):
     """Losses of the first rounds, [steps, workers]; the second round begins with an average."""
     shape = (workload.steps, workload.workers)
     numbers = range(count)
-    return np.concatenate([np.reshape(rounds.run(make_indices(workload, n)), shape) for n in numbers])
+    return np.concatenate(
+        [np.reshape(rounds.run(make_indices(workload, n)), shape) for n in numbers]
+    )
 
 
 @functools.cache

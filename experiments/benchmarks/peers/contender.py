@@ -1,12 +1,18 @@
 """Run the rounds of jaxlocal or of a peer in this process, one for each line on the standard input.
 
-    python -m experiments.benchmarks.peers.contender --contender=plain_jax --workload=mll_cnn
+python -m experiments.benchmarks.peers.contender --contender=plain_jax --workload=mll_cnn
 """
 
 from collections.abc import Callable
 from importlib import import_module
 
-from experiments.benchmarks.speed.contender import CONTENDERS, JAXLOCAL, Contender, main, worker_grid
+from experiments.benchmarks.speed.contender import (
+    CONTENDERS,
+    JAXLOCAL,
+    Contender,
+    main,
+    worker_grid,
+)
 from experiments.benchmarks.speed.jax_contenders import Rounds
 from experiments.benchmarks.workloads import Workload
 from jaxlocal.types import Tree
@@ -25,6 +31,7 @@ def _torch(label: str, function: str) -> Contender:
     return Contender(label, _of("torch_processes", function), package="torch")
 
 
+AVERAGES = ("local_sgd",)  # what federated averaging can run
 PEERS = {
     JAXLOCAL: CONTENDERS[JAXLOCAL],
     "jax_1": Contender("plain JAX, one device", _of("plain_jax", "plain_rounds")),
@@ -37,12 +44,15 @@ PEERS = {
         _of("plain_jax", "library_layers_rounds"),
         worker_grid,
     ),
+    "drjax": Contender("DrJAX", _of("drjax_rounds", "drjax_rounds"), worker_grid, "drjax"),
+    "fedjax": Contender("FedJAX", _of("fedjax_rounds", "fedjax_rounds"), None, "fedjax", AVERAGES),
     "torch": _torch("PyTorch, one process", "torch_rounds"),
     "torch_2": _torch("PyTorch, a process for each core", "parallel_rounds"),
     "torch_compiled": _torch("PyTorch compiled, one process", "compiled_rounds"),
     "torch_compiled_2": _torch(
         "PyTorch compiled, a process for each core", "parallel_compiled_rounds"
     ),
+    "pfl": Contender("pfl-research", _of("pfl_rounds", "pfl_rounds"), None, "pfl", AVERAGES),
 }
 
 if __name__ == "__main__":

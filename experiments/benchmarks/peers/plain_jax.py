@@ -1,7 +1,7 @@
-"""Rounds written by hand in plain JAX, as well as a user could: the yardstick of jaxlocal's own cost.
+"""Rounds written by hand in plain JAX, as well as a user could: how much jaxlocal itself costs.
 
-One program a round. Every device runs its workers one after another, each through all of its steps,
-and keeps the sum of their models, so that the models never exist all at once.
+A round is one program. Every device runs its workers one after another, each through all of its
+steps, and keeps the sum of their models, so that the models never exist all at once.
 """
 
 from collections.abc import Callable

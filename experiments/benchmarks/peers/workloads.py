@@ -8,9 +8,7 @@ _DIGITS, _CHARACTERS, _STEPS = (28, 28, 1), 97, 10
 def _transformer(layers: int, width: int, length: int) -> Workload:
     shape, name = (length,), f"diloco_{width}"
     sizes = (layers, width)
-    return Workload(
-        name, "transformer", 8, 4, _STEPS, shape, _CHARACTERS, 9_000, "diloco", sizes
-    )
+    return Workload(name, "transformer", 8, 4, _STEPS, shape, _CHARACTERS, 9_000, "diloco", sizes)
 
 
 PEER_WORKLOADS = {

@@ -47,6 +47,7 @@ class Contender(NamedTuple):
     # The grid of workers that the virtual devices are chosen for; None: one device.
     grid: Callable[[Workload], tuple[int, int]] | None = None
     package: str = ""  # that has to be installed, if any
+    methods: tuple[str, ...] = ("local_sgd", "diloco")  # of workloads, that it can run
 
 
 def _jaxlocal(workload: Workload, params: Tree) -> Rounds:
@@ -111,8 +112,8 @@ def _time_rounds(
     seconds, losses = _timed(rounds, workload, 0)
     moved = fingerprint(rounds.params(), params) if rounds.params else None
     reset_peak()
-    ready = {"loss": float(np.mean(losses)), "moved": moved, "devices": len(jax.devices())}
-    reply(compile_seconds=seconds, **ready)
+    loss = None if losses is None else float(np.mean(losses))
+    reply(compile_seconds=seconds, loss=loss, moved=moved, devices=len(jax.devices()))
     for number, _ in enumerate(sys.stdin, 1):
         seconds, _ = _timed(rounds, workload, number)
         reply(seconds=seconds, memory_bytes=peak_bytes_above(baseline))

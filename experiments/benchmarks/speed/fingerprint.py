@@ -39,4 +39,4 @@ def relative_difference(first: Sequence[float], second: Sequence[float]) -> floa
     >>> round(relative_difference(fingerprint(near, start), fingerprint(far, start)), 3)
     0.01
     """
-    return math.dist(first, second) / max(math.hypot(*second), np.finfo(np.float32).tiny)
+    return math.dist(first, second) / (math.hypot(*second) or 1.0)

@@ -33,7 +33,7 @@ class Rounds(NamedTuple):
     """The rounds of a contender, which are run one after another."""
 
     # Runs a round on the examples of indices [steps, workers, batch], waits until it is done, and
-    # returns the losses, whose first axis is the steps.
+    # returns the losses, whose first axis is the steps, or None where it does not know them.
     run: Callable[[np.ndarray], Any]
     params: Callable[[], Tree] | None = None  # the average model, with the names of jaxlocal's
 

@@ -1,5 +1,5 @@
-"""The contender that runs on PyTorch: one worker after another, each through all steps of a round, on
-one model whose parameters are updated in place."""
+"""The contender that runs on PyTorch: one worker after another, each through all steps of a round,
+on one model whose parameters are updated in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ def torch_rounds(workload: Workload, params: Tree, compiled: bool = False) -> Ro
     end = make_end(workload, common)
 
     def run(indices: np.ndarray) -> Any:
-        total, losses = train(common, torch.from_numpy(indices).to(common[0].device))
+        total, losses = train(common, torch.from_numpy(indices).to(_device()))
         end(total)
         return losses.T.cpu().numpy()
 
@@ -45,15 +45,24 @@ def torch_rounds(workload: Workload, params: Tree, compiled: bool = False) -> Ro
 
 def build_module(workload: Workload, params: Tree) -> nn.Module:
     """Build the model on the device, in the memory format that is fastest there."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch_model(workload, params).to(device).to(memory_format=torch.channels_last)
+    module = torch_model(workload, params).to(_device())
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def make_batches(workload: Workload) -> Callable[[Tensor], list[Tensor]]:
+    """Make the function that takes inputs and targets of some indices from the pool."""
+    pool = [torch.from_numpy(x).to(_device()) for x in _stored(workload)]
+    pool[0] = pool[0].movedim(-1, 1) if pool[0].ndim == 4 else pool[0]  # channels stay last
+    return lambda index: [x.index_select(0, index) for x in pool]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_train(module: nn.Module, workload: Workload, workers: int, compiled: bool) -> Train:
-    """Make the function that trains some workers for a round, with optimizer states of their own."""
-    parameters = list(module.parameters())
-    pool = [torch.from_numpy(x).to(parameters[0].device) for x in _stored(workload)]
-    pool[0] = pool[0].movedim(-1, 1) if pool[0].ndim == 4 else pool[0]  # channels stay last
+    """Make the function that trains workers for a round, with optimizer states of their own."""
+    parameters, batch = list(module.parameters()), make_batches(workload)
     step = make_step(module, workload, compiled)
     states = [_adamw_state(parameters) for _ in range(workers) if workload.method == "diloco"]
 
@@ -62,8 +71,7 @@ def make_train(module: nn.Module, workload: Workload, workers: int, compiled: bo
         for worker in range(workers):
             _assign(parameters, common)
             for index in indices[:, worker]:
-                batch = (x.index_select(0, index) for x in pool)
-                losses.append(step(states[worker] if states else (), *batch))
+                losses.append(step(states[worker] if states else (), *batch(index)))
             _add(total, parameters)
         return total, torch.stack(losses).view(workers, -1)
 
@@ -98,9 +106,7 @@ def make_step(module: nn.Module, workload: Workload, compiled: bool) -> Step:
     return torch.compile(step)
 
 
-def _update(
-    params: list[Tensor], grads: Any, state: Any, workload: Workload, fused: bool
-) -> None:
+def _update(params: list[Tensor], grads: Any, state: Any, workload: Workload, fused: bool) -> None:
     if workload.method == "local_sgd":
         torch._foreach_add_(params, list(grads), alpha=-LEARNING_RATE)
         return
