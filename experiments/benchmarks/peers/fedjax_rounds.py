@@ -10,6 +10,8 @@ from experiments.benchmarks.speed.jax_contenders import Rounds
 from experiments.benchmarks.workloads import LEARNING_RATE, Workload, make_pool
 from jaxlocal.types import Tree
 
+jax.tree_map = jax.tree.map  # type: ignore[attr-defined]  # FedJAX calls it by its former name
+
 
 def fedjax_rounds(workload: Workload, params: Tree) -> Rounds:
     """Run rounds of FedJAX, with layers by hand."""
