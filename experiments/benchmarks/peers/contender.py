@@ -52,6 +52,12 @@ PEERS = {
     "torch_compiled_2": _torch(
         "PyTorch compiled, a process for each core", "parallel_compiled_rounds"
     ),
+    "torchft": Contender(
+        "torchft, a process for each worker",
+        _of("torchft_rounds", "torchft_rounds"),
+        package="torchft",
+        methods=("diloco",),
+    ),
     "pfl": Contender("pfl-research", _of("pfl_rounds", "pfl_rounds"), None, "pfl", AVERAGES),
 }
 

@@ -15,7 +15,7 @@ jax.tree_map = jax.tree.map  # type: ignore[attr-defined]  # FedJAX calls it by 
 
 def fedjax_rounds(workload: Workload, params: Tree) -> Rounds:
     """Run rounds of FedJAX, with layers by hand."""
-    pool, loss = make_pool(workload), plain_loss(workload)
+    pool, loss = make_pool(workload), plain_loss(workload, in_loop=False)
     algorithm = fed_avg.federated_averaging(
         lambda params, batch, key: jax.grad(loss)(params, batch),
         fedjax.optimizers.sgd(LEARNING_RATE),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,17 @@ from jaxlocal.types import Tree
 HEADS, EPSILON = 4, 1e-6  # of the transformer, and of its normalisations
 
 
-def plain_loss(workload: Workload) -> Callable[[Tree, Tree], jax.Array]:
-    """Make `loss(params, batch)`, the mean cross-entropy of a batch of inputs and targets."""
+def plain_loss(workload: Workload, in_loop: bool = True) -> Callable[[Tree, Tree], jax.Array]:
+    """Make `loss(params, batch)`, the mean cross-entropy of a batch of inputs and targets.
+
+    Args:
+      workload: whose model.
+      in_loop: whether it runs in a compiled loop, where a CPU is slow at the weight gradients of
+        `lax.conv_general_dilated`, so that convolutions are written as matrix products.
+    """
     forward = MODELS[workload.model]
+    if workload.model == "mll_cnn":
+        forward = partial(forward, convolve=_by_windows if in_loop else _by_lax)
 
     def loss(params: Tree, batch: Tree) -> jax.Array:
         logits, targets = forward(params, scaled(batch["inputs"])), batch["targets"]
@@ -42,27 +51,30 @@ def _mlp(params: Tree, x: jax.Array) -> jax.Array:
     return _dense(params["logits"], jax.nn.relu(_dense(params["second"], x)))
 
 
-def _cnn(params: Tree, x: jax.Array) -> jax.Array:
-    x = _convolved(params["first"], x)
-    x = _convolved(params["second"], x)
+def _cnn(params: Tree, x: jax.Array, convolve: Callable) -> jax.Array:
+    for name in ("first", "second"):
+        x = convolve(x, params[name]["kernel"]) + params[name]["bias"]
+        n, rows, columns, outs = x.shape
+        x = x[:, : rows // 2 * 2, : columns // 2 * 2]
+        x = jax.nn.relu(x.reshape(n, rows // 2, 2, columns // 2, 2, outs).max((2, 4)))
     x = jax.nn.relu(_dense(params["hidden"], x.reshape(len(x), -1)))
     return _dense(params["logits"], x)
 
 
-def _convolved(layer: Tree, x: jax.Array) -> jax.Array:
-    """A convolution as one matrix product over its windows, relu, and pooling by 2.
+def _by_lax(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
-    In a loop on a CPU the weight gradient of `lax.conv` is many times slower.
-    """
-    kernel = layer["kernel"]
+
+def _by_windows(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The same as one matrix product over the windows of an image."""
     height, width, ins, outs = kernel.shape
     n, rows, columns, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (height // 2,) * 2, (width // 2,) * 2, (0, 0)))
     shifts = [padded[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
     windows = jnp.concatenate(shifts, -1).reshape(-1, height * width * ins)
-    x = (windows @ kernel.reshape(-1, outs) + layer["bias"]).reshape(n, rows, columns, outs)
-    x = x[:, : rows // 2 * 2, : columns // 2 * 2]
-    return jax.nn.relu(x.reshape(n, rows // 2, 2, columns // 2, 2, outs).max((2, 4)))
+    return (windows @ kernel.reshape(-1, outs)).reshape(n, rows, columns, outs)
 
 
 def _transformer(params: Tree, tokens: jax.Array) -> jax.Array:
@@ -92,7 +104,7 @@ def _attention(layer: Tree, x: jax.Array) -> jax.Array:
     return _dense(layer["out"], mixed.swapaxes(1, 2).reshape(batch, length, width))
 
 
-MODELS: dict[str, Callable[[Tree, jax.Array], jax.Array]] = {
+MODELS: dict[str, Callable[..., jax.Array]] = {
     "logistic": _logistic,
     "mlp": _mlp,
     "mll_cnn": _cnn,
