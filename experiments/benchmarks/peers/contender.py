@@ -58,6 +58,9 @@ PEERS = {
         package="torchft",
         methods=("diloco",),
     ),
+    "flower": Contender(
+        "Flower", _of("flower_rounds", "flower_rounds"), package="flwr", methods=AVERAGES
+    ),
     "pfl": Contender("pfl-research", _of("pfl_rounds", "pfl_rounds"), None, "pfl", AVERAGES),
 }
 

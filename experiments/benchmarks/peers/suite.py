@@ -37,12 +37,13 @@ def run(
       The figures: "workloads", "peer_versions", "complete" if jaxlocal failed on none,
       "other_load_before" and "other_load_during".
     """
-    versions = installed_versions()
+    names = [name for name in PEERS if name == JAXLOCAL or name in peers]
+    packages = dict.fromkeys(PEERS[name].package for name in names if PEERS[name].package)
+    versions = installed_versions(packages)
     say = lambda sentence: console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     for sentence in (*missing_peers(peers, versions), machine_sentence(versions)):
         say(sentence)
     before, parts = wait_until_idle(wait_idle), []
-    names = [name for name in PEERS if name == JAXLOCAL or name in peers]
     for workload in workloads:
         commands = {
             name: _command(name, workload) for name in names if _runs(name, versions, workload)

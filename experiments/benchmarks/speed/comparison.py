@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks.speed.contender import CONTENDERS, JAXLOCAL
+from experiments.benchmarks.speed.fingerprint import relative_difference
 from experiments.benchmarks.speed.interleaved import Timings, time_interleaved
 from experiments.benchmarks.timing import ratio_spread
 from experiments.benchmarks.workloads import Workload, workload_to_json
@@ -62,8 +63,9 @@ def compare_commands(
 
     Returns:
       The fields of the workload; "contenders": by name the "failure" or None, the "seconds" of each
-      round, the spread of their "ratio" to jaxlocal's in the same repeat, and what the contender
-      replied when it was ready; "other_load": see `time_interleaved`.
+      round, the spread of their "ratio" to jaxlocal's in the same repeat, the relative "difference"
+      of the models after the first round, where both show theirs, and what the contender replied
+      when it was ready; "other_load": see `time_interleaved`.
     """
     installed = {name: command for name, command in commands.items() if command is not None}
     timings, load = time_interleaved(installed, repeats, limit)
@@ -90,6 +92,9 @@ def contender_command(
 def _row(timings: Timings, reference: Timings) -> dict[str, Any]:
     """The figures of a contender, with ratios to those of the reference."""
     row = {**timings.ready, "failure": timings.failure}
+    moved, own = row.pop("moved", None), reference.ready.get("moved")
+    if moved and own:
+        row["difference"] = relative_difference(moved, own)
     if not timings.replies:
         return row
     row["seconds"] = timings.seconds
