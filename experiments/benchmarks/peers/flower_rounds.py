@@ -1,4 +1,4 @@
-"""Rounds of Flower's federated averaging, simulated by Ray on PyTorch with a process for each core."""
+"""Rounds of Flower's federated averaging, simulated by Ray: PyTorch in a process for each core."""
 
 import os
 import threading
