@@ -46,7 +46,7 @@ def run(
     before, parts = wait_until_idle(wait_idle), []
     for workload in workloads:
         commands = {
-            name: _command(name, workload) for name in names if _runs(name, versions, workload)
+            name: command(name, workload) for name in names if runs(name, versions, workload)
         }
         parts.append(compare_commands(workload, commands, repeats, limit))
         for sentence in (*_failures(parts[-1]), *different_models(parts[-1])):
@@ -77,13 +77,14 @@ def machine_sentence(versions: dict[str, str]) -> str:
     return f"{machine['processor']}, {machine['cores']} cores; {known}"
 
 
-def _runs(name: str, versions: dict[str, str], workload: Workload) -> bool:
+def runs(name: str, versions: dict[str, str], workload: Workload) -> bool:
     """Whether a peer is installed and can train a workload."""
     peer = PEERS[name]
     return (not peer.package or peer.package in versions) and workload.method in peer.methods
 
 
-def _command(name: str, workload: Workload) -> list[str]:
+def command(name: str, workload: Workload) -> list[str]:
+    """The command that starts a peer's process, by the interpreter that has its packages."""
     python = {"python": interpreter()} if PEERS[name].package else {}
     module = "experiments.benchmarks.peers.contender"
     return contender_command(name, workload, module=module, **python)
