@@ -1,6 +1,8 @@
 """Run the rounds of jaxlocal or of a peer in this process, one for each line on the standard input.
 
-python -m experiments.benchmarks.peers.contender --contender=plain_jax --workload=mll_cnn
+    python -m experiments.benchmarks.peers.contender --contender=jax --workload=mll_cnn
+
+The replies are those of `experiments.benchmarks.speed.contender`.
 """
 
 from collections.abc import Callable
@@ -47,9 +49,9 @@ PEERS = {
     "drjax": Contender("DrJAX", _of("drjax_rounds", "drjax_rounds"), worker_grid, "drjax"),
     "fedjax": Contender("FedJAX", _of("fedjax_rounds", "fedjax_rounds"), None, "fedjax", AVERAGES),
     "torch": _torch("PyTorch, one process", "torch_rounds"),
-    "torch_2": _torch("PyTorch, a process for each core", "parallel_rounds"),
+    "torch_processes": _torch("PyTorch, a process for each core", "parallel_rounds"),
     "torch_compiled": _torch("PyTorch compiled, one process", "compiled_rounds"),
-    "torch_compiled_2": _torch(
+    "torch_compiled_processes": _torch(
         "PyTorch compiled, a process for each core", "parallel_compiled_rounds"
     ),
     "torchft": Contender(
