@@ -183,7 +183,7 @@ def test_a_peer_that_cannot_be_installed_is_named_and_left_out(monkeypatch, tmp_
         asked.append(command[4:])
         return subprocess.CompletedProcess(command, any("fedjax" in part for part in command))
 
-    def create(folder, with_pip):
+    def create(folder, with_pip, symlinks):
         (folder / "lib" / "python3" / "site-packages").mkdir(parents=True)
 
     monkeypatch.setattr(environment, "cache_folder", lambda: tmp_path)

@@ -19,7 +19,7 @@ from experiments.launching.command_line import run_command
 def install() -> int:
     """Make the environment and install all peers; return the exit status."""
     folder = environment()
-    venv.create(folder, with_pip=True)
+    venv.create(folder, with_pip=True, symlinks=True)
     packages = next(folder.glob("lib/python*/site-packages"))
     # Read after the environment's own packages, so that the versions that peers need come first.
     (packages / "running_interpreter.pth").write_text(sysconfig.get_path("purelib") + "\n")
