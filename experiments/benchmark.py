@@ -11,10 +11,12 @@ Suite `start` measures how long new processes take to the end of their first rou
 compilation cache and with a full one.
 Suite `scaling` times a step on more and more virtual devices and
 processes, and over a link that is slowed down on purpose, next to the prediction of the cost model.
+Suite `peers` times the same rounds in jaxlocal, in plain JAX and in other libraries, which
+`python -m experiments.benchmarks.peers.install` installs.
 Each suite prints tables and writes its figures as JSON.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from absl import flags
@@ -23,11 +25,14 @@ from rich.console import Console
 
 from experiments.benchmarks.compilation import suite as compilation
 from experiments.benchmarks.compression import suite as compression
+from experiments.benchmarks.peers import suite as peers
+from experiments.benchmarks.peers.contender import PEERS
+from experiments.benchmarks.peers.workloads import PEER_WORKLOADS
 from experiments.benchmarks.report import check_output, write_figures
 from experiments.benchmarks.scaling import suite as scaling
 from experiments.benchmarks.speed import suite as speed
 from experiments.benchmarks.start import suite as start
-from experiments.benchmarks.workloads import WORKLOADS, Workload
+from experiments.benchmarks.workloads import WORKLOADS
 from experiments.launching.command_line import run_command
 from experiments.launching.statuses import FAILED
 from experiments.launching.stopping import raising
@@ -46,7 +51,7 @@ def benchmark() -> int:
 
 
 def _speed(console: Console) -> dict[str, Any]:
-    workloads = _chosen_workloads(WORKLOADS)
+    workloads = list(_chosen("workloads", WORKLOADS, WORKLOADS).values())
     options = (FLAGS.repeats, FLAGS.limit, FLAGS.worker_map, FLAGS.growth)
     return speed.run(workloads, *options, FLAGS.wait_idle, console)
 
@@ -61,7 +66,7 @@ def _compilation(console: Console) -> dict[str, Any]:
 
 
 def _scaling(console: Console) -> dict[str, Any]:
-    workloads = _chosen_workloads(["mlp"])
+    workloads = list(_chosen("workloads", WORKLOADS, ["mlp"]).values())
     options = (FLAGS.repeats, FLAGS.limit, FLAGS.link_mbps, FLAGS.link_ms)
     return scaling.run(workloads, *options, FLAGS.wait_idle, console)
 
@@ -73,21 +78,28 @@ def _start(console: Console) -> dict[str, Any]:
     return start.run(chosen, FLAGS.repeats, FLAGS.limit, FLAGS.wait_idle, console)
 
 
+def _peers(console: Console) -> dict[str, Any]:
+    workloads = list(_chosen("workloads", PEER_WORKLOADS, PEER_WORKLOADS).values())
+    names = list(_chosen("peers", PEERS, PEERS))
+    return peers.run(workloads, names, FLAGS.repeats, FLAGS.limit, FLAGS.wait_idle, console)
+
+
 SUITES: dict[str, Callable[[Console], dict[str, Any]]] = {
     "speed": _speed,
     "compression": _compression,
     "compilation": _compilation,
     "scaling": _scaling,
     "start": _start,
+    "peers": _peers,
 }
 
 
-def _chosen_workloads(default: Iterable[str]) -> list[Workload]:
-    """The workloads of the flag, or the default ones."""
-    names = list(default) if FLAGS.workloads is None else FLAGS.workloads
+def _chosen(flag: str, known: Mapping[str, Any], default: Iterable[str]) -> dict[str, Any]:
+    """What the names in a flag stand for, or the default ones, by name."""
+    names = list(default) if FLAGS[flag].value is None else FLAGS[flag].value
     if not names:
-        raise ConfigurationError(f"--workloads= names none; there are {', '.join(WORKLOADS)}")
-    return [lookup("workload", name, WORKLOADS) for name in names]
+        raise ConfigurationError(f"--{flag}= names none; there are {', '.join(known)}")
+    return {name: lookup(flag.removesuffix("s"), name, known) for name in names}
 
 
 def main() -> None:
@@ -104,10 +116,13 @@ def main() -> None:
 
 def _define_speed_and_scaling() -> None:
     flags.DEFINE_list(
-        "workloads", None, "Speed, scaling, start: workloads to train; by default all, mlp, four."
+        "workloads",
+        None,
+        "Speed, scaling, start, peers: workloads to train; by default all, mlp, four, all.",
     )
+    flags.DEFINE_list("peers", None, "Peers: those to run beside jaxlocal; by default all.")
     flags.DEFINE_float(
-        "limit", 300.0, "Speed, scaling, start: seconds to wait for a round.", lower_bound=1.0
+        "limit", 300.0, "Speed, scaling, start, peers: seconds to wait for a round.", lower_bound=1
     )
     flags.DEFINE_string("worker_map", None, "Speed: how a device runs the workers of jaxlocal.")
     flags.DEFINE_bool("growth", False, "Speed: measure time and memory with more workers too.")

@@ -4,9 +4,11 @@ A contender runs in its own process, so that its compilation, memory and threads
 others. It replies once when it is ready, and then to each request.
 """
 
+import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import tempfile
 import time
@@ -95,8 +97,9 @@ class ChildProcess:
         return "failed: " + (printed.splitlines() or [status])[-1]
 
     def close(self) -> None:
-        """Kill the process and close its streams."""
-        self._process.kill()
+        """Kill the process with those that it has started, and close its streams."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             if stream is not None:

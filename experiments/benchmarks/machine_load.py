@@ -1,8 +1,10 @@
 """Measure how much of the machine other processes use, since they distort timings."""
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 BUSY_SHARE = 0.1  # timings are in doubt when other processes use a larger share of the cores
 SAMPLE_SECONDS = 2.0
@@ -12,8 +14,9 @@ class OtherLoad:
     """Measure the share of the machine's cores that other processes use from now on.
 
     Args:
-      children: ids of running child processes, whose use does not count as that of others. This
-        process and its children that have ended never count.
+      children: ids of running child processes, whose use does not count as that of others, and
+        neither does that of their sessions. This process and its children that have ended never
+        count.
     """
 
     def __init__(self, children: Sequence[int] = ()):
@@ -42,13 +45,17 @@ class OtherLoad:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU seconds that a running process has used, as Linux counts them; 0 once it has ended."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """CPU seconds that a running process and those of its session have used, as Linux counts them.
+
+    0 once it has ended.
+    """
+    used = 0
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = status.read_text().rpartition(")")[2].split()
+            if pid in (int(status.parent.name), int(fields[3])):
+                used += int(fields[11]) + int(fields[12])
+    return used / os.sysconf("SC_CLK_TCK")
 
 
 def wait_until_idle(seconds: float) -> float | None:

@@ -11,6 +11,7 @@ from rich.console import Console
 import jaxlocal
 from experiments.benchmarks.machine_load import BUSY_SHARE
 from experiments.building.files import local_path
+from experiments.launching.starting import cores
 from experiments.running.recording import write_json
 from jaxlocal.errors import ConfigurationError
 
@@ -44,14 +45,29 @@ def write_figures(suite: str, figures: dict[str, Any], output: str, console: Con
       console: where a warning of a busy machine and the name of the file are printed.
     """
     busy = _report_busy(figures, console)
-    machine = {
-        "busy": busy,
+    write_json(Path(output), {"suite": suite, **figures, "busy": busy, **describe_machine()})
+    console.print(output, highlight=False, soft_wrap=True)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Facts about this machine: its devices, processor and cores, and the versions of libraries."""
+    return {
         "devices": [device.device_kind for device in jax.devices()],
         "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": cores(),
         "versions": {"jaxlocal": jaxlocal.__version__, "jax": jax.__version__},
     }
-    write_json(Path(output), {"suite": suite, **figures, **machine})
-    console.print(output, highlight=False, soft_wrap=True)
+
+
+def _processor() -> str:
+    """The name of the processor, as Linux states it, or what Python knows of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def _report_busy(figures: dict[str, Any], console: Console) -> bool:

@@ -9,12 +9,13 @@ import numpy as np
 
 import jaxlocal
 from jaxlocal.errors import lookup
-from jaxlocal.models import Model, build
+from jaxlocal.models import MODELS, Model
 from jaxlocal.models.supervised import training_loss
 from jaxlocal.stages.gradient import GradFn
 from jaxlocal.types import Tree
 
 LEARNING_RATE = 0.05  # of SGD without momentum
+ADAMW_RATE = 1e-3  # learning rate of AdamW
 
 
 class Workload(NamedTuple):
@@ -28,6 +29,8 @@ class Workload(NamedTuple):
     input_shape: tuple[int, ...]  # of an image, or the length of a sequence of tokens
     outputs: int
     examples: int = 60_000  # in the pool that batches are drawn from
+    method: str = "local_sgd"  # with SGD, or "diloco", with AdamW
+    sizes: tuple[int, ...] = ()  # of the model, such as layers and width; by default its own
 
     @property
     def classes(self) -> int:
@@ -72,13 +75,15 @@ def parse_workload(text: str) -> Workload:
     """
     if not text.startswith("{"):
         return lookup("workload", text, WORKLOADS)
-    fields = json.loads(text)
-    return Workload(**{**fields, "input_shape": tuple(fields["input_shape"])})
+    fields: dict[str, Any] = json.loads(text)
+    whole = {name: tuple(fields[name]) for name in ("input_shape", "sizes")}
+    return Workload(**{**fields, **whole})
 
 
 def model_of(workload: Workload) -> Model:
     """Build the library's model of a workload."""
-    return build(workload.model, workload.input_shape, workload.outputs)
+    make = lookup("model", workload.model, MODELS)
+    return make(workload.input_shape, workload.outputs, *workload.sizes)
 
 
 def gradient_of(workload: Workload) -> GradFn:

@@ -153,5 +153,5 @@ def test_mistakes_end_in_one_sentence(flag, words):
 def test_the_command_starts_in_a_new_process():
     called = call_new("benchmark", "--help")
     assert called.status == 0, called.error
-    assert "Suite to run: speed, compression, compilation, scaling, start." in called.out
+    assert "Suite to run: speed, compression, compilation, scaling, start, peers." in called.out
     assert all(spec in called.out for spec in COMPRESSORS)

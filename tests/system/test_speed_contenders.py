@@ -37,18 +37,20 @@ workloads = pytest.mark.parametrize(
 )
 
 
-def losses(run, workload, rounds=2):
+def losses(rounds, workload, count=2):
     """Losses of the first rounds, [steps, workers]; the second round begins with an average."""
     shape = (workload.steps, workload.workers)
-    numbers = range(rounds)
-    return np.concatenate([np.reshape(run(make_indices(workload, n)), shape) for n in numbers])
+    numbers = range(count)
+    return np.concatenate(
+        [np.reshape(rounds.run(make_indices(workload, n)), shape) for n in numbers]
+    )
 
 
 @functools.cache
 def of_jaxlocal(workload):
     """Initial parameters of a workload, and the losses of jaxlocal."""
     params = initial_params(workload)
-    return params, losses(jax_contenders.local_sgd_rounds(workload, params), workload)
+    return params, losses(jax_contenders.library_rounds(workload, params), workload)
 
 
 @workloads
@@ -73,8 +75,8 @@ def test_a_shared_model_trains_on_the_examples_of_all_workers():
     params, indices = initial_params(workload), make_indices(workload, 0)
     params["map"]["kernel"] = np.linspace(-1, 1, params["map"]["kernel"].size, dtype=np.float32)
     params["map"]["kernel"] = params["map"]["kernel"].reshape(64, 10)
-    apart = jax_contenders.local_sgd_rounds(workload, params)(indices)
-    together = jax_contenders.shared_model_rounds(workload, params)(indices)
+    apart = jax_contenders.library_rounds(workload, params).run(indices)
+    together = jax_contenders.shared_model_rounds(workload, params).run(indices)
     np.testing.assert_allclose(np.mean(together[0]), np.mean(apart[0]), rtol=1e-5)
 
 

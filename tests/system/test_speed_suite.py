@@ -99,6 +99,29 @@ def test_a_reply_may_arrive_in_parts():
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="counts as Linux does")
+def test_the_processes_of_a_child_count_as_its_own_and_end_with_it():
+    code = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'while True: 0'])\n"
+    child = ChildProcess(python(code + "print(p.pid, flush=True); input()"), 60)
+    try:
+        grandchild = child.reply()
+        while cpu_seconds(grandchild) < 0.2:
+            time.sleep(0.05)
+        assert cpu_seconds(child.pid) >= 0.2
+    finally:
+        child.close()
+    while Path(f"/proc/{grandchild}").exists() and not is_zombie(grandchild):
+        time.sleep(0.05)
+
+
+def is_zombie(pid):
+    """Whether a process has ended and waits for its new parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="counts as Linux does")
 def test_the_load_of_children_is_not_that_of_others():
     with subprocess.Popen(python("while True: pass")) as child:
         known, unknown = OtherLoad([child.pid]), OtherLoad()

@@ -2,12 +2,13 @@
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.benchmarks.speed.contender import CONTENDERS, JAXLOCAL
+from experiments.benchmarks.speed.fingerprint import relative_difference
 from experiments.benchmarks.speed.interleaved import Timings, time_interleaved
 from experiments.benchmarks.timing import ratio_spread
 from experiments.benchmarks.workloads import Workload, workload_to_json
@@ -22,7 +23,7 @@ def compare_contenders(
     worker_map: str | None = None,
     contenders: Sequence[str] = tuple(CONTENDERS),
 ) -> dict[str, Any]:
-    """Time the rounds of contenders on a workload.
+    """Time the rounds of contenders of the suite `speed` on a workload.
 
     Args:
       workload: what is trained.
@@ -32,26 +33,57 @@ def compare_contenders(
       contenders: their names.
 
     Returns:
-      The fields of the workload; "contenders": by name the "failure" or None, the "seconds" of each
-      round, the spread of their "ratio" to jaxlocal's in the same repeat, and what the contender
-      replied when it was ready; "other_load": see `time_interleaved`.
+      As `compare_commands`.
     """
     absent = {"torch"} if importlib.util.find_spec("torch") is None else set()
-    commands = {
-        name: contender_command(name, workload, worker_map)
-        for name in contenders
-        if name not in absent
-    }
-    timings, load = time_interleaved(commands, repeats, limit)
+    return compare_commands(
+        workload,
+        {
+            name: None if name in absent else contender_command(name, workload, worker_map)
+            for name in contenders
+        },
+        repeats,
+        limit,
+    )
+
+
+def compare_commands(
+    workload: Workload,
+    commands: Mapping[str, Sequence[str] | None],
+    repeats: int,
+    limit: float,
+) -> dict[str, Any]:
+    """Time the rounds of contenders on a workload.
+
+    Args:
+      workload: what is trained.
+      commands: that start the contenders, by name; None for one that is not installed.
+      repeats: rounds of each contender that count.
+      limit: seconds to wait for one round.
+
+    Returns:
+      The fields of the workload; "contenders": by name the "failure" or None, the "seconds" of each
+      round, the spread of their "ratio" to jaxlocal's in the same repeat, the relative "difference"
+      of the models after the first round, where both show theirs, and what the contender replied
+      when it was ready; "other_load": see `time_interleaved`.
+    """
+    installed = {name: command for name, command in commands.items() if command is not None}
+    timings, load = time_interleaved(installed, repeats, limit)
     missing = Timings({}, [], "not installed")
-    rows = {name: _row(timings.get(name, missing), timings[JAXLOCAL]) for name in contenders}
+    rows = {name: _row(timings.get(name, missing), timings[JAXLOCAL]) for name in commands}
     return {**workload._asdict(), "contenders": rows, "other_load": load}
 
 
-def contender_command(contender: str, workload: Workload, worker_map: str | None) -> list[str]:
-    """The command that starts the process of a contender."""
+def contender_command(
+    contender: str,
+    workload: Workload,
+    worker_map: str | None = None,
+    python: str = sys.executable,
+    module: str = "experiments.benchmarks.speed.contender",
+) -> list[str]:
+    """The command that starts the process of a contender, by an interpreter and a module."""
     return [
-        *(sys.executable, "-m", "experiments.benchmarks.speed.contender"),
+        *(python, "-m", module),
         *(f"--contender={contender}", f"--workload={workload_to_json(workload)}"),
         *([f"--worker_map={worker_map}"] if worker_map else []),
     ]
@@ -60,6 +92,9 @@ def contender_command(contender: str, workload: Workload, worker_map: str | None
 def _row(timings: Timings, reference: Timings) -> dict[str, Any]:
     """The figures of a contender, with ratios to those of the reference."""
     row = {**timings.ready, "failure": timings.failure}
+    moved, own = row.pop("moved", None), reference.ready.get("moved")
+    if moved and own:
+        row["difference"] = relative_difference(moved, own)
     if not timings.replies:
         return row
     row["seconds"] = timings.seconds

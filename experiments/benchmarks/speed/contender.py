@@ -8,7 +8,8 @@ line that it reads:
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +19,9 @@ from absl.flags import FLAGS
 
 from experiments.benchmarks.child_process import open_replies
 from experiments.benchmarks.speed import jax_contenders
+from experiments.benchmarks.speed.fingerprint import fingerprint
 from experiments.benchmarks.speed.flops import flops_timer, round_flops
-from experiments.benchmarks.speed.jax_contenders import RunRound
+from experiments.benchmarks.speed.jax_contenders import Rounds
 from experiments.benchmarks.speed.process_memory import (
     peak_bytes_above,
     reset_peak,
@@ -41,26 +43,33 @@ class Contender(NamedTuple):
     """A way to run the rounds of a workload."""
 
     label: str
-    build: Callable[[Workload, Tree], RunRound] | None  # None: times arithmetic alone
+    build: Callable[[Workload, Tree], Rounds] | None  # None: times arithmetic alone
     # The grid of workers that the virtual devices are chosen for; None: one device.
     grid: Callable[[Workload], tuple[int, int]] | None = None
+    package: str = ""  # that has to be installed, if any
+    methods: tuple[str, ...] = ("local_sgd", "diloco")  # of workloads, that it can run
 
 
-def _jaxlocal(workload: Workload, params: Tree) -> RunRound:
-    return jax_contenders.local_sgd_rounds(workload, params, FLAGS.worker_map)
+def _jaxlocal(workload: Workload, params: Tree) -> Rounds:
+    return jax_contenders.library_rounds(workload, params, FLAGS.worker_map)
 
 
-def _torch(workload: Workload, params: Tree) -> RunRound:
+def _torch(workload: Workload, params: Tree) -> Rounds:
     from experiments.benchmarks.speed.torch_contender import torch_rounds
 
     return torch_rounds(workload, params)
 
 
+def worker_grid(workload: Workload) -> tuple[int, int]:
+    """The workers of one hub."""
+    return 1, workload.workers
+
+
 JAXLOCAL, ARITHMETIC = "jaxlocal", "arithmetic"
 CONTENDERS = {
-    JAXLOCAL: Contender("jaxlocal", _jaxlocal, lambda workload: (1, workload.workers)),
+    JAXLOCAL: Contender("jaxlocal", _jaxlocal, worker_grid),
     "vmap": Contender("vmap of plain layers", jax_contenders.vmap_rounds),
-    "torch": Contender("PyTorch in turn", _torch),
+    "torch": Contender("PyTorch in turn", _torch, package="torch"),
     "shared": Contender("shared, one device", jax_contenders.shared_model_rounds),
     "shared_parallel": Contender(
         "shared, all devices", jax_contenders.shared_model_rounds, lambda _: (1, cores())
@@ -69,9 +78,9 @@ CONTENDERS = {
 }
 
 
-def compete() -> int:
+def compete(contenders: Mapping[str, Contender]) -> int:
     """Run the contender of the flags until the standard input ends."""
-    contender = lookup("contender", FLAGS.contender, CONTENDERS)
+    contender = lookup("contender", FLAGS.contender, contenders)
     workload = parse_workload(FLAGS.workload)
     jax.config.update("jax_enable_compilation_cache", False)  # cold compilation is measured
     if contender.grid:
@@ -94,33 +103,36 @@ def _time_arithmetic(workload: Workload, reply: Callable[..., None]) -> None:
 
 
 def _time_rounds(
-    build: Callable[[Workload, Tree], RunRound], workload: Workload, reply: Callable[..., None]
+    build: Callable[[Workload, Tree], Rounds], workload: Workload, reply: Callable[..., None]
 ) -> None:
     """Reply with the time of the first round, which compiles, and then with that of each round."""
     params = initial_params(workload)
     baseline = resident_bytes()
-    run = build(workload, params)
-    seconds, losses = _timed(run, workload, 0)
+    rounds = build(workload, params)
+    seconds, losses = _timed(rounds, workload, 0)
+    moved = fingerprint(rounds.params(), params) if rounds.params else None
     reset_peak()
-    reply(compile_seconds=seconds, loss=float(np.mean(losses)), devices=len(jax.devices()))
+    loss = None if losses is None else float(np.mean(losses))
+    reply(compile_seconds=seconds, loss=loss, moved=moved, devices=len(jax.devices()))
     for number, _ in enumerate(sys.stdin, 1):
-        seconds, _ = _timed(run, workload, number)
+        seconds, _ = _timed(rounds, workload, number)
         reply(seconds=seconds, memory_bytes=peak_bytes_above(baseline))
 
 
-def _timed(run: RunRound, workload: Workload, number: int) -> tuple[float, Any]:
+def _timed(rounds: Rounds, workload: Workload, number: int) -> tuple[float, Any]:
     """The seconds and the losses of the round with that number."""
     indices = make_indices(workload, number)
     start = time.perf_counter()
-    losses = run(indices)
+    losses = rounds.run(indices)
     return time.perf_counter() - start, losses
 
 
-def main() -> None:
-    flags.DEFINE_string("contender", JAXLOCAL, f"Contender to run: {', '.join(CONTENDERS)}.")
+def main(contenders: Mapping[str, Contender] = CONTENDERS) -> None:
+    """Run the command that runs one of some contenders."""
+    flags.DEFINE_string("contender", JAXLOCAL, f"Contender to run: {', '.join(contenders)}.")
     flags.DEFINE_string("workload", "mll_cnn", "Name of a workload, or its fields in JSON.")
     flags.DEFINE_string("worker_map", None, "How a device runs the workers of jaxlocal.")
-    run_command(compete, __doc__)
+    run_command(partial(compete, contenders), __doc__)
 
 
 if __name__ == "__main__":

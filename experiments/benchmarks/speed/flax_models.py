@@ -161,4 +161,5 @@ MODULES: dict[str, Callable[..., nnx.Module]] = {
 def flax_model(workload: Workload) -> Model:
     """Build the model of a workload from plain layers; logits are [batch, outputs]."""
     make = MODULES[workload.model]
-    return from_nnx(lambda rngs: make(workload.input_shape, workload.outputs, rngs))
+    shapes = (workload.input_shape, workload.outputs)
+    return from_nnx(lambda rngs: make(*shapes, rngs, *workload.sizes))

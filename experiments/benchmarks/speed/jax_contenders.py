@@ -3,7 +3,7 @@ model that all workers share."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import jaxlocal
 from experiments.benchmarks.memory import peak_bytes
 from experiments.benchmarks.speed.flax_models import flax_model
 from experiments.benchmarks.workloads import (
+    ADAMW_RATE,
     LEARNING_RATE,
     Workload,
     example_shapes,
@@ -27,17 +28,22 @@ from jaxlocal import Layout, RoundFn
 from jaxlocal.parallel.mesh import make_mesh
 from jaxlocal.types import Method, Tree
 
-# Runs a round on the examples of indices [steps, workers, batch], waits until it is done, and
-# returns the losses, whose first axis is the steps.
-RunRound = Callable[[np.ndarray], Any]
+
+class Rounds(NamedTuple):
+    """The rounds of a contender, which are run one after another."""
+
+    # Runs a round on the examples of indices [steps, workers, batch], waits until it is done, and
+    # returns the losses, whose first axis is the steps, or None where it does not know them.
+    run: Callable[[np.ndarray], Any]
+    params: Callable[[], Tree] | None = None  # the average model, with the names of jaxlocal's
 
 
-def local_sgd_rounds(workload: Workload, params: Tree, worker_map: str | None = None) -> RunRound:
-    """Run rounds of jaxlocal's Local SGD, on as many devices as the workers divide over."""
-    return _rounds(workload, local_sgd(workload, worker_map), workload.workers, params)
+def library_rounds(workload: Workload, params: Tree, worker_map: str | None = None) -> Rounds:
+    """Run rounds of jaxlocal's method, on as many devices as the workers divide over."""
+    return _rounds(workload, method_of(workload, worker_map), workload.workers, params)
 
 
-def shared_model_rounds(workload: Workload, params: Tree) -> RunRound:
+def shared_model_rounds(workload: Workload, params: Tree) -> Rounds:
     """Train one model on the examples of all workers in one batch; no simulation does less.
 
     On several devices this is data parallelism.
@@ -55,24 +61,24 @@ def program_bytes(workload: Workload, worker_map: str | None = None) -> int:
     """
     layout, steps = Layout(workers_per_hub=workload.workers), workload.steps
     mesh = make_mesh(layout, jax.devices()[:1])
-    round_fn = RoundFn(local_sgd(workload, worker_map), layout, mesh)
+    round_fn = RoundFn(method_of(workload, worker_map), layout, mesh)
     grid = (steps, *layout.shape, workload.batch_size)
     batches = example_shapes(workload, grid)
     state = round_fn.shapes(*jax.eval_shape(model_of(workload).init, jax.random.key(0)))
     return peak_bytes(round_fn.local_steps, state, batches, donate=(0,))
 
 
-def local_sgd(workload: Workload, worker_map: str | None = None) -> Method:
-    """Build jaxlocal's Local SGD for a workload; by default the library chooses the worker map."""
-    return jaxlocal.local_sgd(
-        gradient_of(workload),
-        optax.sgd(LEARNING_RATE),
-        period=workload.steps,
-        worker_map=worker_map,
-    )
+def method_of(workload: Workload, worker_map: str | None = None) -> Method:
+    """Build jaxlocal's method for a workload; by default the library chooses the worker map."""
+    make, optimizer = {
+        "local_sgd": (jaxlocal.local_sgd, optax.sgd(LEARNING_RATE)),
+        "diloco": (jaxlocal.diloco, optax.adamw(ADAMW_RATE)),
+    }[workload.method]
+    gradient = gradient_of(workload)
+    return make(gradient, optimizer, period=workload.steps, worker_map=worker_map)
 
 
-def _rounds(workload: Workload, method: Method, workers: int, params: Tree) -> RunRound:
+def _rounds(workload: Workload, method: Method, workers: int, params: Tree) -> Rounds:
     """Run rounds of a method of the library."""
     round_fn = RoundFn(method, Layout(workers_per_hub=workers), data=make_pool(workload))
     state = round_fn.init(params, jax.random.key(0))
@@ -83,10 +89,10 @@ def _rounds(workload: Workload, method: Method, workers: int, params: Tree) -> R
         jax.block_until_ready(state)
         return info.worker["loss"]
 
-    return run
+    return Rounds(run, lambda: jax.device_get(round_fn.mean(state)[0]))
 
 
-def vmap_rounds(workload: Workload, params: Tree) -> RunRound:
+def vmap_rounds(workload: Workload, params: Tree) -> Rounds:
     """Run what a user of JAX writes first: plain layers, `vmap` over the workers, in a scan."""
     pool = jax.device_put(make_pool(workload))
     stack = lambda tree: jax.tree.map(
@@ -111,7 +117,7 @@ def vmap_rounds(workload: Workload, params: Tree) -> RunRound:
         jax.block_until_ready(stacked)
         return losses
 
-    return run
+    return Rounds(run)
 
 
 def plain_loss(workload: Workload) -> Callable[[Tree, Tree, Any], jax.Array]:

@@ -9,7 +9,7 @@ from experiments.benchmarks.machine_load import wait_until_idle
 from experiments.benchmarks.speed.comparison import compare_contenders
 from experiments.benchmarks.speed.contender import JAXLOCAL
 from experiments.benchmarks.speed.growth import measure_growth
-from experiments.benchmarks.speed.jax_contenders import local_sgd
+from experiments.benchmarks.speed.jax_contenders import method_of
 from experiments.benchmarks.speed.tables import show_comparison, show_growth
 from experiments.benchmarks.workloads import Workload
 
@@ -42,7 +42,7 @@ def run(
       ConfigurationError: the worker map is unknown.
     """
     for workload in workloads:
-        local_sgd(workload, worker_map)  # raises before anything is measured
+        method_of(workload, worker_map)  # raises before anything is measured
     before, parts = wait_until_idle(wait_idle), []
     for workload in workloads:
         parts.append(compare_contenders(workload, repeats, limit, worker_map))

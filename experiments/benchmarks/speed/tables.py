@@ -40,7 +40,7 @@ def _without_slower_limit(rows: dict[str, Any]) -> dict[str, Any]:
 def _cells(name: str, row: dict[str, Any]) -> list[str]:
     return [
         _spread(row["seconds"]) if "seconds" in row else row["failure"].split(":")[0],
-        "" if name == JAXLOCAL else _times(row.get("ratio")),
+        "" if name == JAXLOCAL else spread_of_ratio(row.get("ratio")),
         f"{row['compile_seconds']:.3g} s" if "compile_seconds" in row else "",
         f"{row['memory_bytes'] / 2**20:,.0f} MiB" if "memory_bytes" in row else "",
     ]
@@ -65,7 +65,7 @@ def show_growth(figures: dict[str, Any], console: Console) -> None:
     for workers, row in figures["workers"].items():
         took = _spread(row["seconds"]) if row["seconds"] else row["failure"]
         size = f"{row['program_bytes_per_worker'] / 2**20:.2f} MiB"
-        table.add_row(workers, took, _times(row.get("time_per_worker")), size)
+        table.add_row(workers, took, spread_of_ratio(row.get("time_per_worker")), size)
     title = f"{WORKLOAD.name} with more workers, {WORKLOAD.steps} steps"
     _print_table(console, f"{title}: time per worker relative to the fewest workers", table)
 
@@ -83,9 +83,9 @@ def _spread(values: Sequence[float]) -> str:
     return "{median} ({min}–{max})".format(**_rounded(spread(values), 3))
 
 
-def _times(ratio: dict[str, float] | None) -> str:
+def spread_of_ratio(ratio: dict[str, float] | None) -> str:
     """
-    >>> _times({"median": 1.5, "min": 1.25, "max": 20.0})
+    >>> spread_of_ratio({"median": 1.5, "min": 1.25, "max": 20.0})
     '1.50× (1.25–20.0)'
     """
     return "{median}× ({min}–{max})".format(**_rounded(ratio, 2)) if ratio else ""

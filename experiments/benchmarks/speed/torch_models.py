@@ -166,19 +166,50 @@ def torch_model(workload: Workload, params: Tree) -> nn.Module:
       workload: whose model.
       params: of `initial_params`, arrays on the host.
     """
-    module = MODULES[workload.model](workload.input_shape, workload.outputs)
+    module = MODULES[workload.model](workload.input_shape, workload.outputs, *workload.sizes)
     values = {}
     for path, value in jax.tree_util.tree_leaves_with_path(params):
-        *layers, name = (str(part.key) for part in path)
-        if layers == ["hidden"] and workload.model == "mll_cnn" and name == "kernel":
+        if _follows_pixels(path, workload):
             value = _channels_first_rows(value, workload)
-        torch_name = ".".join((*layers, _NAMES.get(name, name)))
-        values[torch_name] = torch.tensor(_outputs_first(name, value))
+        values[_torch_name(path)] = torch.tensor(_outputs_first(path[-1].key, value))
     module.load_state_dict(values)
     return module
 
 
+def named_params(
+    workload: Workload, module: nn.Module, values: Sequence[Tensor], like: Tree
+) -> Tree:
+    """Parameters of a PyTorch model in the tree and the layouts of jaxlocal's model.
+
+    Args:
+      workload: whose model.
+      module: of `torch_model`.
+      values: of the module's parameters, in their order.
+      like: a tree of jaxlocal's parameters.
+    """
+    named = {name: x for (name, _), x in zip(module.named_parameters(), values, strict=True)}
+
+    def convert(path: Any, _: Any) -> np.ndarray:
+        value = named[_torch_name(path)].detach().cpu().numpy()
+        value = _outputs_last(path[-1].key, value)
+        return _channels_last_rows(value, workload) if _follows_pixels(path, workload) else value
+
+    return jax.tree_util.tree_map_with_path(convert, like)
+
+
 _NAMES = {"kernel": "weight", "scale": "weight"}
+
+
+def _torch_name(path: Any) -> str:
+    """The name in PyTorch of the parameter at a path of jaxlocal's tree."""
+    *layers, name = (str(part.key) for part in path)
+    return ".".join((*layers, _NAMES.get(name, name)))
+
+
+def _follows_pixels(path: Any, workload: Workload) -> bool:
+    """Whether the rows of a kernel follow the order of pixels and channels."""
+    names = [part.key for part in path]
+    return workload.model == "mll_cnn" and names == ["hidden", "kernel"]
 
 
 def _outputs_first(name: str, value: np.ndarray) -> np.ndarray:
@@ -188,8 +219,22 @@ def _outputs_first(name: str, value: np.ndarray) -> np.ndarray:
     return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
 
+def _outputs_last(name: str, value: np.ndarray) -> np.ndarray:
+    """The inverse of `_outputs_first`."""
+    if name != "kernel":
+        return value
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
 def _channels_first_rows(kernel: np.ndarray, workload: Workload) -> np.ndarray:
     """Reorder the rows of a layer on flattened images from channels last to channels first."""
     height, width, _ = workload.input_shape
     images = kernel.reshape(height // 4, width // 4, -1, kernel.shape[1])
     return images.transpose(2, 0, 1, 3).reshape(kernel.shape)
+
+
+def _channels_last_rows(kernel: np.ndarray, workload: Workload) -> np.ndarray:
+    """The inverse of `_channels_first_rows`."""
+    height, width, _ = workload.input_shape
+    images = kernel.reshape(-1, height // 4, width // 4, kernel.shape[1])
+    return images.transpose(1, 2, 0, 3).reshape(kernel.shape)
