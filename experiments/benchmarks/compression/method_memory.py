@@ -10,6 +10,7 @@ from experiments.benchmarks.memory import peak_bytes
 from experiments.benchmarks.methods import measured_methods
 from jaxlocal import Layout, RoundFn
 from jaxlocal.parallel.mesh import make_mesh
+from jaxlocal.training.common_state import full_shapes
 from jaxlocal.types import Method, Tree
 
 
@@ -23,7 +24,8 @@ def method_memory(task: Task, workers: int, steps: int = 4) -> dict[str, Any]:
 
     Returns:
       "model_bytes": of one model; "workers"; "methods": by name "peak_bytes", and "state_above" and
-      "peak_above", the state and the peak above those of Local SGD, in models.
+      "peak_above", the state and the peak above those of Local SGD with a model for every worker,
+      in models.
     """
     layout = Layout(workers_per_hub=workers)
     optimizer = optax.sgd(0.1, momentum=0.9, nesterov=True)
@@ -48,7 +50,7 @@ def _sizes(task: Task, method: Method, layout: Layout, steps: int) -> tuple[int,
     The number of steps is the same for all methods, since batches count too.
     """
     round_fn = RoundFn(method, layout, make_mesh(layout, jax.devices()[:1]))
-    state = round_fn.shapes(task.params, task.model_state)
+    state = full_shapes(round_fn.shapes(task.params, task.model_state))
     batches = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((steps, *layout.shape, *x.shape), x.dtype), task.batch
     )
