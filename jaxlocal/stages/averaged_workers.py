@@ -162,16 +162,16 @@ def _at_once(rows: list[Leaf], params: int, weight: Leaf) -> _Mean:
     total = weight.sum()
 
     def mean(x):
-        off = (x - x[0]).reshape(len(x), -1)
+        off = (x - x[:1]).reshape(len(x), -1)
         share = (weight / total).astype(x.dtype)
         return x[0] + jnp.dot(share, off, precision="highest").reshape(x.shape[1:])
 
     means = [mean(x) if is_averaged(x) else x[-1] for x in rows]
     parts = list(zip(rows, means, strict=True))[:params]
-    squares = sum(
-        jnp.square(x - m).reshape(len(x), -1).sum(1).astype(weight.dtype) for x, m in parts
-    )
-    return _Mean(total, means, (weight * squares).sum())
+    squares = [
+        jnp.square(x - m[None]).reshape(len(x), -1).sum(1).astype(weight.dtype) for x, m in parts
+    ]
+    return _Mean(total, means, (weight * sum(squares)).sum())
 
 
 def _add(mean: _Mean, ended: list[Leaf], params: int, weight: Leaf) -> _Mean:

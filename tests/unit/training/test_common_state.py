@@ -12,6 +12,7 @@ import pytest
 
 import jaxlocal
 from jaxlocal import Layout, RoundFn
+from jaxlocal.stages.averaged_workers import _at_once, _in_turn
 from jaxlocal.training import (
     Checkpoints,
     Evaluation,
@@ -146,6 +147,26 @@ def test_running_averages_are_held_once_too_and_change_no_bit():
     assert (np.asarray(ema.params["w"]) != np.asarray(one.params["w"])).any()
     assert {x.shape[:2] for x in jax.tree.leaves(held(one).memory.outer)[:2]} == {(1, 1)}
     assert jax.tree.leaves(one.memory.outer)[0].shape[:2] == (2, 4)
+
+
+def test_all_rows_at_once_have_the_average_of_one_after_another():
+    """As an accelerator averages them, and a CPU."""
+    rows = [random.normal(size=(8, 4, 3)), random.normal(size=8), np.arange(8)]
+    weight = LAYOUT.weight.reshape(-1)
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x) for x in rows]
+        found = [average(arrays, 2, jnp.asarray(weight)) for average in (_in_turn, _at_once)]
+    mean = np.tensordot(weight, rows[0], 1), weight @ rows[1]
+    off = np.square(rows[0] - mean[0]).sum((1, 2)) + np.square(rows[1] - mean[1])
+    for weights, (vectors, scalars, last), spread in found:
+        np.testing.assert_allclose(weights, 1, rtol=1e-14)
+        np.testing.assert_allclose(vectors, mean[0], rtol=1e-12)
+        np.testing.assert_allclose(scalars, mean[1], rtol=1e-12)
+        np.testing.assert_allclose(spread, weight @ off, rtol=1e-12)
+        assert last == 7  # of what is no average the last worker's
+    alike = [jnp.full((7, 3), np.float32(0.1))]
+    for average in (_in_turn, _at_once):
+        np.testing.assert_array_equal(average(alike, 1, jnp.full(7, 1 / 7)).leaves[0], alike[0][0])
 
 
 def test_what_workers_keep_of_their_own_stays_their_own():
