@@ -2,7 +2,7 @@
 
 JAX derives the weight gradient `xᵀ g`, [in, out]. XLA:CPU has a fast kernel for it where x and g
 are matrices, and a slow one where their rows have several dimensions, such as batch and length.
-With few outputs it computes the same numbers two to three times faster as rows of the transpose,
+With few outputs it computes the same numbers up to three times faster as rows of the transpose,
 `gᵀ x`, [out, in]. XLA folds a transposition into the product, so that a barrier has to keep the two
 apart.
 """
@@ -19,9 +19,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxlocal.nn.convolution import equally_varying
 
-# Up to FEW outputs, gᵀ x and its transposition are faster than xᵀ g with any number of rows, and up
-# to SOME outputs with MANY rows, in half precision only the former. This was measured on CPU cores
-# with AVX2, for 64 to 784 inputs, 4 to 512 outputs and 8 to 512 rows.
+# Up to FEW outputs, gᵀ x and its transposition are faster than xᵀ g with any number of rows, and
+# with MANY rows up to SOME outputs, or where inputs are twice as many; in half precision only the
+# former. This was measured on CPU cores with AVX2 for 64 to 784 inputs, 4 to 512 outputs and 8 to
+# 512 rows, and with AVX-512 for 64 to 2,048 inputs and 64 to 512 outputs.
 FEW, SOME, MANY = 32, 112, 256
 
 
@@ -40,10 +41,10 @@ def dot_general(
     `nnx.Linear(..., dot_general=dot_general)`.
 
     Fast is y = x W of x `[..., in]` and W `[in, out]`. All leading dimensions of x become one, that
-    of its rows. With up to 32 outputs, or up to 112 where x has 256 rows or more, the derivative
-    with respect to W is (gᵀ x)ᵀ instead of xᵀ g, on CPU. All other products run as in `jax.lax`.
-    Values and gradients equal those of `jax.lax` up to the order of summation, in forward and
-    reverse mode of any order. A policy of `jax.checkpoint` that saves products does not see those
+    of its rows. With up to 32 outputs, or where x has 256 rows or more with up to 112, or with half
+    as many as inputs, the derivative with respect to W is (gᵀ x)ᵀ instead of xᵀ g, on CPU. All
+    other products run as in `jax.lax`. Values and gradients equal those of `jax.lax` up to the
+    order of summation, in forward and reverse mode of any order. A policy of `jax.checkpoint` that saves products does not see those
     with few outputs.
 
     Args:
@@ -105,7 +106,7 @@ def _few(rows: Any, weights: Any) -> bool:
     (ins, outs), size = weights.shape, weights.dtype.itemsize
     known = isinstance(rows.shape[0], int)  # else it is a symbol of jax.export
     many = known and rows.shape[0] >= MANY and size >= 4
-    few = outs <= FEW or (outs <= SOME and many)
+    few = outs <= FEW or (many and (outs <= SOME or 2 * outs <= ins))
     return few and size >= 2 and min(outs, ins) > 1
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from experiments.benchmarks import machine_load
 from experiments.benchmarks.child_process import ChildFailed, ChildProcess
 from experiments.benchmarks.machine_load import OtherLoad, cpu_seconds, wait_until_idle
-from experiments.benchmarks.speed import interleaved, tables
+from experiments.benchmarks.speed import growth, interleaved, tables
 from experiments.benchmarks.speed.comparison import compare_contenders, different_losses
 from experiments.benchmarks.speed.interleaved import time_interleaved
 from experiments.benchmarks.workloads import (
@@ -29,6 +29,18 @@ print(json.dumps({"compile_seconds": 1.0}), flush=True)
 for number, _ in enumerate(sys.stdin):
     print(json.dumps({"seconds": float(number)}), flush=True)
 """
+
+
+def test_time_and_memory_of_more_workers():
+    small = WORKLOADS["softmax"]._replace(batch_size=2, steps=2, examples=64)
+    figures = growth.measure_growth(small, (2, 64), repeats=1, limit=120)
+    few, many = (figures["workers"][n] for n in ("2", "64"))
+    assert not few["failure"] and not many["failure"] and len(many["seconds"]) == 1
+    assert many["program_bytes"] < 1.2 * few["program_bytes"]  # one model, whatever the workers
+    console = Console(file=io.StringIO(), width=120)
+    tables.show_growth(figures, console)
+    printed = console.file.getvalue()
+    assert "softmax × 2 with more workers, 2 steps" in printed and "64" in printed
 
 
 def python(code):

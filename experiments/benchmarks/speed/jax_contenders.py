@@ -55,17 +55,16 @@ def shared_model_rounds(workload: Workload, params: Tree) -> Rounds:
 
 
 def program_bytes(workload: Workload, worker_map: str | None = None) -> int:
-    """Peak memory of a round's steps of all workers on one device, as the compiler states it.
-
-    The examples of the round count.
-    """
+    """Peak memory of a round of all workers on one device, without its examples, as the compiler
+    states it."""
     layout, steps = Layout(workers_per_hub=workload.workers), workload.steps
     mesh = make_mesh(layout, jax.devices()[:1])
     round_fn = RoundFn(method_of(workload, worker_map), layout, mesh)
     grid = (steps, *layout.shape, workload.batch_size)
     batches = example_shapes(workload, grid)
     state = round_fn.shapes(*jax.eval_shape(model_of(workload).init, jax.random.key(0)))
-    return peak_bytes(round_fn.local_steps, state, batches, donate=(0,))
+    examples = sum(x.size * x.dtype.itemsize for x in batches.values())
+    return peak_bytes(round_fn, state, batches, donate=(0,)) - examples
 
 
 def method_of(workload: Workload, worker_map: str | None = None) -> Method:

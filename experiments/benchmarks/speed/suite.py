@@ -8,7 +8,7 @@ from rich.console import Console
 from experiments.benchmarks.machine_load import wait_until_idle
 from experiments.benchmarks.speed.comparison import compare_contenders
 from experiments.benchmarks.speed.contender import JAXLOCAL
-from experiments.benchmarks.speed.growth import measure_growth
+from experiments.benchmarks.speed.growth import GROWTH, measure_growth
 from experiments.benchmarks.speed.jax_contenders import method_of
 from experiments.benchmarks.speed.tables import show_comparison, show_growth
 from experiments.benchmarks.workloads import Workload
@@ -49,9 +49,12 @@ def run(
         show_comparison(parts[-1], console)
     figures: dict[str, Any] = {"workloads": list(parts), "worker_map": worker_map}
     if with_growth:
-        figures["growth"] = measure_growth(repeats, limit, worker_map)
-        show_growth(figures["growth"], console)
-        parts.append(figures["growth"])
+        figures["growth"] = {}
+        for workload, workers in GROWTH.items():
+            grown = measure_growth(workload, workers, repeats, limit, worker_map)
+            show_growth(grown, console)
+            figures["growth"][workload.name] = grown
+            parts.append(grown)
     during = [part.pop("other_load") for part in parts]
     failures = [part["contenders"][JAXLOCAL]["failure"] for part in figures["workloads"]]
     load = {"other_load_before": before, "other_load_during": during}

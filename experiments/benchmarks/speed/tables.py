@@ -10,7 +10,6 @@ from rich.text import Text
 
 from experiments.benchmarks.speed.comparison import different_losses
 from experiments.benchmarks.speed.contender import CONTENDERS, JAXLOCAL
-from experiments.benchmarks.speed.growth import WORKLOAD
 from experiments.benchmarks.timing import spread
 from experiments.benchmarks.workloads import Workload
 from experiments.plotting.display import columns
@@ -61,13 +60,13 @@ def _show_different_losses(rows: dict[str, Any], console: Console) -> None:
 
 def show_growth(figures: dict[str, Any], console: Console) -> None:
     """Print time and memory by the number of workers, see `measure_growth`."""
-    table = columns("workers", "seconds a round", "time per worker", "program per worker")
+    table = columns("workers", "seconds a round", "time per worker", "program")
     for workers, row in figures["workers"].items():
         took = _spread(row["seconds"]) if row["seconds"] else row["failure"]
-        size = f"{row['program_bytes_per_worker'] / 2**20:.2f} MiB"
+        size = f"{row['program_bytes'] / 2**20:.2f} MiB"
         table.add_row(workers, took, spread_of_ratio(row.get("time_per_worker")), size)
-    title = f"{WORKLOAD.name} with more workers, {WORKLOAD.steps} steps"
-    _print_table(console, f"{title}: time per worker relative to the fewest workers", table)
+    title = f"{figures['title']}: time per worker relative to the fewest workers"
+    _print_table(console, title, table)
 
 
 def _print_table(console: Console, title: str, table: Table) -> None:

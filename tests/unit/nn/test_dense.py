@@ -197,6 +197,7 @@ def test_it_pays_for_few_outputs_or_many_rows():
         return pays(*shapes, dense((rows,)))
 
     assert of(1, 784, 10) and of(1, 784, FEW) and of(MANY, 784, SOME)
-    assert not of(MANY, 784, 1) and not of(MANY - 1, 784, SOME) and not of(1024, 784, SOME + 1)
+    assert of(MANY, 512, 256) and not of(MANY, 511, 256) and not of(MANY - 1, 512, 256)
+    assert not of(MANY, 784, 1) and not of(MANY - 1, 784, SOME) and not of(1024, 128, SOME + 1)
     assert of(8, 784, 10, jnp.bfloat16) and not of(MANY, 784, SOME, jnp.bfloat16)
     assert not of(8, 784, 10, jnp.float8_e4m3fn) and not of(8, 784, 10, jnp.int32)
