@@ -44,8 +44,8 @@ def dot_general(
     of its rows. With up to 32 outputs, or where x has 256 rows or more with up to 112, or with half
     as many as inputs, the derivative with respect to W is (gᵀ x)ᵀ instead of xᵀ g, on CPU. All
     other products run as in `jax.lax`. Values and gradients equal those of `jax.lax` up to the
-    order of summation, in forward and reverse mode of any order. A policy of `jax.checkpoint` that saves products does not see those
-    with few outputs.
+    order of summation, in forward and reverse mode of any order. A policy of `jax.checkpoint` that
+    saves products does not see those with few outputs.
 
     Args:
       lhs: x, `[..., in]`.
