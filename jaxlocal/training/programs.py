@@ -15,10 +15,11 @@ from jaxlocal.parallel.collectives import over_mesh
 from jaxlocal.parallel.layout import AXES, CONTEXT
 from jaxlocal.parallel.leaves import path_name
 from jaxlocal.parallel.mesh import jit_on, on_mesh, place, wait_on_cpu_processes
+from jaxlocal.stages.averaged_workers import parts_of
 from jaxlocal.stages.compose import AnySteps, join
 from jaxlocal.training.ahead import Ahead, Compiling
 from jaxlocal.training.bodies import body
-from jaxlocal.training.common_state import CommonState, full_shapes
+from jaxlocal.training.common_state import CommonState, full_shapes, held
 from jaxlocal.training.pieces import Piece
 from jaxlocal.training.state import States, specs_of, specs_of_parts
 from jaxlocal.types import Context, Info, Method, TrainState, Tree
@@ -106,7 +107,7 @@ class Programs:
         self, piece: Piece, state: TrainState, batches: Tree, steps: int, ahead: Ahead
     ) -> None:
         """Compile the program of some steps in a thread, once; arguments may be shapes."""
-        form = piece, type(state)
+        form = _form(piece, state)
         if form not in self._made:
             self._compiling.begin(form, self.lower(piece, state, batches, steps), ahead)
 
@@ -121,7 +122,7 @@ class Programs:
     def get(self, piece: Piece, state: TrainState) -> Any:
         """The program, `program(state, batches, context)`, for states of this form, to call in
         `running`; it donates the state."""
-        form = piece, type(state)
+        form = _form(piece, state)
         self._compiling.finished(form)
         if form not in self._made:
             self._made[form] = self._compile(piece, state)
@@ -153,6 +154,13 @@ class Programs:
     def _shardings(self, batches: Tree) -> Tree:
         specs = placing.batch_specs(self._mesh, BATCHES, batches)
         return placing.named_shardings(self._mesh, specs)
+
+
+def _form(piece: Piece, state: TrainState) -> tuple:
+    """What tells the programs of pieces apart: those of one piece differ by the tree of the model
+    and by what is held once."""
+    parts = jax.tree.leaves(parts_of(held(state)))
+    return piece, jax.tree.structure(state), tuple([x.shape[:2] == (1, 1) for x in parts])
 
 
 @contextlib.contextmanager

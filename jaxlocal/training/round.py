@@ -36,7 +36,8 @@ class RoundFn:
     run. Of a constant period a round is one program, unless it is longer than `max_chunk` or its
     workers are sharded. Where H may change from round to round, rounds run in chunks of powers of
     four, so that all H up to H_max take at most ⌊log₄ H_max⌋ + 2 compilations. The state is
-    donated: use the one that is returned.
+    donated: use the one that is returned. Where all workers have the same model at the end of a
+    round, it holds that model once, as a `CommonState`, and a round of one program makes no others.
 
     Args:
       method: what the workers do, as `jaxlocal.local_sgd` and the others make it.

@@ -149,6 +149,24 @@ def test_running_averages_are_held_once_too_and_change_no_bit():
     assert jax.tree.leaves(one.memory.outer)[0].shape[:2] == (2, 4)
 
 
+def test_one_round_function_takes_models_of_several_trees_and_states_of_another():
+    sums = jaxlocal.gradients(lambda params, batch, key: sum(map(jnp.sum, params)) * batch)
+    averaged, kept = (
+        RoundFn(
+            jaxlocal.local_sgd(sums, momentum(RATE), period=2, optimizer_state=option),
+            Layout(workers_per_hub=2),
+        )
+        for option in ("average", "keep")
+    )
+    for leaves in (1, 2):
+        state = averaged.init([jnp.ones(3)] * leaves, jax.random.key(0))
+        for round_fn in (averaged, kept):  # whose momenta are held once, and for each worker
+            state, _ = round_fn(state, np.ones((2, 1, 2), np.float32))
+        assert [x.shape for x in jax.tree.leaves(held(state).opt_state)] == [(1, 2, 3)] * leaves
+        # Of gradients 1 the momenta are 1, 1.9, 2.71 and 3.439.
+        np.testing.assert_allclose(state.params, np.full((leaves, 1, 2, 3), 0.0951), rtol=1e-5)
+
+
 def test_all_rows_at_once_have_the_average_of_one_after_another():
     """As an accelerator averages them, and a CPU."""
     rows = [random.normal(size=(8, 4, 3)), random.normal(size=8), np.arange(8)]
