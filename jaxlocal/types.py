@@ -94,8 +94,6 @@ class Mixer(NamedTuple):
       that many copies of the payload.
     - `gather(tree, context)` gives the payloads of all senders, leaves [senders, d or 1, ...], and
       their weights [senders, d or 1], for payloads that cannot be averaged as they are.
-    - `by_weight`: whether it is Σ_j a_j x_j on all workers with the weights of the context, so that
-      the workers of a device may be averaged first.
     """
 
     average: Callable[[Tree, Context], Tree]
@@ -103,7 +101,6 @@ class Mixer(NamedTuple):
     message_bits: Callable[[int, Any], MessageBits]
     collectives: Callable[[Any, Mapping[str, int], bool], list[tuple[str, tuple[str, ...], int]]]
     gather: Callable[[Tree, Context], tuple[Tree, Leaf]] | None = None
-    by_weight: bool = False
 
 
 class Message(NamedTuple):
@@ -157,9 +154,6 @@ class Stage(NamedTuple):
     - `anchored`: whether the stage needs the anchor.
     - `alike`: the mesh axes along which workers take the same optimizer step, so that their
       optimizers must draw the same noise; None where the stage runs no optimizer of the workers.
-    - `common(state)`: which leaves of (params, opt_state, model_state) are the same on all workers
-      after the stage, and otherwise kept as they are, as trees of bools; None where the stage needs
-      more of the workers than their average by weight.
     """
 
     init: Callable[[TrainState], Tree]
@@ -169,7 +163,6 @@ class Stage(NamedTuple):
     anchored: bool = False
     turns: int = 1
     alike: tuple[str, ...] | None = None
-    common: Callable[[TrainState], tuple[Tree, Tree, Tree]] | None = None
 
 
 class Period(NamedTuple):

@@ -30,6 +30,20 @@ from jaxlocal.parallel.leaves import wide
 from jaxlocal.types import Context, Leaf, MessageBits, Mixer, Tree
 
 
+class ByWeight:
+    """The `average` of a mixer that is Σ_j a_j x_j on all workers, with the weights of the context,
+    so that the workers of a device may be averaged first.
+
+    It marks the function, since a mixer may be given another one by `_replace`.
+    """
+
+    def __init__(self, average: Callable[[Tree, Context], Tree]) -> None:
+        self._average = average
+
+    def __call__(self, tree: Tree, context: Context) -> Tree:
+        return self._average(tree, context)
+
+
 def mean() -> Mixer:
     """Average the models of all workers: x_i ← u = Σ_j a_j x_j, with weights a_j of the layout.
 
@@ -69,7 +83,7 @@ def mean() -> Mixer:
 
         return _gather_as_bits(one, (tree, context.weight), AXES)
 
-    return Mixer(average, AXES, message_bits, collectives, gather, by_weight=True)
+    return Mixer(ByWeight(average), AXES, message_bits, collectives, gather)
 
 
 def hub_mean() -> Mixer:

@@ -142,7 +142,7 @@ def with_rows(state: TrainState, context: Context) -> TrainState:
 
 
 def _flat(x: Leaf) -> Leaf:
-    return None if x is None else x.reshape((-1,) + x.shape[2:])
+    return None if x is None else x.reshape((x.shape[0] * x.shape[1],) + x.shape[2:])
 
 
 def _none(like: list[Leaf], weight: Leaf) -> _Mean:
@@ -162,16 +162,15 @@ def _at_once(rows: list[Leaf], params: int, weight: Leaf) -> _Mean:
     total = weight.sum()
 
     def mean(x):
-        off = (x - x[:1]).reshape(len(x), -1)
+        off = (x - x[:1]).reshape(len(x), x[0].size)
         share = (weight / total).astype(x.dtype)
         return x[0] + jnp.dot(share, off, precision="highest").reshape(x.shape[1:])
 
     means = [mean(x) if is_averaged(x) else x[-1] for x in rows]
     parts = list(zip(rows, means, strict=True))[:params]
-    squares = [
-        jnp.square(x - m[None]).reshape(len(x), -1).sum(1).astype(weight.dtype) for x, m in parts
-    ]
-    return _Mean(total, means, (weight * sum(squares)).sum())
+    square = lambda x, m: jnp.square(x - m[None]).reshape(len(x), m.size).sum(1)
+    off = sum(square(x, m).astype(weight.dtype) for x, m in parts)
+    return _Mean(total, means, (weight * off).sum())
 
 
 def _add(mean: _Mean, ended: list[Leaf], params: int, weight: Leaf) -> _Mean:

@@ -37,6 +37,24 @@ class AnySteps:
         return partial(self.apply, steps=steps)
 
 
+class OfAverage:
+    """The `apply` of a stage that needs of the workers no more than their average by weight.
+
+    It marks the function, since a stage may be given another one by `_replace`.
+
+    Args:
+      apply: as in `Stage`.
+      common: `common(state)` tells which leaves of (params, opt_state, model_state) are the same on
+        all workers after the stage, as trees of bools, or None; the others stay as they are.
+    """
+
+    def __init__(self, apply: Callable, common: Callable) -> None:
+        self._apply, self.common = apply, common
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._apply(*arguments)
+
+
 class TurnMemory(NamedTuple):
     """The memory of stages that are applied in turn."""
 
@@ -131,8 +149,10 @@ def sequence(*stages: Stage) -> Stage:
     steps = sum(stage.steps for stage in stages)
     anchored = any(stage.anchored for stage in stages)
     turns = math.lcm(*(stage.turns for stage in stages))
-    common = _common_after(stages) if all(stage.common for stage in stages) else None
-    return Stage(init, apply, steps, communication, anchored, turns, common_axes(*stages), common)
+    applies = [stage.apply for stage in stages if isinstance(stage.apply, OfAverage)]
+    if stages and len(applies) == len(stages):
+        apply = OfAverage(apply, _common_after(applies))
+    return Stage(init, apply, steps, communication, anchored, turns, common_axes(*stages))
 
 
 def in_turn(*stages: Stage) -> Stage:
@@ -202,15 +222,16 @@ def join(infos: list[Info], concatenate: Callable = jnp.concatenate) -> Info:
     return Info(by_name([i.worker for i in infos]), by_name([i.common for i in infos]))
 
 
-def _common_after(stages: tuple[Stage, ...]) -> Callable | None:
+def _common_after(applies: list[OfAverage]) -> Callable:
     """What is the same on all workers after stages of which the first makes it so."""
 
     def common(state):
-        marks = [stage.common(state) for stage in stages if stage.common]
-        first = marks[0] if stages and all(jax.tree.leaves(marks[0][0])) else None
-        return first and jax.tree.map(lambda *marks: any(marks), *marks)
+        marks = [apply.common(state) for apply in applies]
+        if marks[0] is None or not all(jax.tree.leaves(marks[0][0])):
+            return None
+        return jax.tree.map(lambda *marks: any(marks), *marks)
 
-    return common if stages else None
+    return common
 
 
 def _check_stages(*stages: Any) -> None:

@@ -87,8 +87,7 @@ def outer_step(
         models = Message(mixer, worker_shapes(state.params))
         return [models, *policy.messages(mixer, state)]
 
-    common = policy.common if mixer.by_weight else None
-    return Stage(init, apply, 0, communication, anchored=True, common=common)
+    return Stage(init, policy.of_average(apply, mixer), 0, communication, anchored=True)
 
 
 def moved(anchor: Leaf, params: Leaf) -> Leaf:

@@ -1,17 +1,19 @@
 """Average the models of the workers, and what else their state holds."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import optax
 
+from jaxlocal.communication.mixing import ByWeight
 from jaxlocal.errors import ConfigurationError, lookup
 from jaxlocal.parallel.collectives import broadcast_to_workers, vary, worker_shapes
 from jaxlocal.parallel.keys import holds_key
 from jaxlocal.parallel.layout import AXES
 from jaxlocal.parallel.leaves import is_averaged
 from jaxlocal.parallel.worker_maps import over_workers
-from jaxlocal.stages.compose import NOTHING
+from jaxlocal.stages.compose import NOTHING, OfAverage
 from jaxlocal.stages.partial_sync import check_mixer
 from jaxlocal.stages.updates import init_of
 from jaxlocal.types import Context, Info, Message, Mixer, Stage, TrainState, Tree
@@ -69,8 +71,8 @@ def sync(
         models = Message(mixer, worker_shapes(state.params))
         return [models, *policy.messages(mixer, state)]
 
-    common = policy.common if mixer.by_weight else None
-    return Stage(lambda state: (), apply, 0, communication, common=common)
+    marked = policy.of_average(apply, mixer)
+    return Stage(lambda state: (), marked, 0, communication)
 
 
 def sync_model_state(mixer: Mixer, *, model_state: str = "average") -> Stage:
@@ -120,8 +122,13 @@ class StatePolicy:
             state = state._replace(model_state=_average(state.model_state, mixer, context))
         return state
 
-    def common(self, state: TrainState) -> tuple[Tree, Tree, Tree]:
-        """What is the same on all workers after it, if their parameters are; see `Stage`."""
+    def of_average(self, apply: Callable, mixer: Mixer) -> Callable:
+        """The `apply` of a stage, marked where it needs no more than the average by weight."""
+        by_weight = isinstance(mixer.average, ByWeight)
+        return OfAverage(apply, self._common) if by_weight else apply
+
+    def _common(self, state: TrainState) -> tuple[Tree, Tree, Tree]:
+        """What is the same on all workers after it, if their parameters are; see `OfAverage`."""
         every = lambda value, tree: jax.tree.map(lambda _: value, tree)
         averaged = lambda option, tree: jax.tree.map(
             lambda x: option == "average" and is_averaged(x), tree

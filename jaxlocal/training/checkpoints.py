@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel.leaves import is_key
-from jaxlocal.training.common_state import CommonState, full_shapes, held
+from jaxlocal.training.common_state import CommonState, as_saved, held
 from jaxlocal.training.disk import (
     SavingError,
     advice,
@@ -230,8 +230,7 @@ class Checkpoints:
         check_whole(folder)
         manifest, notes = (self._json.restore(folder / item) for item in ("manifest", "notes"))
         check_read(manifest, notes, step)
-        if difference(manifest, shapes) and not difference(manifest, full_shapes(shapes)):
-            shapes = full_shapes(shapes)  # saved in the middle of a round
+        shapes = as_saved(shapes, manifest["leaves"])
         _check_same(folder, manifest, shapes)
         return manifest, notes, self._read_state(folder / "state", shapes)
 

@@ -1,7 +1,7 @@
 """The state of workers that are alike: it holds one row of what is the same on all of them."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxlocal.parallel.layout import STACKED
+from jaxlocal.parallel.layout import SINGLE, STACKED
 from jaxlocal.parallel.leaves import dtype_of, is_averaged, wide
 from jaxlocal.stages.averaged_workers import PARTS, Leaves, parts_of
-from jaxlocal.stages.compose import AnySteps
+from jaxlocal.stages.compose import AnySteps, OfAverage
+from jaxlocal.training.names import named_leaves
 from jaxlocal.types import Memory, Method, TrainState, Tree
 
 
@@ -55,9 +56,9 @@ class CommonState(TrainState):
             return CommonState(held(self)._replace(**fields), self.grid)
         return TrainState(*self)._replace(**fields)
 
-    params = property(lambda self: _rows(held(self).params, self.grid))
-    opt_state = property(lambda self: _rows(held(self).opt_state, self.grid))
-    model_state = property(lambda self: _rows(held(self).model_state, self.grid))
+    params = property(lambda self: every_row(held(self).params, self.grid))
+    opt_state = property(lambda self: every_row(held(self).opt_state, self.grid))
+    model_state = property(lambda self: every_row(held(self).model_state, self.grid))
     memory = property(lambda self: of_stacked(lambda x: _row(x, self.grid), held(self).memory))
 
 
@@ -90,6 +91,31 @@ def full_shapes(state: TrainState) -> TrainState:
     return TrainState(*jax.tree.map(_shape, state))
 
 
+def as_saved(shapes: TrainState, saved: Mapping[str, str]) -> TrainState:
+    """The shapes of a state in the form in which it was saved: at the end of a round or in the
+    middle of one, or by a method that holds other leaves once.
+
+    Args:
+      shapes: of a state of this run.
+      saved: dtype and shape of every saved leaf by its name, see `names.described`.
+    """
+    whole = full_shapes(shapes)
+    grid = jax.tree.leaves(whole.params)[0].shape[:2]
+    found, once = [], []
+    for name, x in named_leaves(whole).items():
+        row = f"{x.dtype}{[1, 1, *x.shape[2:]]}"
+        once.append(x.shape[:2] == grid != (1, 1) and saved.get(name) == row)
+        found.append(_once(x) if once[-1] else x)
+    state = jax.tree.unflatten(jax.tree.structure(whole), found)
+    return CommonState(state, grid) if any(once) else state
+
+
+def _once(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """One row of a leaf, on all devices."""
+    place = NamedSharding(x.sharding.mesh, SINGLE) if x.sharding else None
+    return jax.ShapeDtypeStruct((1, 1, *x.shape[2:]), x.dtype, sharding=place)
+
+
 def common_leaves(method: Method, shapes: TrainState) -> Leaves | None:
     """The leaves of a state that are the same on all workers at the end of a round.
 
@@ -100,8 +126,10 @@ def common_leaves(method: Method, shapes: TrainState) -> Leaves | None:
       method: of the rounds.
       shapes: of a state with a row for every worker.
     """
-    of = method.outer.common
-    marks = of(shapes) if of and isinstance(method.inner.apply, AnySteps) else None
+    inner, outer = method.inner.apply, method.outer.apply
+    if not (isinstance(inner, AnySteps) and isinstance(outer, OfAverage)):
+        return None
+    marks = outer.common(shapes)
     leaves, structure = jax.tree.flatten(parts_of(shapes))
     if marks is None or not all(jax.tree.leaves(marks[0])) or leaves[0].shape[:2] == (1, 1):
         return None
@@ -115,7 +143,7 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), dtype_of(x), sharding=x.sharding if placed else None)
 
 
-def _rows(tree: Tree, grid: tuple[int, int]) -> Tree:
+def every_row(tree: Tree, grid: tuple[int, int]) -> Tree:
     """A tree with leaves [D, N, ...] for those of [1, 1, ...]; what is no array stays."""
     return jax.tree.map(lambda x: _row(x, grid), tree)
 
@@ -130,7 +158,10 @@ def _row(x: Any, grid: tuple[int, int]) -> Any:
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=_of_workers(x.sharding))
     if isinstance(x, jax.core.Tracer):
         return jnp.broadcast_to(x, shape)
-    return x if x.is_deleted() else _broadcast(shape, _of_workers(x.sharding))(x)
+    place = _of_workers(x.sharding)
+    if not x.size:  # JAX shards what it broadcasts of an empty array wrongly
+        return jnp.empty(shape, x.dtype, device=place)
+    return x if x.is_deleted() else _broadcast(shape, place)(x)
 
 
 def _of_workers(sharding: Any) -> Any:

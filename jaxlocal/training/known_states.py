@@ -10,7 +10,7 @@ from jaxlocal.parallel.collectives import worker_shapes
 from jaxlocal.parallel.layout import Layout
 from jaxlocal.parallel.leaves import check_same, is_key, path_name
 from jaxlocal.training.checks import check_model
-from jaxlocal.training.common_state import full_shapes, held
+from jaxlocal.training.common_state import CommonState, full_shapes, held
 from jaxlocal.training.state import States
 from jaxlocal.types import TrainState, Tree
 
@@ -39,7 +39,7 @@ class KnownStates:
         leaves, structure = jax.tree.flatten(state)
         _check_usable(leaves)
         _check_distinct(leaves, state)
-        self._check_devices(state.step)
+        self._check_devices(state)
         form = _form(leaves, structure)
         if form not in self._forms:
             self._check_grids(state)
@@ -55,7 +55,7 @@ class KnownStates:
         _check_type(state)
         models = held(state)
         _check_usable(jax.tree.leaves((models.params, models.model_state)))
-        self._check_devices(state.step)
+        self._check_devices(state)
         self._check_grids(state)
 
     def step_of(self, state: TrainState) -> int | None:
@@ -95,15 +95,18 @@ class KnownStates:
                         f"front: it is a state of another layout"
                     )
 
-    def _check_devices(self, step: Any) -> None:
-        placement: Any = getattr(step, "sharding", None)  # None inside jax.jit
-        if placement in self._placements or not getattr(step, "committed", False):
+    def _check_devices(self, state: TrainState) -> None:
+        placement: Any = getattr(state.step, "sharding", None)  # None inside jax.jit
+        if placement in self._placements or not getattr(state.step, "committed", False):
             return
         if placement.device_set != self._devices:
+            shapes = "round_fn.shapes(params)"
+            if not isinstance(state, CommonState):
+                shapes = f"jaxlocal.types.TrainState(*{shapes})"
             raise ConfigurationError(
                 f"this state lies on {_names(placement.device_set)}, and the mesh of this round "
                 f"function has {_names(self._devices)}; move it by jax.device_put(state, "
-                f"jax.tree.map(lambda x: x.sharding, round_fn.shapes(params)))"
+                f"jax.tree.map(lambda x: x.sharding, {shapes}))"
             )
         self._placements.add(placement)
 

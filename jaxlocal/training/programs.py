@@ -137,8 +137,11 @@ class Programs:
         typed = isinstance(state, CommonState) == isinstance(after, CommonState) or not piece.ends
         mapped = over_mesh(run, self._mesh, specs, (specs_of(after), INFO), typed)
         if not placing.is_sharded(self._mesh):
-            reused = isinstance(state, CommonState) == isinstance(after, CommonState)
-            return jax.jit(mapped, donate_argnums=0) if reused else Consuming(jax.jit(mapped))
+            if _sizes(state) == _sizes(after):
+                return jax.jit(mapped, donate_argnums=0)
+            # What is not written into a donated array is placed as JAX likes, and compiled for.
+            places = placing.named_shardings(self._mesh, specs_of(after))
+            return Consuming(jax.jit(mapped, out_shardings=(places, None)))
 
         def constrained(state, batches, context):
             state, info = mapped(state, batches, context)
@@ -156,11 +159,16 @@ class Programs:
         return placing.named_shardings(self._mesh, specs)
 
 
+def _sizes(state: TrainState) -> list[tuple[int, ...]]:
+    return [np.shape(x) for x in jax.tree.leaves(state)]
+
+
 def _form(piece: Piece, state: TrainState) -> tuple:
-    """What tells the programs of pieces apart: those of one piece differ by the tree of the model
-    and by what is held once."""
-    parts = jax.tree.leaves(parts_of(held(state)))
-    return piece, jax.tree.structure(state), tuple([x.shape[:2] == (1, 1) for x in parts])
+    """What tells the programs of pieces apart: those of one piece differ by the tree and the types
+    of the model and by what is held once."""
+    kind = lambda x: (x.dtype, x.shape[:2] == (1, 1))
+    kinds = tuple(map(kind, jax.tree.leaves(parts_of(held(state)))))
+    return piece, jax.tree.structure(state), kinds
 
 
 @contextlib.contextmanager

@@ -9,15 +9,14 @@ from jax import lax
 
 from jaxlocal.errors import ConfigurationError
 from jaxlocal.parallel import collectives
-from jaxlocal.parallel.collectives import broadcast_to_workers
-from jaxlocal.parallel.layout import CONTEXT, STACKED
+from jaxlocal.parallel.layout import CONTEXT, SINGLE
 from jaxlocal.parallel.leaves import check_same
 from jaxlocal.parallel.mesh import place
 from jaxlocal.parallel.pool import check_indices, fetch, pool_size
 from jaxlocal.parallel.sharding import batch_specs, named_shardings
 from jaxlocal.parallel.worker_maps import over_workers
 from jaxlocal.training.checks import leading_size
-from jaxlocal.training.common_state import models_of
+from jaxlocal.training.common_state import CommonState, every_row, held, held_as, models_of
 from jaxlocal.training.programs import BATCHES, OnModels
 from jaxlocal.training.round import RoundFn
 from jaxlocal.types import TrainState, Tree
@@ -71,13 +70,15 @@ class Reestimation:
         self._round_fn, self._context = round_fn, round_fn.context
         mesh = round_fn.mesh
         self._batches = place(batches, named_shardings(mesh, batch_specs(mesh, BATCHES, batches)))
-        self._program = OnModels(_statistics_of(apply), mesh, (CONTEXT, BATCHES), STACKED)
+        self._program = OnModels(_statistics_of(apply), mesh, (CONTEXT, BATCHES), SINGLE)
 
     def __call__(self, state: TrainState) -> TrainState:
         """The state with the re-estimated model state on every worker; `state` stays usable."""
         self._round_fn.check_models(state)
         estimates = self._program(models_of(state), self._context, self._batches)
-        return state._replace(model_state=estimates)
+        if isinstance(state, CommonState):
+            return held_as(state, held(state)._replace(model_state=estimates))
+        return state._replace(model_state=every_row(estimates, self._round_fn.layout.shape))
 
 
 def _statistics_of(apply: Apply) -> Callable[..., Tree]:
@@ -106,8 +107,9 @@ def _statistics_of(apply: Apply) -> Callable[..., Tree]:
 
         per_worker = jax.tree.map(lambda b: jnp.moveaxis(b, 0, 2), batches)
         estimates = collectives.mean(over_workers(one_worker, "map")(per_worker), context)
-        common = jax.tree.map(lambda x: x[None, None], _join(estimates, rest))
-        return broadcast_to_workers(common, model[1])
+        return jax.tree.map(
+            lambda x, like: x[None, None].astype(like.dtype), _join(estimates, rest), model[1]
+        )
 
     return program
 

@@ -274,6 +274,7 @@ class RoundFn:
         measured = steps and ends
         if ends and not steps:
             pieces = [(Piece(0, True), outer.steps)] if outer is not NOTHING else []
+            state = full_shapes(state)
         with running(self.mesh, state):
             for piece, own in pieces:
                 piece = piece._replace(measured=bool(measured))
@@ -281,7 +282,7 @@ class RoundFn:
                 state = state if measured else full_shapes(state)
             if not measured:
                 distance = collectives.consensus_distance
-                programs.measure_ahead(distance, models_of(full_shapes(state)), ahead)
+                programs.measure_ahead(distance, models_of(full_shapes(state))[0], ahead)
 
     def _dispatched(self, state: TrainState, pieces: Iterable[Fed]) -> tuple[TrainState, Info]:
         infos = []

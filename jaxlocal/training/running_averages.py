@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxlocal.errors import ConfigurationError, check_integer, lookup
 from jaxlocal.parallel.leaves import wide
 from jaxlocal.stages.averaged_workers import parts_of
-from jaxlocal.stages.compose import NOTHING, sequence
+from jaxlocal.stages.compose import NOTHING, OfAverage, sequence
 from jaxlocal.training.common_state import held, held_as
 from jaxlocal.types import Info, Memory, Method, Stage, TrainState
 
@@ -163,4 +163,4 @@ def _averaging(averages: dict[str, RunningAverage]) -> Stage:
         return state, RunningAverages(Memory(moved, state.step)), Info()
 
     nothing = lambda state: jax.tree.map(lambda _: False, parts_of(state))
-    return Stage(init, apply, 0, lambda state, number=0: [], common=nothing)
+    return Stage(init, OfAverage(apply, nothing), 0, lambda state, number=0: [])

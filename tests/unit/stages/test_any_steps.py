@@ -23,8 +23,9 @@ def loss(params, batch, key):
 def trained(stage, steps, layout=LAYOUT):
     optimizer = optax.adam(0.1)
     sync = jaxlocal.local_sgd(jaxlocal.gradients(loss), optimizer, period=steps).outer
-    sync = sync._replace(common=None)  # a row for every worker, whatever the steps
-    method = Method(stage, sync, optimizer, jaxlocal.periods.constant(steps))
+    apply = lambda *arguments: sync.apply(*arguments)  # a row for every worker, whatever the steps
+    end = sync._replace(apply=apply)
+    method = Method(stage, end, optimizer, jaxlocal.periods.constant(steps))
     round_fn = RoundFn(method, layout)
     params = {"w": jnp.linspace(-1, 1, 5), "b": jnp.zeros(())}
     state = round_fn.init(params, jax.random.key(3))

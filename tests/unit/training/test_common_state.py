@@ -16,6 +16,7 @@ from jaxlocal.stages.averaged_workers import _at_once, _in_turn
 from jaxlocal.training import (
     Checkpoints,
     Evaluation,
+    Reestimation,
     RunningAverage,
     run,
     running_average,
@@ -165,6 +166,79 @@ def test_one_round_function_takes_models_of_several_trees_and_states_of_another(
         assert [x.shape for x in jax.tree.leaves(held(state).opt_state)] == [(1, 2, 3)] * leaves
         # Of gradients 1 the momenta are 1, 1.9, 2.71 and 3.439.
         np.testing.assert_allclose(state.params, np.full((leaves, 1, 2, 3), 0.0951), rtol=1e-5)
+
+
+def clipped(tree):
+    return jax.tree.map(lambda x: jnp.clip(x, -0.5, 0.5), tree)
+
+
+def test_what_sees_each_worker_is_given_each_worker():
+    """An own stage or mixer, made of one that needs the average alone, may need more."""
+    local = jaxlocal.local_sgd(grad_fn, optax.sgd(10 * RATE), period=STEPS)
+    mean, apply = jaxlocal.mixing.mean(), local.outer.apply
+    mixer = mean._replace(average=lambda tree, context: mean.average(clipped(tree), context))
+    own_stage = lambda state, *rest: apply(state._replace(params=clipped(state.params)), *rest)
+    for outer in (jaxlocal.stages.sync(mixer), local.outer._replace(apply=own_stage)):
+        round_fn = RoundFn(local._replace(outer=outer), LAYOUT)
+        state = start(round_fn)
+        assert not isinstance(state, CommonState)
+        ends, _ = round_fn.local_steps(start(round_fn), BATCHES[0])
+        ends = np.clip(np.asarray(ends.params["w"]), -0.5, 0.5)
+        state, _ = round_fn(state, BATCHES[0])
+        expected = np.tensordot(LAYOUT.weight, ends, 2)
+        np.testing.assert_allclose(state.params["w"][1, 2], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_leaf_without_values_takes_part(devices):
+    method = jaxlocal.local_sgd(grad_fn, optax.sgd(RATE), period=STEPS)
+    round_fn = RoundFn(method, LAYOUT, jaxlocal.make_mesh(LAYOUT, jax.devices()[:devices]))
+    empty = {**START, "none": np.zeros((0, 3), np.float32)}
+    whole, parts = (round_fn.init(empty, jax.random.key(0)) for _ in range(2))
+    whole, _ = round_fn(whole, BATCHES[0])
+    parts, _ = round_fn.end_round(round_fn.local_steps(parts, BATCHES[0])[0])
+    for state in (whole, parts):
+        assert np.asarray(state.params["none"]).shape == (2, 4, 0, 3)
+    np.testing.assert_array_equal(whole.params["w"], parts.params["w"])
+
+
+def test_a_checkpoint_is_restored_into_a_method_that_holds_other_leaves_once(tmp_path):
+    average = round_fn_of("local_sgd", "momentum", optimizer_state="average")
+    keep = round_fn_of("local_sgd", "momentum")
+    of = lambda state: jax.tree.map(np.asarray, (state.params, state.opt_state))
+    for number, (before, after) in enumerate([(average, keep), (keep, average)]):
+        state, _ = before(start(before), BATCHES[0])
+        with Checkpoints(tmp_path / str(number)) as checkpoints:
+            checkpoints.save(state)
+            checkpoints.wait()
+            restored, _ = checkpoints.restore(after.shapes(START))
+        jax.tree.map(np.testing.assert_array_equal, of(restored), of(state))
+        restored, _ = after(restored, BATCHES[1])
+        state, _ = after(state, BATCHES[1])
+        jax.tree.map(np.testing.assert_array_equal, of(restored), of(state))
+
+
+def test_re_estimated_statistics_are_held_as_the_models_are():
+    def apply(params, model_state, examples):
+        return {"mean": 0.9 * model_state["mean"] + 0.1 * examples.mean()}
+
+    with_statistics = jaxlocal.gradients(
+        lambda params, model_state, batch, key: (loss(params, batch, key), (model_state, {})),
+        stateful=True,
+    )
+    for option in ("keep", "average"):
+        method = jaxlocal.local_sgd(
+            with_statistics, optax.sgd(RATE), period=STEPS, model_state=option
+        )
+        round_fn = RoundFn(method, LAYOUT)
+        state = round_fn.init(START, jax.random.key(0), {"mean": np.float32(0)})
+        state, _ = round_fn(state, BATCHES[0])
+        estimated = Reestimation(round_fn, apply, BATCHES[0])(state)
+        assert isinstance(estimated, CommonState)
+        found = np.asarray(estimated.model_state["mean"])
+        means = BATCHES[0].mean((0, 3, 4))
+        np.testing.assert_allclose(found, np.full((2, 4), (LAYOUT.weight * means).sum()), rtol=1e-5)
+        round_fn(estimated, BATCHES[1])
 
 
 def test_all_rows_at_once_have_the_average_of_one_after_another():
