@@ -269,15 +269,15 @@ class RoundFn:
           ends: whether the round ends.
           ahead: the threads.
         """
-        outer, programs = self.method.outer, self._programs
-        pieces = [(piece, own) for piece, _, own in self._pieces.of((), steps, ends)]
-        measured = steps and ends
-        if ends and not steps:
-            pieces = [(Piece(0, True), outer.steps)] if outer is not NOTHING else []
-            state = full_shapes(state)
+        outer, programs, measured = self.method.outer, self._programs, bool(steps and ends)
+        pieces: list[tuple[Piece, int]] = []
+        if steps:
+            pieces = [(piece, own) for piece, _, own in self._pieces.of((), steps, ends)]
+        elif ends and outer is not NOTHING:
+            pieces, state = [(Piece(0, True), outer.steps)], full_shapes(state)
         with running(self.mesh, state):
             for piece, own in pieces:
-                piece = piece._replace(measured=bool(measured))
+                piece = piece._replace(measured=measured)
                 programs.compile_ahead(piece, state, batches if own else (), own, ahead)
                 state = state if measured else full_shapes(state)
             if not measured:
