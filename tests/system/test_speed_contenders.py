@@ -122,7 +122,7 @@ def test_arithmetic_is_timed_at_the_rate_of_a_matrix_product(monkeypatch):
     assert 0 < flops_timer(QUICK[0])() < 1
 
 
-def test_the_program_of_more_workers_needs_more_memory():
+def test_the_program_of_more_workers_needs_no_more_models():
     few, many = (jax_contenders.program_bytes(SOFTMAX._replace(workers=n)) for n in (2, 8))
     model = 4 * (64 * 10 + 10)
-    assert few >= 2 * model and many - few >= 6 * model
+    assert few >= model and many - few < model
