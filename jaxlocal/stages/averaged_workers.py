@@ -20,9 +20,7 @@ class Averaged(NamedTuple):
     An average by weight over `state` and `context` of all devices is that over all workers.
     """
 
-    state: (
-        TrainState  # one worker, leaves [1, 1, ...]: the average, or the first of what each keeps
-    )
+    state: TrainState  # of one worker, leaves [1, 1, ...]: the average, and its own leaves
     context: Context  # of that worker, which has the weight of all
     rows: list[Leaf]  # [d, n, ...]: what each worker keeps
     spread: Leaf  # Σ a_i ‖x_i − x̄‖² of the parameters from their average
